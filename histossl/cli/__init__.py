@@ -1,0 +1,67 @@
+"""The commands: options become a config, a config goes to its stage, an error becomes one red line.
+
+Heavy imports (torch, timm, sklearn) happen inside the commands, so that `histossl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from histossl import __version__, console
+from histossl.cli import demo, slides
+from histossl.errors import HistosslError
+
+app = typer.Typer(
+    name="histossl",
+    help="Continue self-supervised pretraining on your own slides, then see how many labels that saved.",
+    epilog="First time: histossl demo. On your own slides: histossl pretrain --slides DIR, then histossl finetune --labels labels.csv.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"histossl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for room in (slides, demo):
+    room.register(app)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        code = app(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        console.fail(error.format_message())
+        return error.exit_code
+    except HistosslError as error:
+        console.fail(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        console.say("interrupted; what is finished is kept, the same command goes on from there")
+        return 130
+
+
+def entry() -> None:
+    sys.exit(main())

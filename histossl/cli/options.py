@@ -1,0 +1,54 @@
+"""Options that several commands share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from histossl.config import read_toml
+from histossl.workspace import Workspace
+
+
+def _load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Values of a TOML file become the command's defaults: what stands on the command line wins."""
+    if path is not None:
+        known = [parameter.name for parameter in context.command.params if parameter.name]
+        context.default_map = {**(context.default_map or {}), **read_toml(path, known)}
+    return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        callback=_load_config,
+        is_eager=True,
+        help="Read options from a TOML file (names as here, without the dashes in front); the command line wins.",
+    ),
+]
+WorkspaceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        "-w",
+        metavar="DIR",
+        help="Where tiles, runs and reports lie. Default: $HISTOSSL_WORKSPACE, else ./histossl-workspace.",
+        show_default=False,
+    ),
+]
+SlidesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--slides",
+        metavar="DIR",
+        help="Folder with the slides (searched through all its subfolders).",
+        show_default=False,
+    ),
+]
+
+
+def workspace_at(given: Path | None) -> Workspace:
+    return Workspace.at(given).make()

@@ -1,0 +1,130 @@
+"""Every stage's knobs as frozen dataclasses, and how a run remembers them in run.json.
+
+A config refuses what no run could use (UsageError, exit 2) when it is made, before any work starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import platform
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from histossl import __version__
+from histossl.errors import MismatchError, UsageError
+from histossl.workspace import written_aside
+
+# ---- scan and tile
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How slides become tiles. Only physical scale decides: a tile is `tile_px` wide at `mpp` microns per pixel."""
+
+    tile_px: int = 256
+    mpp: float = 0.5
+    min_tissue: float = 0.5  # share of a tile that must be tissue
+    jpeg_quality: int = 90
+
+    def __post_init__(self) -> None:
+        require(16 <= self.tile_px <= 4096, "tile-px", self.tile_px, "a side of 16 to 4096 pixels")
+        require(0.05 <= self.mpp <= 100, "mpp", self.mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+        require(0 <= self.min_tissue <= 1, "min-tissue", self.min_tissue, "a share between 0 and 1")
+        require(1 <= self.jpeg_quality <= 100, "jpeg-quality", self.jpeg_quality, "1 to 100")
+
+
+# ---- shared by all stages
+
+
+def require(holds: bool, option: str, value: object, wanted: str) -> None:
+    """One wording for a setting that cannot be used."""
+    if not holds:
+        raise UsageError(f"--{option} {value}: must be {wanted}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', did you mean X?' for a mistyped name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """A `--config FILE.toml`: option names (dashes or underscores) with values. Unknown keys are refused."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not a TOML file ({error})") from error
+    known = set(known)
+    settings = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"--config {path}: unknown setting {key!r}{nearest(key, known)}")
+    return settings
+
+
+# ---- run.json
+
+
+def plain(value: Any) -> Any:
+    """A config as it comes back from JSON: paths as text, tuples as lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_run(path: Path, config: Any, **derived: Any) -> None:
+    """run.json: what was asked for, on what, with which versions, and what was worked out from it."""
+    run = {
+        "config": plain(asdict(config)),
+        "command": sys.argv,
+        "histossl": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "timm", "openslide-python", "tifffile")},
+        **plain(derived),
+    }
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MismatchError(
+            f"{path}: not readable as JSON ({error}); move the directory aside, or use another --name"
+        ) from error
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise MismatchError(f"{path}: holds no 'config'; move the directory aside, or use another --name")
+    return run
+
+
+def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ()) -> None:
+    """The directory of `path` (a run.json) belongs to `config`, or an error lists the fields that differ."""
+    if not path.exists():
+        return
+    before: Mapping[str, Any] = read_run(path)["config"]
+    now = plain(asdict(config))
+    free = set(may_change)
+    differ = [
+        f"{field.name} was {before.get(field.name)!r}, now {now[field.name]!r}"
+        for field in fields(config)
+        if field.name not in free and before.get(field.name) != now[field.name]
+    ]
+    if differ:
+        raise MismatchError(
+            f"{path.parent} was made with other settings: {'; '.join(differ)}. Use the same settings to go on, or another --name"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,106 @@
+"""What a person sees in the terminal: lines, tables, panels, progress. Beside the CLI the only importer of rich.
+
+On a terminal progress is a live bar; elsewhere (a log file, a pipe, CI) it is a plain line now and then.
+Everything goes to standard error, so that standard output stays free for what a command was asked to print.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False, soft_wrap=False)
+PLAIN_LINE_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """One line, as it is: no markup, no wrapping when piped."""
+    console.print(escape(text), soft_wrap=not console.is_terminal)
+
+
+def warn(text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not console.is_terminal)
+
+
+def fail(text: str) -> None:
+    """The one red line of an error."""
+    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+
+def panel(title: str, text: str) -> None:
+    if console.is_terminal:
+        console.print(Panel(escape(text), title=escape(title), title_align="left", box=box.ROUNDED, padding=(0, 1)))
+    else:
+        console.print(f"== {escape(title)}\n{escape(text)}", soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
+    """`right` names the columns to be set flush right (numbers)."""
+    drawn = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        drawn.add_column(escape(name), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
+    console.print(drawn)
+
+
+class Bar:
+    """Progress of one job of `total` things. `note` is a short free text at the end of the line."""
+
+    def __init__(self, what: str, total: int, unit: str, live: Progress | None) -> None:
+        self.what, self.total, self.unit, self.done, self.note = what, total, unit, 0, ""
+        self._live = live
+        self._task = live.add_task(escape(what), total=total, note="") if live else None
+        self._started_s = self._printed_s = time.monotonic()
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        self.done += count
+        if note is not None:
+            self.note = note
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=self.done, note=escape(self.note))
+        elif time.monotonic() - self._printed_s >= PLAIN_LINE_EVERY_S:
+            self._line()
+
+    def set_total(self, total: int) -> None:
+        self.total = total
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, total=total)
+
+    def _line(self) -> None:
+        self._printed_s = time.monotonic()
+        elapsed_s = self._printed_s - self._started_s
+        say(f"{self.what}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s  {self.note}".rstrip())
+
+    def finish(self) -> None:
+        if self._live is None:
+            self._line()
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str = "") -> Iterator[Bar]:
+    """`with progress("tiling", 12, "slides") as bar: bar.advance(note="830 tiles/s")`."""
+    if not console.is_terminal:
+        bar = Bar(what, total, unit, None)
+        yield bar
+        bar.finish()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(escape(unit)),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as live:
+        yield Bar(what, total, unit, live)

@@ -1,0 +1,177 @@
+"""Where things lie on disk. Nobody else joins path strings.
+
+WORKSPACE/
+    archive.csv                 the ledger: one row per file of the archive
+    tiles/                      one zip per slide, and index.npy
+    pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
+    embeddings/BACKBONE/        one HDF5 file per slide
+    finetune/NAME/              points.csv, summary.csv, predictions.csv, curve.png, model/, report.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from histossl.errors import HistosslError, UsageError
+
+DEFAULT = "histossl-workspace"
+
+
+@dataclass(frozen=True)
+class PretrainDir:
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint.pt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        return self.root / "checkpoint.previous.pt"
+
+    @property
+    def backbone(self) -> Path:
+        """Its presence means that the run is finished."""
+        return self.root / "backbone.safetensors"
+
+    @property
+    def best_backbone(self) -> Path:
+        """The best by the probe on the training slides, kept beside the last."""
+        return self.root / "best" / "backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class FinetuneDir:
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.root / "splits.json"
+
+    @property
+    def points(self) -> Path:
+        return self.root / "points.csv"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.csv"
+
+    @property
+    def predictions(self) -> Path:
+        return self.root / "predictions.csv"
+
+    @property
+    def curve_png(self) -> Path:
+        return self.root / "curve.png"
+
+    @property
+    def curve_svg(self) -> Path:
+        return self.root / "curve.svg"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    root: Path
+
+    @classmethod
+    def at(cls, given: Path | None) -> Workspace:
+        """--workspace, or $HISTOSSL_WORKSPACE, or ./histossl-workspace."""
+        return cls(Path(given or os.environ.get("HISTOSSL_WORKSPACE") or DEFAULT))
+
+    @property
+    def archive_csv(self) -> Path:
+        return self.root / "archive.csv"
+
+    @property
+    def contact_sheet(self) -> Path:
+        return self.root / "contact-sheet.html"
+
+    @property
+    def tiles(self) -> Path:
+        return self.root / "tiles"
+
+    @property
+    def index(self) -> Path:
+        return self.tiles / "index.npy"
+
+    @property
+    def pretrain_root(self) -> Path:
+        return self.root / "pretrain"
+
+    @property
+    def finetune_root(self) -> Path:
+        return self.root / "finetune"
+
+    def zip_of(self, slide: str) -> Path:
+        return self.tiles / f"{slide}.zip"
+
+    def pretrain(self, name: str) -> PretrainDir:
+        return PretrainDir(self.pretrain_root / _safe(name))
+
+    def finetune(self, name: str) -> FinetuneDir:
+        return FinetuneDir(self.finetune_root / _safe(name))
+
+    def embeddings(self, backbone: str) -> Path:
+        return self.root / "embeddings" / _safe(backbone)
+
+    def make(self) -> Workspace:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"workspace {self.root}: cannot be made ({error.strerror}); pass --workspace DIR, or set $HISTOSSL_WORKSPACE"
+            ) from error
+        return self
+
+
+def _safe(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise UsageError(f"run name {name!r}: must be one plain directory name, without / or a leading dot")
+    return name
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Write to a neighbour, flush it to disk, rename over `path`: the file is whole or absent, whatever kills us.
+
+    Yields the path to write to. On an error the half-written neighbour is removed and `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise HistosslError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        aside.unlink(missing_ok=True)
