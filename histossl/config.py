@@ -119,7 +119,8 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
     ]
     if differ:
         raise MismatchError(
-            f"{path.parent} was made with other settings: {'; '.join(differ)}. Use the same settings to go on, or another --name"
+            f"{path.parent} was made with other settings: {'; '.join(differ)}. "
+            "Use the same settings to go on, or another --name"
         )
 
 

@@ -147,7 +147,8 @@ class Workspace:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"workspace {self.root}: cannot be made ({error.strerror}); pass --workspace DIR, or set $HISTOSSL_WORKSPACE"
+                f"workspace {self.root}: cannot be made ({error.strerror}); "
+                "pass --workspace DIR, or set $HISTOSSL_WORKSPACE"
             ) from error
         return self
 

@@ -18,7 +18,8 @@ from histossl.errors import HistosslError
 app = typer.Typer(
     name="histossl",
     help="Continue self-supervised pretraining on your own slides, then see how many labels that saved.",
-    epilog="First time: histossl demo. On your own slides: histossl pretrain --slides DIR, then histossl finetune --labels labels.csv.",
+    epilog="First time: histossl demo. On your own slides: histossl pretrain --slides DIR, "
+    "then histossl finetune --labels labels.csv.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
