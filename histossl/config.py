@@ -24,6 +24,56 @@ from histossl.workspace import written_aside
 
 
 @dataclass(frozen=True)
+class TissueConfig:
+    """What counts as tissue, and which tiles are too poor to learn from. 0 (or 1 for a `max_`) turns a filter off."""
+
+    min_tissue: float = 0.5  # share of a tile that must be tissue
+    tissue_um: float = 8.0  # microns per pixel of the thumbnail on which tissue is sought; finer on small slides
+    tissue_threshold: float = 0.0  # optical density that divides tissue from glass; 0: Otsu, kept within sane bounds
+    min_speck_um: float = 100.0  # tissue smaller than a square of this side is dust
+    max_hole_um: float = 150.0  # a hole smaller than a square of this side (a gland's lumen, fat) belongs to the tissue
+    reject_pen: bool = True  # blue, green, red and black ink, and grey: cover-slip edges, dirt
+    min_sharpness: float = 0.02  # blur: share of a tile's contrast that must be in its finest detail
+    max_fold: float = 0.5  # share of a tile that may be folded tissue
+    min_saturation: float = 0.02  # mean colour saturation (0 grey, 1 pure colour)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.min_tissue <= 1, "min-tissue", self.min_tissue, "a share between 0 and 1")
+        require(0.5 <= self.tissue_um <= 100, "tissue-um", self.tissue_um, "0.5 to 100 microns per thumbnail pixel")
+        require(
+            0 <= self.tissue_threshold <= 2, "tissue-threshold", self.tissue_threshold, "an optical density, 0 to 2"
+        )
+        require(self.min_speck_um >= 0, "min-speck-um", self.min_speck_um, "a length in microns, 0 or more")
+        require(self.max_hole_um >= 0, "max-hole-um", self.max_hole_um, "a length in microns, 0 or more")
+        require(0 <= self.min_sharpness <= 1, "min-sharpness", self.min_sharpness, "between 0 (off) and 1")
+        require(0 <= self.max_fold <= 1, "max-fold", self.max_fold, "a share between 0 and 1 (off)")
+        require(0 <= self.min_saturation <= 1, "min-saturation", self.min_saturation, "between 0 (off) and 1")
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """How an archive is looked through: where scale comes from, how long one file may take, what tiling would ask."""
+
+    tile_px: int = 256
+    mpp: float = 0.5
+    slide_mpp: float | None = None  # microns per pixel of every slide, over what the files say
+    mpp_csv: str | None = None  # columns slide,mpp: the same, slide by slide
+    time_limit_s: float = 120.0
+    tissue: TissueConfig = TissueConfig()
+
+    def __post_init__(self) -> None:
+        require(16 <= self.tile_px <= 4096, "tile-px", self.tile_px, "a side of 16 to 4096 pixels")
+        require(0.05 <= self.mpp <= 100, "mpp", self.mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+        require(
+            self.slide_mpp is None or 0.05 <= self.slide_mpp <= 5,
+            "slide-mpp",
+            self.slide_mpp,
+            "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)",
+        )
+        require(0 < self.time_limit_s < 1e6, "time-limit", self.time_limit_s, "seconds, more than 0")
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """How slides become tiles. Only physical scale decides: a tile is `tile_px` wide at `mpp` microns per pixel."""
 

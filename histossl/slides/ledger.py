@@ -1,0 +1,132 @@
+"""The ledger archive.csv: one row per file of the archive, so that no slide is ever left out without a reason.
+
+`scan` writes what a file is and what is wrong with it; `tile` fills in what became of it.
+Columns that this version does not know are kept: a lab may add its own.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+
+from histossl.errors import StoreError
+from histossl.workspace import written_aside
+
+OK, WARNING, UNREADABLE = "ok", "warning", "unreadable"
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One file. Numbers are None where they are not known. `reason` is never empty when `status` is not ok."""
+
+    file: str  # path relative to the archive, with /
+    status: str = OK  # ok, warning, unreadable
+    reason: str = ""
+    slide: str = ""  # the slide's id: what tiles, labels and embeddings are named by
+
+    # what scan finds
+    vendor: str = ""
+    format: str = ""
+    width_l0: int | None = None
+    height_l0: int | None = None
+    levels: str = ""  # "40000x30000 10000x7500"
+    mpp: float | None = None
+    mpp_source: str = ""
+    compression: str = ""
+    native_tile: str = ""  # "256x256"
+    bytes: int | None = None
+    modified_s: float | None = None  # with `bytes`, tells whether the row still speaks of this file
+    duplicate_of: str = ""  # a file with the same content
+    stain: str = ""  # H&E, IHC, fluorescence/other, unknown
+    stain_figures: str = ""
+    tissue_mm2: float | None = None
+    expected_tiles: int | None = None
+    expected_mb: float | None = None
+
+    # what tile does; rejected_* count the grid's places that each filter turned down
+    num_tiles: int | None = None
+    tile_status: str = ""  # tiled, no tiles, failed; empty: not yet
+    tile_reason: str = ""
+    rejected_tissue: int | None = None
+    rejected_region: int | None = None
+    rejected_blur: int | None = None
+    rejected_fold: int | None = None
+    rejected_saturation: int | None = None
+
+    settings: str = ""  # digest of the settings behind the figures above
+    extra: dict[str, str] = field(default_factory=dict)  # columns that others added
+
+    @property
+    def readable(self) -> bool:
+        return self.status != UNREADABLE
+
+
+KNOWN = tuple(one for one in fields(LedgerRow) if one.name != "extra")
+
+
+def read_ledger(path: Path) -> list[LedgerRow]:
+    """The rows of archive.csv in its order; none if there is no such file yet."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            if table.fieldnames is not None and "file" not in table.fieldnames:
+                raise StoreError(f"{path}: has no column 'file'; move it aside and run histossl scan again")
+            return [_row(path, table.line_num, values) for values in table]
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise StoreError(f"{path}: cannot be read ({error}); move it aside and run histossl scan again") from error
+
+
+def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
+    """All rows, sorted by file, whole or not at all."""
+    rows = sorted(rows, key=lambda row: row.file)
+    added = sorted({name for row in rows for name in row.extra})
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow([*(one.name for one in KNOWN), *added])
+        for row in rows:
+            known = [_text(getattr(row, one.name)) for one in KNOWN]
+            table.writerow([*known, *(_text(row.extra.get(name, "")) for name in added)])
+
+
+def merged(before: Iterable[LedgerRow], now: Iterable[LedgerRow]) -> list[LedgerRow]:
+    """`now` wins, file by file; files that only `before` knows stay, and so do the columns that others added."""
+    rows = {row.file: row for row in before}
+    for row in now:
+        known = rows.get(row.file)
+        rows[row.file] = replace(row, extra={**known.extra, **row.extra}) if known else row
+    return list(rows.values())
+
+
+def _row(path: Path, line: int, values: dict[str, str | None]) -> LedgerRow:
+    known = {one.name: _value(path, line, one, values.get(one.name) or "") for one in KNOWN}
+    names = {one.name for one in KNOWN}
+    extra = {name: value or "" for name, value in values.items() if name and name not in names}
+    return LedgerRow(**known, extra=extra)  # type: ignore[arg-type]
+
+
+def _value(path: Path, line: int, column: Field[object], text: str) -> object:
+    kind = str(column.type)
+    if not text:
+        return column.default if column.default is not MISSING else ""
+    try:
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+    except ValueError as error:
+        raise StoreError(
+            f"{path}, line {line}: {column.name} is {text!r}, not a number; mend it or scan anew"
+        ) from error
+    return text
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".")
+    return " ".join(str(value).split())  # a reason from a library may run over several lines
