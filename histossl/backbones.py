@@ -1,0 +1,253 @@
+"""A timm model from ImageNet weights, from a file, or random; saved so that timm loads it again.
+
+A backbone maps normalised views (B, 3, h, w) to pooled features (B, D): `timm.create_model(name, num_classes=0)`.
+Weights are read as safetensors or with `weights_only=True`: a file with pickled code in it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import socket
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from histossl.config import nearest
+from histossl.errors import UsageError, WeightsError
+from histossl.workspace import written_aside
+
+# Where checkpoints of the field keep the part that we want, outermost first.
+WRAPPERS = ("state_dict", "model", "teacher", "student", "model_ema")
+PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What must be known to use a backbone: kept as backbone.json beside the weights."""
+
+    timm_name: str
+    mean: tuple[float, float, float]  # of RGB in [0, 1]; the start's own, kept when continuing
+    std: tuple[float, float, float]
+    feature_dim: int
+    input_px: int  # side of the images it was last trained on
+    mpp: float | None = None  # microns per pixel of the tiles it was adapted to
+    method: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def create_backbone(timm_name: str, weights: str | Path, seed: int = 0) -> tuple[nn.Module, BackboneInfo]:
+    """A fresh backbone. `weights`: 'imagenet' (timm's cache, else the hub), 'random', or a file.
+
+    Refuses an unknown name (UsageError), and weights that do not fit in every key (WeightsError): nothing is
+    ever loaded in part.
+    """
+    if str(weights) not in ("imagenet", "random"):
+        path = Path(weights)
+        if path.is_file():
+            backbone, info = _empty(timm_name, seed)
+            return backbone, replace(info, provenance=_load_into(backbone, path))
+        raise UsageError(f"--weights {weights}: no such file, and neither 'imagenet' nor 'random'")
+    backbone, info = _empty(timm_name, seed)
+    if str(weights) == "random":
+        return backbone, replace(info, provenance={"start_weights": "random", "seed": seed})
+    cached = _cached_by_timm(backbone)
+    if cached is not None:
+        provenance = _load_into(backbone, cached)
+    else:
+        _require_hub(timm_name, backbone)
+        downloaded = timm.create_model(timm_name, pretrained=True, num_classes=0)
+        backbone.load_state_dict(downloaded.state_dict())
+        provenance = {}
+    source = _timm_config(backbone).get("hf_hub_id") or _timm_config(backbone).get("url")
+    return backbone, replace(info, provenance={**provenance, "start_weights": f"imagenet ({source})"})
+
+
+def load_backbone(path: Path) -> tuple[nn.Module, BackboneInfo]:
+    """A backbone that `save_backbone` wrote: `path` is the safetensors file, its JSON lies beside it."""
+    beside = path.with_suffix(".json")
+    try:
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        info = BackboneInfo(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{path}: needs the {beside.name} that histossl writes beside it ({type(error).__name__}: {error}); "
+            "for weights from elsewhere give --weights FILE with --backbone NAME"
+        ) from error
+    backbone, _ = _empty(info.timm_name, seed=0)
+    _load_into(backbone, path)
+    return backbone, info
+
+
+def save_backbone(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
+    """Weights with timm's own key names, and the JSON first: the weights' presence means that both are there."""
+    with written_aside(path.with_suffix(".json")) as aside:
+        aside.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    with written_aside(path) as aside:
+        save_file(state, str(aside), metadata={"format": "pt", "timm_name": info.timm_name})
+
+
+def weights_digest(backbone: nn.Module) -> str:
+    """16 hex digits that change when any weight or buffer does."""
+    digest = hashlib.sha256()
+    for key, value in sorted(backbone.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- making the empty model
+
+
+def _empty(timm_name: str, seed: int) -> tuple[nn.Module, BackboneInfo]:
+    if not timm.is_model(timm_name):
+        raise UsageError(f"--backbone {timm_name}: timm has no such model{nearest(timm_name, timm.list_models())}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:  # ViTs take any view size, with position embeddings interpolated on the fly and stored on their own grid
+            backbone: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=0, dynamic_img_size=True)
+        except TypeError:
+            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0)
+    config = _timm_config(backbone)
+    info = BackboneInfo(
+        timm_name=timm_name,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        feature_dim=cast(int, backbone.num_features),
+        input_px=int(config["input_size"][-1]),
+    )
+    return backbone, info
+
+
+def _timm_config(backbone: nn.Module) -> dict[str, Any]:
+    return cast(dict[str, Any], backbone.pretrained_cfg)
+
+
+# ---- the hub
+
+
+def _cached_by_timm(backbone: nn.Module) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    repo_id = _timm_config(backbone).get("hf_hub_id")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(repo_id, name) if repo_id else None
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _require_hub(timm_name: str, backbone: nn.Module) -> None:
+    """Ask once whether the hub can be reached: its client would retry for most of a minute before it says no."""
+    from huggingface_hub import constants
+
+    if not _timm_config(backbone).get("hf_hub_id") and not _timm_config(backbone).get("url"):
+        raise WeightsError(
+            f"{timm_name}: timm has no pretrained weights for it; pass --weights FILE, or --weights random"
+        )
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError as error:
+        raise WeightsError(
+            f"ImageNet weights of {timm_name} are not in timm's cache and {host} cannot be reached ({error}). "
+            "Three ways out: copy a weights file here and pass --weights FILE; set HF_HOME to a cache copied from a "
+            "machine with internet; or start from scratch with --weights random"
+        ) from error
+
+
+# ---- reading weights
+
+
+def _load_into(backbone: nn.Module, path: Path) -> dict[str, Any]:
+    """Fill every key of `backbone` from `path`, or raise a WeightsError that names what does not fit."""
+    given = _adapted(_unwrapped(read_weights(path)), backbone)
+    wanted = {key: value for key, value in backbone.state_dict().items() if not key.endswith("num_batches_tracked")}
+    classifier = _timm_config(backbone).get("classifier") or ()
+    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = [key for key in given if key.startswith(tuple(f"{name}." for name in classifier)) and key not in wanted]
+    missing = [key for key in wanted if key not in given]
+    unexpected = [
+        key for key in given if key not in wanted and key not in heads and not key.endswith("num_batches_tracked")
+    ]
+    misshapen = [
+        f"{key} {tuple(given[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    if missing or unexpected or misshapen:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for keys, what in ((missing, "keys missing"), (unexpected, "not known"), (misshapen, "of another shape"))
+            if keys
+        ]
+        raise WeightsError(
+            f"{path}: does not fit {_timm_config(backbone).get('architecture')}: {'; '.join(parts)}; "
+            f"{len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} keys fit. Is --backbone the right one?"
+        )
+    backbone.load_state_dict({key: given.get(key, value) for key, value in backbone.state_dict().items()})
+    return {"start_weights": str(path), "keys_loaded": len(wanted), "keys_dropped": heads}
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """The content of a weights file, without running any code in it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: refused, it is not a plain set of tensors (pickled code or not a torch file); "
+            "save its state_dict alone, or convert it to safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{path}: cannot be read as weights, is it truncated? ({error})") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _unwrapped(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Down to the tensors: through {'state_dict': ...} and the like, and off prefixes like 'encoder_q.'."""
+    for _ in range(len(WRAPPERS)):
+        for name in WRAPPERS:
+            if isinstance(content.get(name), Mapping):
+                content = content[name]
+                break
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for prefix in PREFIXES * 2:
+        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if inside:
+            tensors = inside
+    return tensors
+
+
+def _adapted(given: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Foreign key names (torchvision, DINOv2's hub, ...) and position grids made timm's own, by timm."""
+    wanted = backbone.state_dict()
+    if given.keys() >= wanted.keys() and all(given[key].shape == value.shape for key, value in wanted.items()):
+        return given
+    filter_of_timm = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if filter_of_timm is None:
+        return given
+    try:
+        return dict(filter_of_timm(dict(given), backbone))
+    except (KeyError, ValueError, RuntimeError, AssertionError, IndexError, AttributeError):
+        return given  # timm could make nothing of it; the key check that follows says what does not fit
