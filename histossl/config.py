@@ -6,12 +6,13 @@ A config refuses what no run could use (UsageError, exit 2) when it is made, bef
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import platform
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,24 @@ from histossl import __version__
 from histossl.errors import MismatchError, UsageError
 from histossl.workspace import written_aside
 
+# ---- refusing
+
+
+def require(holds: bool, option: str, value: object, wanted: str) -> None:
+    """One wording for a setting that cannot be used."""
+    if not holds:
+        raise UsageError(f"--{option} {value}: must be {wanted}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', did you mean X?' for a mistyped name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
 # ---- scan and tile
+
+GRIDS = ("auto", "native", "physical")
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class ScanConfig:
     slide_mpp: float | None = None  # microns per pixel of every slide, over what the files say
     mpp_csv: str | None = None  # columns slide,mpp: the same, slide by slide
     time_limit_s: float = 120.0
-    tissue: TissueConfig = TissueConfig()
+    tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
         require(16 <= self.tile_px <= 4096, "tile-px", self.tile_px, "a side of 16 to 4096 pixels")
@@ -75,33 +93,41 @@ class ScanConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How slides become tiles. Only physical scale decides: a tile is `tile_px` wide at `mpp` microns per pixel."""
+    """How slides become tiles. Only physical scale decides: a tile is `tile_px` wide at `mpp` microns per pixel.
+
+    One store holds tiles of one config. What belongs to a slide (its scale, say) is kept with the slide instead.
+    """
 
     tile_px: int = 256
-    mpp: float = 0.5
-    min_tissue: float = 0.5  # share of a tile that must be tissue
-    jpeg_quality: int = 90
+    mpp: float = 0.5  # of the finest tiles
+    coarser_mpp: tuple[float, ...] = ()  # further scales, each with its own grid
+    grid: str = "auto"  # auto, native, physical: whether the slide's own JPEG tiles are copied
+    jpeg_quality: int = 90  # of tiles that are encoded anew; copied ones keep the scanner's
+    anonymize: bool = False  # name zips by a keyed hash
+    tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
         require(16 <= self.tile_px <= 4096, "tile-px", self.tile_px, "a side of 16 to 4096 pixels")
-        require(0.05 <= self.mpp <= 100, "mpp", self.mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
-        require(0 <= self.min_tissue <= 1, "min-tissue", self.min_tissue, "a share between 0 and 1")
+        for mpp in self.mpps:
+            require(0.05 <= mpp <= 100, "mpp", mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+        given = ",".join(f"{mpp:g}" for mpp in self.mpps)
+        require(
+            all(finer < coarser for finer, coarser in itertools.pairwise(self.mpps)),
+            "mpp",
+            given,
+            "different scales, finest first (0.5,1,2)",
+        )
+        require(len(self.mpps) <= 16, "mpp", given, "16 scales at most")
+        require(self.grid in GRIDS, "grid", self.grid, f"one of {', '.join(GRIDS)}{nearest(self.grid, GRIDS)}")
         require(1 <= self.jpeg_quality <= 100, "jpeg-quality", self.jpeg_quality, "1 to 100")
+
+    @property
+    def mpps(self) -> tuple[float, ...]:
+        return (self.mpp, *self.coarser_mpp)
 
 
 # ---- shared by all stages
-
-
-def require(holds: bool, option: str, value: object, wanted: str) -> None:
-    """One wording for a setting that cannot be used."""
-    if not holds:
-        raise UsageError(f"--{option} {value}: must be {wanted}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for a mistyped name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ WORKSPACE/
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     Yields the path to write to. On an error the half-written neighbour is removed and `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield aside
         with aside.open("rb") as file:
