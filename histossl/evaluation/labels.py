@@ -1,0 +1,507 @@
+"""Read labels.csv and find each labelled slide in the archive, so that every mistake in it shows before anything runs.
+
+    slide,label,patient,site,split
+    case1/A1.svs,tumour,P1,Bonn,train
+
+`slide` and `label` are needed. A slide is named by its path below the slides folder, by its file name (with or without
+extension) or by its TCGA barcode. Labels are text: "1" stays "1". What is learnt from is an *item*: a bag of tiles with
+one label and one patient. It is a whole slide, or a region of one (columns x,y,width,height in level-0 pixels,
+or QuPath annotations), or a single tile.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histossl.config import nearest
+from histossl.errors import LabelsError
+
+TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+BOX_COLUMNS = ("x", "y", "width", "height")
+Unit = Literal["slide", "region", "tile"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on a slide, in level-0 pixels."""
+
+    x_l0: float
+    y_l0: float
+    width_l0: float
+    height_l0: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of labels.csv, as written."""
+
+    line: int
+    slide: str
+    label: str
+    patient: str = ""
+    site: str = ""
+    split: str = ""
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """What carries one label: a bag of tiles of one slide, and the patient who must stay on one side of a split."""
+
+    name: str
+    slide: str
+    label: str
+    patient: str
+    site: str = ""
+    split: str = ""
+    tiles: NDArray[np.int64] | None = field(default=None, compare=False)  # positions among the slide's tiles; None: all
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels that found their slides, and everything a person should know before trusting them."""
+
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    unit: Unit = "slide"
+    num_named: int = 0  # slides named in the file
+    missing: tuple[tuple[str, str], ...] = ()  # (name as written, why or the nearest slide)
+    unlabelled: tuple[str, ...] = ()
+    patients_from: str = "the patient column"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_split(self) -> bool:
+        return any(item.split for item in self.items)
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        return tuple(sorted({item.patient for item in self.items}))
+
+    @property
+    def slides(self) -> tuple[str, ...]:
+        return tuple(sorted({item.slide for item in self.items}))
+
+    @property
+    def digest(self) -> str:
+        """Changes when an item, its label, patient, site or split does; the order of the lines does not matter."""
+        hashed = hashlib.sha256()
+        for item in sorted(self.items, key=lambda item: item.name):
+            hashed.update("\x1f".join((item.name, item.label, item.patient, item.site, item.split, "\n")).encode())
+        return hashed.hexdigest()[:16]
+
+    def label_numbers(self) -> NDArray[np.int64]:
+        number = {label: position for position, label in enumerate(self.classes)}
+        return np.array([number[item.label] for item in self.items], dtype=np.int64)
+
+
+# ---- the file
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of labels.csv. Refuses a file that a spreadsheet has saved as something else."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise LabelsError(f"--labels {path}: cannot be read ({error.strerror})") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise LabelsError(f"{path}: is UTF-16 text; save it as 'CSV UTF-8'")
+    if raw.startswith(b"PK"):
+        raise LabelsError(f"{path}: is a spreadsheet or zip file; save it as 'CSV UTF-8'")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LabelsError(f"{path}: is not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
+    lines = csv.reader(text.splitlines())
+    header = [name.strip().lower() for name in next(lines, [])]
+    _check_header(path, header)
+    rows = []
+    for cells in lines:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise LabelsError(
+                f"{path}, line {lines.line_num}: {len(cells)} columns where the first line has {len(header)}; "
+                "put text that holds a comma in double quotes"
+            )
+        rows.append(_row(path, lines.line_num, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
+    if not rows:
+        raise LabelsError(f"{path}: has a first line but no slides below it")
+    return rows
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    wanted = "the first line must name the columns, like: slide,label,patient"
+    if not any(header):
+        raise LabelsError(f"{path}: is empty; {wanted}")
+    if len(header) == 1:
+        for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+            if mark in header[0]:
+                raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
+    for column in ("slide", "label"):
+        if column not in header:
+            named = ", ".join(repr(name) for name in header)
+            raise LabelsError(f"{path}: no column '{column}' among {named}{nearest(column, header)}; {wanted}")
+    twice = [name for name, count in Counter(name for name in header if name).items() if count > 1]
+    if twice:
+        raise LabelsError(f"{path}: column {twice[0]!r} stands twice in the first line")
+    boxes = [name for name in BOX_COLUMNS if name in header]
+    if boxes and len(boxes) < len(BOX_COLUMNS):
+        absent = ", ".join(name for name in BOX_COLUMNS if name not in header)
+        raise LabelsError(f"{path}: region columns {', '.join(boxes)} without {absent}; x,y,width,height go together")
+
+
+def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
+    where = f"{path}, line {line}"
+    if not cells["slide"]:
+        raise LabelsError(f"{where}: the slide's name is empty")
+    if "patient" in cells and not cells["patient"] and cells["label"]:
+        raise LabelsError(f"{where}: {cells['slide']} has no patient; fill it in, or remove the whole column")
+    split = cells.get("split", "").lower()
+    if "split" in cells and cells["label"] and split not in ("train", "test"):
+        raise LabelsError(f"{where}: split {cells['split']!r} must be train or test")
+    box = None
+    if "x" in cells:
+        try:
+            box = Box(*(float(cells[name]) for name in BOX_COLUMNS))
+        except ValueError as error:
+            raise LabelsError(f"{where}: x,y,width,height must be numbers in level-0 pixels ({error})") from error
+        if not (box.width_l0 > 0 and box.height_l0 > 0):
+            raise LabelsError(f"{where}: a region of {box.width_l0:g} x {box.height_l0:g} pixels holds nothing")
+    return Row(line, cells["slide"], cells["label"], cells.get("patient", ""), cells.get("site", ""), split, box)
+
+
+# ---- names to slides
+
+
+class SlideNames:
+    """Finds a slide by the name a person gave it."""
+
+    def __init__(self, slides: Iterable[str]) -> None:
+        self.slides = tuple(slides)
+        self._exact = set(self.slides)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for slide in self.slides:
+            for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
+                self._by_stem[stem].append(slide)
+
+    def find(self, name: str) -> tuple[str, ...]:
+        """The slides meant by `name`: none, one, or (a TCGA case barcode, an ambiguous file name) several."""
+        name = name.replace("\\", "/").removeprefix("./")
+        if name in self._exact:
+            return (name,)
+        for spelling in (name, _without_suffix(name)):
+            found = self._same_ending(spelling)
+            if found:
+                return found
+        return self._barcode(name)
+
+    def is_case_barcode(self, name: str) -> bool:
+        return TCGA_CASE.fullmatch(name) is not None
+
+    def hint(self, name: str) -> str:
+        stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]
+        close = nearest(stem, self._by_stem)
+        return close.removeprefix(", ") if close else "no slide has a similar name"
+
+    def _same_ending(self, name: str) -> tuple[str, ...]:
+        """Slides whose path, read from its end, agrees with `name` as far as both go."""
+        parts = _parts(name)
+        found = []
+        for slide in self._by_stem.get(parts[-1], ()):
+            others = _parts(slide)
+            shared = min(len(parts), len(others)) - 1
+            if shared == 0 or parts[:-1][-shared:] == others[:-1][-shared:]:
+                found.append(slide)
+        return tuple(sorted(found))
+
+    def _barcode(self, name: str) -> tuple[str, ...]:
+        stem = PurePosixPath(name).name.casefold()
+        if not TCGA_CASE.match(stem):
+            return ()
+        starts = [(slide, _parts(slide)[-1]) for slide in self.slides]
+        return tuple(
+            sorted(s for s, own in starts if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
+        )
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.casefold().split("/") if part) or ("",)
+
+
+def _without_suffix(name: str) -> str:
+    """A1.svs -> A1, A1.v2 -> A1.v2: only what looks like a file type goes (letters first, so 'S1.2' keeps its end)."""
+    return re.sub(r"\.(?:ome\.tiff?|[A-Za-z][A-Za-z0-9]{1,6})$", "", name, flags=re.IGNORECASE)
+
+
+# ---- labels to items
+
+
+def match_labels(
+    rows: Sequence[Row],
+    slides: Iterable[str],
+    *,
+    reasons: Mapping[str, str] | None = None,
+    classes: Sequence[str] = (),
+    mixed_patients: bool = False,
+    source: str = "labels.csv",
+) -> LabelTable:
+    """Items of `rows` whose slides are among `slides`; `reasons` says why a known slide has no tiles.
+
+    `classes` keeps only these. Refuses contradictions: a slide with two labels, a patient in both splits, and,
+    unless `mixed_patients` or labels of regions, a patient with slides of two classes.
+    """
+    names = SlideNames(slides)
+    without_tiles = SlideNames(reasons or {})
+    named = [row for row in rows if row.label and (not classes or row.label in classes)]
+    known_labels = sorted({row.label for row in rows if row.label})
+    for name in classes:
+        if name not in known_labels:
+            raise LabelsError(
+                f"--classes {name}: {source} has no such label{nearest(name, known_labels)} ({_some(known_labels)})"
+            )
+    regions = any(row.box for row in named)
+    missing: dict[str, str] = {}
+    notes: list[str] = []
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in named:
+        hits = names.find(row.slide)
+        if not hits:
+            aside = without_tiles.find(row.slide)
+            missing[row.slide] = f"no tiles: {(reasons or {})[aside[0]]}" if aside else names.hint(row.slide)
+        elif len(hits) > 1 and not (TCGA_CASE.match(PurePosixPath(row.slide).name) and not regions):
+            raise LabelsError(
+                f"{source}, line {row.line}: {row.slide!r} may be {_some(hits)}; write its path below the slides folder"
+            )
+        for slide in hits:
+            found[slide].append(row)
+    if not found:
+        raise LabelsError(_none_found(source, named, missing))
+    patient_of, patients_from = _patients(found)
+    items = []
+    for slide in sorted(found):
+        items += _items_of(source, slide, found[slide], patient_of[slide], regions, notes)
+    present = tuple(sorted({item.label for item in items}, key=natural))
+    if len(present) < 2:
+        raise LabelsError(
+            f"{source}: every labelled slide that was found is {present[0]!r}; two classes at least are needed"
+        )
+    _refuse_split_patients(source, items)
+    if not regions and not mixed_patients:
+        _refuse_mixed_patients(source, items)
+    if patients_from != "the patient column" and "own patient" in patients_from:
+        notes.append(
+            "no patient column: each slide counts as its own patient. If some patients have several slides, "
+            "the figures are too good; add a column 'patient'"
+        )
+    return LabelTable(
+        items=tuple(items),
+        classes=present,
+        unit="region" if regions else "slide",
+        num_named=len({row.slide for row in named}),
+        missing=tuple(sorted(missing.items())),
+        unlabelled=tuple(sorted(set(names.slides) - set(found))),
+        patients_from=patients_from,
+        notes=tuple(notes),
+    )
+
+
+def _none_found(source: str, named: Sequence[Row], missing: Mapping[str, str]) -> str:
+    if not named:
+        return f"{source}: no line has a label"
+    first = next(iter(missing))
+    return (
+        f"{source}: none of its {len(missing)} slides has tiles in this workspace; the first is {first!r} "
+        f"({missing[first]}). Names must be those of the slide files; histossl tile --slides DIR makes the tiles"
+    )
+
+
+def _patients(found: Mapping[str, Sequence[Row]]) -> tuple[dict[str, str], str]:
+    """Each slide's patient, and where it comes from."""
+    if any(row.patient for rows in found.values() for row in rows):
+        return {slide: rows[0].patient for slide, rows in found.items()}, "the patient column"
+    patients = {}
+    for slide in found:
+        barcode = TCGA_CASE.search(PurePosixPath(slide).name)
+        patients[slide] = barcode.group().upper() if barcode else slide
+    own = sum(patients[slide] == slide for slide in found)
+    if own == 0:
+        return patients, "TCGA barcodes"
+    if own == len(found):
+        return patients, "nothing: each slide is its own patient"
+    return patients, f"TCGA barcodes; {own} slides without one are each their own patient"
+
+
+def _items_of(
+    source: str, slide: str, rows: Sequence[Row], patient: str, regions: bool, notes: list[str]
+) -> list[Item]:
+    first = rows[0]
+    for row in rows[1:]:
+        for what in ("patient", "site", "split") if regions else ("label", "patient", "site", "split"):
+            if getattr(row, what) != getattr(first, what):
+                raise LabelsError(
+                    f"{source}: {slide} is listed twice with different {what}: {getattr(first, what)!r} "
+                    f"(line {first.line}) and {getattr(row, what)!r} (line {row.line})"
+                )
+    if not regions:
+        if len(rows) > 1:
+            notes.append(f"{slide} is listed {len(rows)} times with the same label; it counts once")
+        return [Item(slide, slide, first.label, patient, first.site, first.split)]
+    items: list[Item] = []
+    for row in rows:
+        if row.box is None:
+            raise LabelsError(f"{source}, line {row.line}: no region (x,y,width,height) though other lines have one")
+        name = f"{slide}#{len(items) + 1}"
+        items.append(Item(name, slide, row.label, patient, row.site, row.split, boxes=(row.box,)))
+    return items
+
+
+def _refuse_split_patients(source: str, items: Sequence[Item]) -> None:
+    sides: dict[str, dict[str, str]] = defaultdict(dict)
+    for item in items:
+        sides[item.patient].setdefault(item.split, item.slide)
+    torn = {patient: slides for patient, slides in sides.items() if len(slides) > 1}
+    if torn:
+        patient, slides = next(iter(sorted(torn.items())))
+        raise LabelsError(
+            f"{source}: {len(torn)} {'patient is' if len(torn) == 1 else 'patients are'} in both train and test, "
+            f"the first {patient!r} (train {slides.get('train')}, test {slides.get('test')}); "
+            "a patient must be on one side only"
+        )
+
+
+def _refuse_mixed_patients(source: str, items: Sequence[Item]) -> None:
+    labels: dict[str, dict[str, str]] = defaultdict(dict)
+    for item in items:
+        labels[item.patient].setdefault(item.label, item.slide)
+    mixed = {patient: of for patient, of in labels.items() if len(of) > 1}
+    if mixed:
+        patient, of = next(iter(sorted(mixed.items())))
+        example = ", ".join(f"{slide} is {label!r}" for label, slide in sorted(of.items()))
+        raise LabelsError(
+            f"{source}: {len(mixed)} {'patient has' if len(mixed) == 1 else 'patients have'} slides of several "
+            f"classes, the first {patient!r} ({example}); if that is meant (tumour and normal of one patient), "
+            "pass --mixed-patients"
+        )
+
+
+# ---- from slides to regions and tiles
+
+
+def tiles_in_boxes(coords_l0: NDArray[np.integer], tile_side_l0: float, boxes: Sequence[Box]) -> NDArray[np.int64]:
+    """Positions of the tiles whose centre lies in one of `boxes`. coords_l0 (n, 2) are top left corners."""
+    centre = np.asarray(coords_l0, dtype=np.float64) + tile_side_l0 / 2
+    inside = np.zeros(len(centre), dtype=bool)
+    for box in boxes:
+        inside |= (
+            (centre[:, 0] >= box.x_l0)
+            & (centre[:, 0] < box.x_l0 + box.width_l0)
+            & (centre[:, 1] >= box.y_l0)
+            & (centre[:, 1] < box.y_l0 + box.height_l0)
+        )
+    return np.flatnonzero(inside).astype(np.int64)
+
+
+def one_item_per_tile(table: LabelTable, num_tiles: Mapping[str, int], *, at_most: int, seed: int) -> LabelTable:
+    """Each tile of each item becomes an item of its own, `at_most` of one slide and label, chosen by `seed`.
+
+    A tile inside regions of two labels has no label of its own and is left out.
+    """
+    of_slide: dict[str, list[Item]] = defaultdict(list)
+    for item in table.items:
+        of_slide[item.slide].append(item)
+    items: list[Item] = []
+    contradicted = 0
+    for slide, whole in sorted(of_slide.items()):
+        label_of: dict[int, Item | None] = {}
+        for item in whole:
+            tiles = np.arange(num_tiles[slide]) if item.tiles is None else item.tiles
+            for tile in tiles.tolist():
+                before = label_of.setdefault(tile, item)
+                if before is None or before.label != item.label:
+                    label_of[tile] = None
+        contradicted += sum(item is None for item in label_of.values())
+        by_label: dict[str, list[int]] = defaultdict(list)
+        for tile, owner in sorted(label_of.items()):
+            if owner is not None:
+                by_label[owner.label].append(tile)
+        for label, tiles_of_label in sorted(by_label.items()):
+            rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(slide.encode()).digest()[:4])])
+            kept = np.sort(rng.permutation(tiles_of_label)[:at_most])
+            for tile in kept.tolist():
+                owner = label_of[tile]
+                assert owner is not None
+                items.append(
+                    Item(
+                        f"{slide}@{tile}", slide, label, owner.patient, owner.site, owner.split,
+                        tiles=np.array([tile], dtype=np.int64),
+                    )
+                )  # fmt: skip
+    notes = list(table.notes)
+    if contradicted:
+        notes.append(f"{contradicted} tiles lie in regions of two labels; they are left out")
+    return _with_items(table, items, "tile", notes)
+
+
+def with_tiles(table: LabelTable, items: Iterable[Item], notes: Iterable[str] = ()) -> LabelTable:
+    """The same table after its regions have found their tiles."""
+    return _with_items(table, list(items), table.unit, [*table.notes, *notes])
+
+
+def _with_items(table: LabelTable, items: list[Item], unit: Unit, notes: list[str]) -> LabelTable:
+    present = tuple(sorted({item.label for item in items}, key=natural))
+    if len(present) < 2:
+        lost = [label for label in table.classes if label not in present]
+        raise LabelsError(f"no tile carries the label {_some(lost)}; two classes at least are needed")
+    return LabelTable(
+        items=tuple(items),
+        classes=present,
+        unit=unit,
+        num_named=table.num_named,
+        missing=table.missing,
+        unlabelled=table.unlabelled,
+        patients_from=table.patients_from,
+        notes=tuple(notes),
+    )
+
+
+# ---- what a person sees first
+
+
+def overview(table: LabelTable) -> tuple[list[str], list[list[object]]]:
+    """Columns and rows of the table that is shown before anything runs: per class (and split) items and patients."""
+    splits = [split for split in ("train", "test") if any(item.split == split for item in table.items)]
+    unit = f"{table.unit}s"
+    columns = ["class", unit, "patients"]
+    columns += [f"{split} {what}" for split in splits for what in (unit, "patients")]
+    rows: list[list[object]] = []
+    for label in (*table.classes, None):
+        chosen = [item for item in table.items if label is None or item.label == label]
+        row: list[object] = ["all" if label is None else label, len(chosen), len({item.patient for item in chosen})]
+        for split in splits:
+            part = [item for item in chosen if item.split == split]
+            row += [len(part), len({item.patient for item in part})]
+        rows.append(row)
+    return columns, rows
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts 'grade 2' before 'grade 10', so that ordinal labels stand in their order."""
+    pieces = re.split(r"(\d+)", text)
+    return tuple((1, int(piece), "") if piece.isdecimal() else (0, 0, piece) for piece in pieces if piece)
+
+
+def _some(names: Sequence[str], at_most: int = 4) -> str:
+    shown = ", ".join(repr(name) for name in list(names)[:at_most])
+    return shown if len(names) <= at_most else f"{shown} and {len(names) - at_most} more"

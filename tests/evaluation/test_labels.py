@@ -1,0 +1,188 @@
+"""labels.csv is read as written, finds its slides, and refuses what would make a curve lie."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from histossl.errors import LabelsError
+from histossl.evaluation.labels import (
+    Box,
+    SlideNames,
+    match_labels,
+    natural,
+    one_item_per_tile,
+    overview,
+    read_rows,
+    tiles_in_boxes,
+)
+
+SLIDES = ["A1", "A2", "case1/B1", "case2/B1", "S1.2", "twin.svs", "twin.tif"]
+
+
+def rows_of(tmp_path: Path, text: str, encoding: str = "utf-8"):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text.encode(encoding))
+    return read_rows(path)
+
+
+def table_of(tmp_path: Path, text: str, slides=SLIDES, **options):
+    return match_labels(rows_of(tmp_path, text), slides, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("A1", ("A1",)),
+        ("A1.svs", ("A1",)),
+        ("A1.ome.tiff", ("A1",)),
+        ("./A1.svs", ("A1",)),
+        ("a1.SVS", ("A1",)),
+        ("case1/B1.svs", ("case1/B1",)),
+        ("case1\\B1.svs", ("case1/B1",)),
+        ("/mnt/slides/case2/B1.ndpi", ("case2/B1",)),
+        ("B1.svs", ("case1/B1", "case2/B1")),
+        ("S1.2", ("S1.2",)),
+        ("S1.2.mrxs", ("S1.2",)),
+        ("S1", ()),
+        ("twin.tif", ("twin.tif",)),
+        ("twin", ("twin.svs", "twin.tif")),
+        ("A", ()),
+        ("elsewhere/B1", ()),
+    ],
+)
+def test_a_slide_is_found_by_any_of_its_names_and_by_no_other(name, found):
+    assert SlideNames(SLIDES).find(name) == found
+
+
+def test_barcodes_find_slides_and_give_patients(tmp_path):
+    slides = ["TCGA-CR-7395-01A-01-TS1.0a1b", "TCGA-CR-7395-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX1.ffff"]
+    table = table_of(tmp_path, "slide,label\nTCGA-CR-7395,yes\nTCGA-AA-0001-01Z-00-DX1,no\n", slides)
+    assert {item.slide: (item.label, item.patient) for item in table.items} == {
+        slides[0]: ("yes", "TCGA-CR-7395"),
+        slides[1]: ("yes", "TCGA-CR-7395"),
+        slides[2]: ("no", "TCGA-AA-0001"),
+    }
+    assert table.patients_from == "TCGA barcodes"
+
+
+def test_a_barcode_is_not_the_beginning_of_a_longer_one(tmp_path):
+    assert SlideNames(["TCGA-AA-00012-X"]).find("TCGA-AA-0001") == ()
+
+
+def test_labels_stay_text(tmp_path):
+    table = table_of(tmp_path, "slide,label\nA1,1\nA2,01\ncase1/B1,1.0\n")
+    assert [item.label for item in table.items] == ["1", "01", "1.0"]
+
+
+def test_a_byte_order_mark_and_spaces_do_not_matter(tmp_path):
+    rows = rows_of(tmp_path, "Slide , LABEL\r\n A1.svs , x \r\nA2,y\r\n\r\n", encoding="utf-8-sig")
+    table = match_labels(rows, SLIDES)
+    assert [(item.slide, item.label) for item in table.items] == [("A1", "x"), ("A2", "y")]
+
+
+def test_without_patients_each_slide_is_its_own_and_it_is_said(tmp_path):
+    table = table_of(tmp_path, "slide,label\nA1,x\nA2,y\n")
+    assert {item.patient for item in table.items} == {"A1", "A2"}
+    assert any("no patient column" in note for note in table.notes)
+
+
+def test_the_table_counts_matched_missing_and_unlabelled(tmp_path):
+    text = "slide,label,patient,split\nA1,x,P1,train\nA2,y,P2,test\nA3,y,P3,test\ntwin.svs,,,\n"
+    table = table_of(tmp_path, text, reasons={"A3": "no tissue"})
+    assert table.num_named == 3
+    assert table.missing == (("A3", "no tiles: no tissue"),)
+    assert "twin.svs" in table.unlabelled
+    assert "A1" not in table.unlabelled
+    columns, rows = overview(table)
+    assert columns == ["class", "slides", "patients", "train slides", "train patients", "test slides", "test patients"]
+    assert rows == [["x", 1, 1, 1, 1, 0, 0], ["y", 1, 1, 0, 0, 1, 1], ["all", 2, 2, 1, 1, 1, 1]]
+
+
+def test_a_missing_name_comes_with_its_nearest(tmp_path):
+    table = table_of(tmp_path, "slide,label\nA1,x\nA2,y\nadenoma-B1x,y\n", [*SLIDES, "adenoma-B1"])
+    assert table.missing == (("adenoma-B1x", "did you mean 'adenoma-b1'?"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("slide,label\n", "no slides below"),
+        ("slide;label\nA1;x\n", "separated by semicolons"),
+        ("slide\tlabel\nA1\tx\n", "separated by tabs"),
+        ("slide,lable\nA1,x\n", "no column 'label' .*did you mean 'lable'"),
+        ("slide,label,label\nA1,x,x\n", "stands twice"),
+        ("slide,label\nA1,x,y\n", "line 2: 3 columns"),
+        ("slide,label\n,x\n", "line 2: the slide's name is empty"),
+        ("slide,label,split\nA1,x,train\nA2,y,val\n", "line 3: split 'val' must be"),
+        ("slide,label,patient\nA1,x,\n", "has no patient"),
+        ("slide,label\nA1,x\nA1.svs,y\nA2,y\n", "A1 is listed twice with different label"),
+        ("slide,label\nA1,x\nA2,x\n", "two classes at least"),
+        ("slide,label\nB1,x\nA1,y\n", "'B1' may be 'case1/B1', 'case2/B1'"),
+        ("slide,label\nZ1,x\nZ2,y\n", "none of its 2 slides has tiles"),
+        ("slide,label,patient,split\nA1,x,P,train\nA2,y,P,test\n", "'P' .* on one side only"),
+        ("slide,label,patient\nA1,x,P\nA2,y,P\n", "several classes.*--mixed-patients"),
+        ("slide,label,x,y,width\nA1,x,0,0,9\n", "without height"),
+        ("slide,label,x,y,width,height\nA1,x,0,0,9,nine\n", "must be numbers"),
+        ("slide,label,x,y,width,height\nA1,x,0,0,0,9\n", "holds nothing"),
+    ],
+)
+def test_each_mistake_is_one_clear_line(tmp_path, text, said):
+    with pytest.raises(LabelsError, match=said) as caught:
+        table_of(tmp_path, text)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [("slide,label".encode("utf-16"), "UTF-16"), (b"PK\x03\x04", "spreadsheet"), (b"slide,label\nK\xf6ln,x", "UTF-8")],
+)
+def test_what_a_spreadsheet_saves_otherwise_is_named(tmp_path, raw, said):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(raw)
+    with pytest.raises(LabelsError, match=said):
+        read_rows(path)
+
+
+def test_mixed_patients_and_fewer_classes_when_asked(tmp_path):
+    text = "slide,label,patient\nA1,x,P\nA2,y,P\ncase1/B1,z,Q\n"
+    assert table_of(tmp_path, text, mixed_patients=True).classes == ("x", "y", "z")
+    assert table_of(tmp_path, text, classes=("x", "z")).classes == ("x", "z")
+    with pytest.raises(LabelsError, match="--classes zz"):
+        table_of(tmp_path, text, classes=("x", "zz"))
+
+
+def test_a_case_with_the_same_label_twice_counts_once(tmp_path):
+    table = table_of(tmp_path, "slide,label\nA1,x\nA1.svs,x\nA2,y\n")
+    assert len(table.items) == 2
+    assert any("counts once" in note for note in table.notes)
+
+
+def test_ordinal_labels_stand_in_their_order():
+    assert sorted(["grade 10", "grade 2", "benign", "3"], key=natural) == ["benign", "grade 2", "grade 10", "3"]
+
+
+def test_regions_become_items_and_tiles_are_theirs_by_their_centre(tmp_path):
+    table = table_of(tmp_path, "slide,label,patient,x,y,width,height\nA1,x,P,0,0,100,100\nA1,y,P,200,0,100,100\n")
+    assert [(item.name, item.label) for item in table.items] == [("A1#1", "x"), ("A1#2", "y")]
+    coords = np.array([[0, 0], [60, 0], [39, 0], [200, 0], [0, 90]])
+    assert tiles_in_boxes(coords, 40, table.items[0].boxes).tolist() == [0, 1, 2]
+    assert tiles_in_boxes(coords, 40, (Box(200, 0, 100, 100),)).tolist() == [3]
+    assert tiles_in_boxes(coords, 40, (Box(0, 0, 80, 80),)).tolist() == [0, 2]
+
+
+def test_tiles_as_items_leave_out_what_carries_two_labels(tmp_path):
+    table = table_of(tmp_path, "slide,label,patient\nA1,x,P\nA2,y,Q\n")
+    tiles = one_item_per_tile(table, {"A1": 5, "A2": 3}, at_most=4, seed=0)
+    assert [item.label for item in tiles.items].count("x") == 4
+    assert [item.label for item in tiles.items].count("y") == 3
+    assert tiles.unit == "tile"
+    assert one_item_per_tile(table, {"A1": 5, "A2": 3}, at_most=4, seed=0).digest == tiles.digest
+
+
+def test_the_digest_follows_the_labels_and_not_the_order_of_lines(tmp_path):
+    one = table_of(tmp_path, "slide,label\nA1,x\nA2,y\n").digest
+    assert table_of(tmp_path, "slide,label\nA2,y\nA1,x\n").digest == one
+    assert table_of(tmp_path, "slide,label\nA2,x\nA1,y\n").digest != one
