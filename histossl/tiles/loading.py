@@ -1,0 +1,223 @@
+"""From the tile store to batches in memory: read and decode ahead of the training loop, in its order, and nothing else.
+
+    order = TileOrder(index, seed=0)
+    with tile_batches(index, order, global_batch=256, start_step=0, num_steps=1000, num_workers=8) as batches:
+        for tiles, numbers, positions in batches: ...
+
+Workers are threads. Decoding releases Python's lock, so they use every core; they start at once, need no shared memory
+(which containers keep small), outlive no parent, and cannot differ in their random state, for they have none.
+
+Shapes: B tiles, H W pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from histossl.errors import StoreError, UsageError
+from histossl.tiles.sampling import Ints, TileOrder
+
+CHUNK = 16  # tiles that one worker reads and decodes in one go
+DAMAGED_SHARE = 0.01  # more damaged tiles than this stop the run ...
+DAMAGED_FIRST = 1000  # ... counted over at least so many reads, so that two bad tiles at the start do not
+MAX_STAND_INS = 100
+
+
+class Store(Protocol):
+    """What loading needs of a TileIndex."""
+
+    @property
+    def tile_px(self) -> int: ...
+
+    def read(self, number: int) -> bytes: ...
+
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def decode_tiles(jpegs: Sequence[bytes], tile_px: int) -> Tensor:
+    """(B, 3, tile_px, tile_px) uint8 RGB, in channels-last memory: the bytes lie as the decoder wrote them."""
+    pixels = np.empty((len(jpegs), tile_px, tile_px, 3), dtype=np.uint8)
+    for place, jpeg in enumerate(jpegs):
+        decode_into(pixels[place], jpeg, f"tile {place} of {len(jpegs)}")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def decode_into(pixels: NDArray[np.uint8], jpeg: bytes, name: str) -> None:
+    """Decode one tile into pixels (H, W, 3). Damaged, or of another size: a StoreError that names it."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        if (height, width) != pixels.shape[:2]:
+            raise StoreError(
+                f"{name}: is {width} x {height} px, and {pixels.shape[1]} x {pixels.shape[0]} px was expected; "
+                "tile this slide again"
+            )
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
+    except ValueError as error:
+        raise StoreError(f"{name}: is not a whole JPEG ({error}); tile this slide again") from error
+
+
+def tile_batches(
+    index: Store,
+    order: TileOrder,
+    global_batch: int,
+    start_step: int,
+    num_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 2,
+    pin_memory: bool = False,
+) -> TileBatches:
+    """The batches of steps start_step .. start_step + num_steps - 1, in order, each read before it is asked for.
+
+    Step s takes positions s * global_batch .. (s + 1) * global_batch - 1 of the order, whatever the number of
+    processes; each rank gets its contiguous slice. Yields (tiles uint8 (b, 3, H, W), numbers (b,), positions (b,)), the
+    latter two int64 on the CPU. `num_workers=0` reads in the calling thread.
+    """
+    if global_batch < 1 or global_batch % world_size:
+        raise UsageError(f"--batch-size {global_batch}: must be a positive multiple of the {world_size} processes")
+    return TileBatches(index, order, global_batch, start_step, num_steps, rank, world_size, num_workers, pin_memory)
+
+
+class TileBatches(Iterator[Batch]):
+    """An iterator of batches that can be closed, and that remembers what was wrong and how long was waited.
+
+    A damaged tile is left out, counted, and replaced by the tile half an epoch further on in the order: the same
+    one on every run, and none of its neighbours in the stream, so no batch holds a tile twice for it.
+    """
+
+    def __init__(
+        self,
+        index: Store,
+        order: TileOrder,
+        global_batch: int,
+        start_step: int,
+        num_steps: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self._index, self._order, self._pin_memory = index, order, pin_memory
+        self._global_batch, self._batch, self._rank = global_batch, global_batch // world_size, rank
+        self._steps = iter(range(start_step, start_step + num_steps))
+        self._pool = ThreadPoolExecutor(num_workers, "tiles") if num_workers else None
+        self._ahead: deque[_Pending] = deque()
+        # Two batches ahead keep the workers busy over a step; small batches need more of them for the same.
+        self._depth = max(2, -(-2 * num_workers * CHUNK // self._batch))
+        self._lock = threading.Lock()
+        self.damaged: dict[int, str] = {}  # tile number -> what is wrong with it
+        self.num_read = 0
+        self.wait_s = 0.0  # how long the caller stood waiting for tiles
+
+    def __next__(self) -> Batch:
+        began_s = time.perf_counter()
+        try:
+            if self._pool is None:
+                pending = self._begin()
+            else:
+                while len(self._ahead) < self._depth and (begun := self._begin()) is not None:
+                    self._ahead.append(begun)
+                pending = self._ahead.popleft() if self._ahead else None
+            if pending is None:
+                raise StopIteration
+            batch = pending.wait()
+        except BaseException:
+            self.close()
+            raise
+        self.wait_s += time.perf_counter() - began_s
+        return batch
+
+    def _begin(self) -> _Pending | None:
+        """Start reading the next batch; None after the last."""
+        step = next(self._steps, None)
+        if step is None:
+            return None
+        start = step * self._global_batch + self._rank * self._batch
+        side = self._index.tile_px
+        store = torch.empty((self._batch, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+        positions = np.arange(start, start + self._batch, dtype=np.int64)
+        pending = _Pending(store, np.empty(self._batch, dtype=np.int64), positions)
+        for first in range(0, self._batch, CHUNK):
+            here = slice(first, min(first + CHUNK, self._batch))
+            if self._pool is None:
+                self._fill(pending, here)
+            else:
+                pending.parts.append(self._pool.submit(self._fill, pending, here))
+        return pending
+
+    def _fill(self, batch: _Pending, here: slice) -> None:
+        pixels, positions = batch.store.numpy()[here], batch.positions[here]
+        batch.numbers[here] = self._order.tiles_at(positions)
+        for place, number in enumerate(batch.numbers[here]):
+            batch.numbers[here.start + place] = self._read(pixels[place], int(number), int(positions[place]))
+
+    def _read(self, pixels: NDArray[np.uint8], number: int, position: int) -> int:
+        """Decode the tile, or the first good one of its stand-ins; which one it was."""
+        stand_in = position + max(1, self._order.num_tiles // 2)
+        for attempt in range(MAX_STAND_INS):
+            try:
+                if number not in self.damaged:
+                    decode_into(pixels, self._index.read(number), f"tile {number}")
+                    with self._lock:
+                        self.num_read += 1
+                    return number
+            except StoreError as error:
+                self._note_damage(number, error)
+            number = int(self._order.tile_numbers(stand_in + attempt, 1)[0])
+        raise TooManyDamaged(f"no good tile found in {MAX_STAND_INS} tries: {next(reversed(self.damaged.values()))}")
+
+    def _note_damage(self, number: int, error: StoreError) -> None:
+        with self._lock:
+            self.damaged[number] = str(error)
+            self.num_read += 1
+            looked_at = min(self._order.num_tiles, max(self.num_read, DAMAGED_FIRST))
+            if len(self.damaged) > max(1, DAMAGED_SHARE * looked_at):
+                raise TooManyDamaged(
+                    f"{len(self.damaged)} of the {self.num_read} tiles read so far are damaged (more than "
+                    f"{DAMAGED_SHARE:.0%}), the last one: {error}"
+                ) from error
+
+    def close(self) -> None:
+        """Stop reading ahead. Called at the end, on an error, and on leaving a `with`."""
+        self._ahead.clear()
+        self._steps = iter(range(0))
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TooManyDamaged(StoreError):
+    """Not one tile but the store: ends the run."""
+
+
+class _Pending:
+    """A batch on its way."""
+
+    def __init__(self, store: Tensor, numbers: Ints, positions: Ints) -> None:
+        self.store, self.numbers, self.positions = store, numbers, positions
+        self.parts: list[Future[None]] = []
+
+    def wait(self) -> Batch:
+        for part in self.parts:
+            part.result()
+        return self.store.permute(0, 3, 1, 2), torch.from_numpy(self.numbers), torch.from_numpy(self.positions)

@@ -1,0 +1,131 @@
+"""Batches of tiles: the pixels of the store, in the order asked for, on any number of workers and processes."""
+
+import threading
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from histossl.errors import StoreError, UsageError
+from histossl.tiles.loading import TooManyDamaged, decode_tiles, tile_batches
+from histossl.tiles.sampling import TileOrder
+
+
+class Store:
+    """Slides of flat tiles: a tile's grey value is its number (over 4)."""
+
+    tile_px = 32
+
+    def __init__(self, num_tiles=1000, damaged=()):
+        self.num_tiles, self.damaged, self.slides = num_tiles, set(damaged), ["A", "B"]
+
+    def tiles_of(self, slide):
+        half = self.num_tiles // 2
+        return range(half) if slide == "A" else range(half, self.num_tiles)
+
+    def read(self, number):
+        jpeg = simplejpeg.encode_jpeg(np.full((self.tile_px, self.tile_px, 3), number // 4, np.uint8), 90)
+        if number in self.damaged:
+            raise StoreError(f"A.zip: tile {number} is cut off")
+        return jpeg
+
+
+def batches_of(store, num_workers=2, seed=0, **how):
+    how = {"global_batch": 40, "start_step": 0, "num_steps": 5} | how
+    return tile_batches(store, TileOrder(store, seed), num_workers=num_workers, **how)
+
+
+def test_tiles_are_the_pixels_of_their_numbers_in_the_order_of_the_stream():
+    store = Store()
+    with batches_of(store) as batches:
+        seen = list(batches)
+    assert [tuple(tiles.shape) for tiles, _, _ in seen] == [(40, 3, 32, 32)] * 5
+    numbers = torch.cat([numbers for _, numbers, _ in seen])
+    assert (numbers.numpy() == TileOrder(store, 0).tile_numbers(0, 200)).all()
+    assert torch.cat([positions for _, _, positions in seen]).tolist() == list(range(200))
+    values = torch.cat([tiles for tiles, _, _ in seen])
+    assert values.dtype == torch.uint8
+    assert (values == (numbers // 4)[:, None, None, None]).all()
+
+
+def test_the_number_of_workers_changes_nothing():
+    runs = [list(batches_of(Store(), workers)) for workers in (0, 1, 3)]
+    for other in runs[1:]:
+        for mine, yours in zip(runs[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+
+
+def test_processes_share_a_batch_in_slices_and_a_resume_goes_on():
+    whole = torch.cat([numbers for _, numbers, _ in batches_of(Store())])
+    ranks = [list(batches_of(Store(), rank=rank, world_size=4)) for rank in range(4)]
+    shared = torch.cat([torch.cat([ranks[rank][step][1] for rank in range(4)]) for step in range(5)])
+    assert torch.equal(whole, shared)
+    resumed = torch.cat([numbers for _, numbers, _ in batches_of(Store(), start_step=3, num_steps=2)])
+    assert torch.equal(whole[120:], resumed)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(UsageError, match="multiple of the 3 processes"):
+        batches_of(Store(), world_size=3)
+
+
+def test_a_damaged_tile_is_replaced_alike_on_every_run_and_counted():
+    stream = TileOrder(Store(), 0)
+    bad = int(stream.tile_numbers(17, 1)[0])
+    runs = []
+    for workers, ranks in ((0, 1), (3, 1), (2, 2)):
+        parts = [batches_of(Store(damaged=[bad]), workers, rank=rank, world_size=ranks) for rank in range(ranks)]
+        steps = [[batch[1] for batch in part] for part in parts]
+        assert sum(part.damaged.get(bad) is not None for part in parts) == 1
+        assert sum(len(part.damaged) for part in parts) == 1
+        runs.append(torch.cat([torch.cat(step) for step in zip(*steps, strict=True)]))
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+    assert int(runs[0][17]) == int(stream.tile_numbers(517, 1)[0])
+    unharmed = np.arange(200) != 17
+    assert (runs[0].numpy()[unharmed] == stream.tile_numbers(0, 200)[unharmed]).all()
+
+
+def test_more_than_one_per_cent_of_damage_ends_the_run_with_the_last_reason():
+    with pytest.raises(TooManyDamaged, match=r"11 of the .* tiles read so far are damaged .*A.zip: tile"):
+        list(batches_of(Store(damaged=range(0, 1000, 5)), num_steps=25))
+    with batches_of(Store(damaged=range(0, 1000, 100)), num_steps=25) as one_per_cent:
+        assert sum(1 for _ in one_per_cent) == 25
+    assert len(one_per_cent.damaged) == 10
+
+
+def test_a_store_without_a_good_tile_ends_instead_of_searching_for_ever():
+    for num_tiles in (2, 400):
+        with pytest.raises(TooManyDamaged):
+            list(batches_of(Store(num_tiles, damaged=range(num_tiles)), global_batch=2))
+
+
+def test_closing_early_leaves_no_thread_behind():
+    before = threading.active_count()
+    with batches_of(Store(), num_workers=3) as batches:
+        next(batches)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+    assert list(batches) == []
+
+
+def test_a_tile_that_is_no_jpeg_or_of_another_size_is_named():
+    good = Store().read(0)
+    assert decode_tiles([good, good], 32).shape == (2, 3, 32, 32)
+    with pytest.raises(StoreError, match="tile 1 of 2: is not a whole JPEG"):
+        decode_tiles([good, good[: len(good) // 2]], 32)
+    with pytest.raises(StoreError, match="tile 0 of 1: is not a whole JPEG"):
+        decode_tiles([b"no picture"], 32)
+    with pytest.raises(StoreError, match="tile 0 of 1: is 32 x 32 px, and 64 x 64 px"):
+        decode_tiles([good], 64)
+
+
+def test_decoding_agrees_with_pillow():
+    from io import BytesIO
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)
+    jpeg = simplejpeg.encode_jpeg(pixels, 85, colorsubsampling="420")
+    theirs = torch.from_numpy(np.array(Image.open(BytesIO(jpeg)))).permute(2, 0, 1)
+    assert torch.equal(decode_tiles([jpeg], 96)[0], theirs)
