@@ -1,0 +1,252 @@
+"""Walk an archive: which files are slides, and what each is called.
+
+A slide's id is its path in the archive without its suffix ("case1/A1"). What several files make up together (a DICOM
+series, MIRAX with its folder, Hamamatsu VMS with its JPEGs) is one slide. Nothing is opened but headers.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from histossl.errors import UsageError
+
+OPENSLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".mrxs", ".svslide", ".vms", ".vmu", ".dcm", ".czi")
+TIFF_SUFFIXES = (".tif", ".tiff", ".qptiff", ".btf", ".tf2", ".tf8", ".gtif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = frozenset(OPENSLIDE_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)
+VOLUME = "VOLUME"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+@dataclass(frozen=True)
+class SlideFile:
+    """One slide of the archive: the file to open, and the slide's id. `problem` if it is known not to be one."""
+
+    path: Path
+    slide: str
+    problem: str = ""
+    note: str = ""  # worth a warning, though it can be opened
+
+
+@dataclass
+class Walk:
+    """What a folder holds: slides, and how many other files of which suffix were passed by."""
+
+    root: Path
+    found: list[SlideFile] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+def find_slides(directory: Path) -> list[SlideFile]:
+    """The slides of a folder and all its subfolders, sorted by id. Files that cannot be opened are not among them."""
+    return [one for one in walk(directory).found if not one.problem]
+
+
+def relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def walk(directory: Path) -> Walk:
+    """Every file once, links followed without going in circles."""
+    directory = Path(directory)
+    if not directory.exists():
+        raise UsageError(f"{directory}: no such folder")
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: a file, not a folder; give the folder that holds the slides")
+    result = Walk(directory)
+    files: list[tuple[Path, str, str]] = []  # path, problem, note
+    for folder, names, problem in _folders(directory):
+        if problem:
+            files.append((folder, problem, ""))
+            continue
+        files += _slides_of(folder, names, result.ignored)
+    result.found = _named(directory, files)
+    return result
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str], str]]:
+    """(folder, names of its files, problem). Real folders go before links to them, so that paths stay stable."""
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [root], list[Path]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            yield folder, [], f"the folder cannot be listed ({error.strerror}); its slides are left out"
+            continue
+        files: list[str] = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                files.append(entry.name)
+            elif entry.is_symlink():
+                links.append(folder / entry.name)
+            else:
+                waiting.append(folder / entry.name)
+        hollow = folder.suffix.lower() in SUFFIXES - {".dcm"} and folder != root and not entries
+        yield folder, files, "a folder named like a slide, and empty" if hollow else ""
+
+
+def _slides_of(folder: Path, names: list[str], ignored: Counter[str]) -> list[tuple[Path, str, str]]:
+    """The slides among a folder's files; companions of other files are left out, the rest is counted."""
+    companions = _companions(folder, names)
+    files: list[tuple[Path, str, str]] = []
+    series: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+    for name in names:
+        path = folder / name
+        suffix = path.suffix.lower()
+        if name in companions:
+            continue
+        known = suffix in SUFFIXES
+        head = _head(path)
+        if head[128:132] == b"DICM":
+            uid, kind = dicom_series(path)
+            if uid:
+                series[uid].append((path, kind))
+            elif known:
+                files.append((path, "a DICOM file without a series; not a slide", ""))
+            else:
+                ignored[suffix or "no suffix"] += 1
+        elif known:
+            files.append((path, "", ""))
+        elif head[:4] in TIFF_MAGIC:
+            files.append((path, "", f"its suffix {suffix or '(none)'} is no slide's, its content is a TIFF"))
+        else:
+            ignored[suffix or "no suffix"] += 1
+    for instances in series.values():
+        # A label or an overview is an instance of the series like the levels are; it is never the one to open.
+        volumes = [path for path, kind in instances if VOLUME in kind]
+        if volumes:
+            files.append((volumes[0], "", ""))
+        else:
+            files.append((instances[0][0], "a DICOM series without a volume image (no whole-slide levels)", ""))
+    return files
+
+
+def _companions(folder: Path, names: list[str]) -> set[str]:
+    """Files that belong to another file: JPEGs of a Hamamatsu VMS, data of a MIRAX folder."""
+    if "Slidedat.ini" in names:
+        return set(names)
+    found: set[str] = set()
+    for name in names:
+        if Path(name).suffix.lower() in (".vms", ".vmu"):
+            parser = configparser.ConfigParser(strict=False, interpolation=None)
+            try:
+                parser.read(folder / name, encoding="latin-1")
+            except (configparser.Error, OSError):
+                continue
+            found |= {value for section in parser.sections() for _, value in parser.items(section)} & set(names)
+            found.discard(name)
+    return found
+
+
+def _named(root: Path, files: list[tuple[Path, str, str]]) -> list[SlideFile]:
+    """Ids without suffix; those that collide all keep theirs, so that none takes another's name."""
+    per_folder = Counter(path.parent for path, _, _ in files)
+    ids: list[str] = []
+    for path, _, _ in files:
+        name = relative(path, root)
+        is_dicom = path.suffix.lower() in (".dcm", "") and _head(path)[128:132] == b"DICM"
+        if is_dicom and path.parent != root and per_folder[path.parent] == 1:
+            ids.append(relative(path.parent, root))  # a folder that is one slide gives it its name
+        else:
+            ids.append(name.removesuffix(path.suffix))
+    # A1.svs and a1.svs are two files here and one zip on a case-blind disk.
+    counts = Counter(one.casefold() for one in ids)
+    named = [
+        SlideFile(path, relative(path, root) if counts[one.casefold()] > 1 else one, problem, note)
+        for (path, problem, note), one in zip(files, ids, strict=True)
+    ]
+    return sorted(named, key=lambda one: (one.slide, one.path))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)
+    except OSError:
+        return b""  # opening it will say why, in its own row
+
+
+# ---- DICOM, as little of it as naming needs
+
+_LONG = frozenset([b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UR", b"UT", b"UN", b"SV", b"UV"])
+_SEQUENCE_END, _ITEM_END = (0xFFFE, 0xE0DD), (0xFFFE, 0xE00D)
+
+
+def dicom_series(path: Path) -> tuple[str, str]:
+    """(SeriesInstanceUID, ImageType) of a DICOM file; empty if it has none or is damaged. Stops before the pixels."""
+    found = {(0x0020, 0x000E): "", (0x0008, 0x0008): ""}
+    try:
+        with path.open("rb") as file:
+            file.seek(132)
+            implicit, big = False, False
+            while True:
+                tag, kind, length = _element(file, implicit, big)
+                if tag > (0x0020, 0x000E):
+                    break
+                if kind == b"SQ" or length == 0xFFFFFFFF:
+                    _skip_sequence(file, length, implicit, big)
+                    continue
+                value = file.read(min(length, 1024)) if tag in found or tag == (0x0002, 0x0010) else b""
+                file.seek(length - len(value), os.SEEK_CUR)
+                text = value.decode("latin-1").strip("\0 ")
+                if tag == (0x0002, 0x0010):
+                    implicit, big = text == "1.2.840.10008.1.2", text == "1.2.840.10008.1.2.2"
+                elif tag in found:
+                    found[tag] = text
+    except (OSError, struct.error, RecursionError):
+        return "", ""
+    return found[0x0020, 0x000E], found[0x0008, 0x0008]
+
+
+def _element(file: BinaryIO, implicit: bool, big: bool) -> tuple[tuple[int, int], bytes, int]:
+    """(tag, value representation, length) at the file's position. The file meta group is always explicit little."""
+    group = struct.unpack("<H", _exactly(file, 2))[0]
+    order = ">" if big and group != 0x0002 else "<"
+    if order == ">":
+        group = struct.unpack(">H", struct.pack("<H", group))[0]
+    element = struct.unpack(order + "H", _exactly(file, 2))[0]
+    tag = (group, element)
+    if group == 0xFFFE or (implicit and group != 0x0002):
+        return tag, b"", struct.unpack(order + "I", _exactly(file, 4))[0]
+    kind = _exactly(file, 2)
+    if kind in _LONG:
+        _exactly(file, 2)
+        return tag, kind, struct.unpack(order + "I", _exactly(file, 4))[0]
+    return tag, kind, struct.unpack(order + "H", _exactly(file, 2))[0]
+
+
+def _skip_sequence(file: BinaryIO, length: int, implicit: bool, big: bool) -> None:
+    if length != 0xFFFFFFFF:
+        file.seek(length, os.SEEK_CUR)
+        return
+    while True:
+        tag, kind, inner = _element(file, implicit, big)
+        if tag in (_SEQUENCE_END, _ITEM_END):
+            return
+        if kind == b"SQ" or inner == 0xFFFFFFFF:
+            _skip_sequence(file, inner, implicit, big)
+        else:
+            file.seek(inner, os.SEEK_CUR)
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise struct.error("the file ends")
+    return data

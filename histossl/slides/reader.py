@@ -1,0 +1,426 @@
+"""Open any slide and read any part of it at any physical scale, whatever its format.
+
+OpenSlide reads what it knows, tifffile what OpenSlide refuses (OME-TIFF, plain or JPEG 2000 or deflate TIFF),
+Pillow plain PNG and JPEG regions. All three answer in the same frame: level-0 pixels, white outside the slide.
+Label and macro images are never opened: they carry names.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image
+
+from histossl.errors import SlideError
+from histossl.slides.scale import Scale, missing, scale_from
+from histossl.slides.tiff import NativeLevel, TiffLevels, blaming, snapped_downsample
+
+CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wide read
+MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
+MAX_PLAIN_PX = 150_000_000  # a PNG or JPEG is decoded whole
+GRID = 1 / 64  # a shift below this many pixels is not worth a resampling
+
+FORMATS = {
+    "aperio": "Aperio SVS",
+    "dicom": "DICOM",
+    "generic-tiff": "TIFF",
+    "hamamatsu": "Hamamatsu NDPI/VMS",
+    "leica": "Leica SCN",
+    "mirax": "MIRAX MRXS",
+    "philips": "Philips TIFF",
+    "sakura": "Sakura",
+    "trestle": "Trestle TIFF",
+    "ventana": "Ventana BIF",
+    "zeiss": "Zeiss CZI",
+}
+NATIVE_VENDORS = ("aperio", "generic-tiff")  # their OpenSlide levels are TIFF pages, tile for tile
+
+
+class Levels(Protocol):
+    """A pyramid of pixels: the one thing that differs between the libraries."""
+
+    sizes: tuple[tuple[int, int], ...]
+
+    def downsamples(self) -> tuple[float, ...]: ...
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]: ...
+    def scale(self) -> Scale | None: ...
+    def close(self) -> None: ...
+
+
+class Slide:
+    """Pixels with a physical scale. `mpp_l0` is NaN only if opened with `need_mpp=False` and the scale is unknown."""
+
+    def __init__(self, path: Path, levels: Levels, format: str, vendor: str) -> None:
+        self.path, self._levels, self.format, self.vendor = path, levels, format, vendor
+        self.level_sizes = levels.sizes
+        self.level_downsamples = levels.downsamples()
+        self.size_l0 = levels.sizes[0]
+        self.mpp_l0 = math.nan
+        self.mpp_source = ""
+        self.mpp_problem = ""  # why mpp_l0 is not known
+        self.warnings: list[str] = []  # what a person should know, though the slide can be used
+        self.compression = ""
+        self.native_tile: tuple[int, int] | None = None
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._levels.close()
+
+    # ---- pixels
+
+    def read_region_l0(
+        self,
+        x_l0: float,
+        y_l0: float,
+        width_l0: float,
+        height_l0: float,
+        out_width_px: int,
+        out_height_px: int,
+    ) -> NDArray[np.uint8]:
+        """The box as (out_height_px, out_width_px, 3), antialiased from the nearest finer level, white outside."""
+        assert min(width_l0, height_l0) > 0, (width_l0, height_l0)
+        assert min(out_width_px, out_height_px) >= 1, (out_width_px, out_height_px)
+        level = self.level_for(min(width_l0 / out_width_px, height_l0 / out_height_px))
+        downsample = self.level_downsamples[level]
+        box = (x_l0 / downsample, y_l0 / downsample, width_l0 / downsample, height_l0 / downsample)
+        out = np.empty((out_height_px, out_width_px, 3), dtype=np.uint8)
+        self._read(level, *box, out)
+        return out
+
+    def thumbnail(self, max_side_px: int) -> NDArray[np.uint8]:
+        """The whole slide, its longer side max_side_px (or less, if the slide is smaller)."""
+        width_l0, height_l0 = self.size_l0
+        shrink = min(1.0, max_side_px / max(width_l0, height_l0))
+        return self.read_region_l0(
+            0, 0, width_l0, height_l0, max(1, round(width_l0 * shrink)), max(1, round(height_l0 * shrink))
+        )
+
+    def level_for(self, downsample: float) -> int:
+        """The coarsest level that is not coarser than wanted."""
+        fine = [level for level, one in enumerate(self.level_downsamples) if one <= downsample * 1.001]
+        return max(fine, key=lambda level: self.level_downsamples[level]) if fine else 0
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """(height, width, 3) pixels of one level as stored, in its own pixels; white outside."""
+        return self._levels.read_level(level, x, y, width, height)
+
+    def _read(self, level: int, x: float, y: float, width: float, height: float, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with a box of a level, both in the level's pixels; a box too large is halved first."""
+        out_height, out_width = out.shape[:2]
+        if width * height > MAX_READ_PX and max(out_height, out_width) > 1:
+            if out_height >= out_width:
+                half = out_height // 2
+                part = height * half / out_height
+                self._read(level, x, y, width, part, out[:half])
+                self._read(level, x, y + part, width, height - part, out[half:])
+            else:
+                half = out_width // 2
+                part = width * half / out_width
+                self._read(level, x, y, part, height, out[:, :half])
+                self._read(level, x + part, y, width - part, height, out[:, half:])
+            return
+        left, top = round(x), round(y)
+        if (
+            abs(width - out_width) < GRID
+            and abs(height - out_height) < GRID
+            and abs(x - left) < GRID
+            and abs(y - top) < GRID
+        ):
+            out[:] = self._levels.read_level(level, left, top, out_width, out_height)
+            return
+        # Shrinking, Hamming averages like a box without its jagged edges; enlarging, bicubic. Pillow widens the filter
+        # by the shrink factor (that is the antialiasing), so it needs that many pixels around the box.
+        shrink = max(width / out_width, height / out_height)
+        method = Image.Resampling.HAMMING if shrink > 1 else Image.Resampling.BICUBIC
+        margin = math.ceil(2 * max(shrink, 1.0)) + 1
+        left, top = math.floor(x) - margin, math.floor(y) - margin
+        right, bottom = math.ceil(x + width) + margin, math.ceil(y + height) + margin
+        pixels = self._levels.read_level(level, left, top, right - left, bottom - top)
+        within = (x - left, y - top, x - left + width, y - top + height)
+        out[:] = np.asarray(Image.fromarray(pixels).resize((out_width, out_height), method, box=within))
+
+    # ---- the file's own tiles
+
+    @cached_property
+    def native(self) -> tuple[NativeLevel | None, ...] | None:
+        """Per level of `level_sizes` how the file stores its tiles, for copying them; None if it is no such file."""
+        if isinstance(self._levels, TiffLevels):
+            found = self._levels.native
+            return found if any(found) else None
+        if self.vendor not in NATIVE_VENDORS:
+            return None
+        try:
+            tiff = TiffLevels(self.path)
+        except SlideError:
+            return None  # OpenSlide reads it, tifffile does not: then there is nothing to copy, only to decode
+        try:
+            by_size = {(level.width_px, level.height_px): level for level in tiff.native if level is not None}
+        finally:
+            tiff.close()
+        found = tuple(by_size.get(size) for size in self.level_sizes)
+        return found if any(found) else None
+
+
+# ---- opening
+
+
+def open_slide(
+    path: Path | str, slide_mpp: float | None = None, *, mpp_source: str = "--slide-mpp", need_mpp: bool = True
+) -> Slide:
+    """A Slide, or a SlideError that says why not. `slide_mpp` goes before what the file says.
+
+    With need_mpp=False a slide of unknown scale opens too, its `mpp_problem` saying what is missing (for `scan`).
+    """
+    path = Path(path)
+    _refuse_hollow(path)
+    slide = _opened(path)
+    try:
+        if slide_mpp is not None:
+            slide.mpp_l0, slide.mpp_source = slide_mpp, mpp_source
+        else:
+            _believe(slide, slide._levels.scale())
+        if slide.mpp_problem and need_mpp:
+            raise SlideError(f"{path.name}: {slide.mpp_problem}")
+    except BaseException:
+        slide.close()
+        raise
+    return slide
+
+
+def _believe(slide: Slide, scale: Scale | None) -> None:
+    if scale is None:
+        slide.mpp_problem = missing(_objective(slide))
+        return
+    slide.mpp_source = scale.source
+    slide.mpp_problem = scale.problem()
+    if not slide.mpp_problem:
+        slide.mpp_l0 = scale.mpp
+        slide.warnings += [scale.warning()] if scale.warning() else []
+
+
+def _objective(slide: Slide) -> str:
+    properties = getattr(slide._levels, "properties", {})
+    power = properties.get("openslide.objective-power")
+    return f" (its header says {power}x)" if power else ""
+
+
+def _refuse_hollow(path: Path) -> None:
+    """The commonest damage, in plain words, before a library says it in its own."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except IsADirectoryError as error:
+        raise SlideError(f"{path.name}: a folder, not a slide") from error
+    except FileNotFoundError as error:
+        raise SlideError(f"{path.name}: no such file (moved, or a link to nothing)") from error
+    except PermissionError as error:
+        raise SlideError(f"{path.name}: no permission to read it; chmod or chown it") from error
+    except OSError as error:
+        raise SlideError(f"{path.name}: cannot be read ({error.strerror})") from error
+    if size == 0:
+        raise SlideError(f"{path.name}: empty (0 bytes); copy or download it again")
+    if not any(head):
+        raise SlideError(f"{path.name}: begins with zeros; copy or download it again")
+
+
+def _opened(path: Path) -> Slide:
+    try:
+        vendor = openslide.OpenSlide.detect_format(str(path))
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{path.name}: OpenSlide cannot look at it ({error})") from error
+    refusal = ""
+    if vendor is not None:
+        try:
+            return _through_openslide(path, vendor)
+        except SlideError as error:
+            refusal = str(error)
+    magic = _magic(path)
+    if magic == "tiff":
+        try:
+            return _through_tifffile(path)
+        except SlideError as error:
+            # For a file that OpenSlide knows, its own words tell more than tifffile's about the same damage.
+            raise SlideError(refusal or str(error)) from error
+    if magic in ("png", "jpeg"):
+        return _plain(path, magic)
+    raise SlideError(refusal or f"{path.name}: not a slide or image that OpenSlide, tifffile or Pillow knows")
+
+
+def _magic(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "tiff"
+    if head == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "jpeg" if head[:3] == b"\xff\xd8\xff" else ""
+
+
+def _through_openslide(path: Path, vendor: str) -> Slide:
+    levels = OpenSlideLevels(path, vendor)
+    tiff: TiffLevels | None = None
+    if _magic(path) == "tiff":
+        try:
+            tiff = TiffLevels(path)
+        except SlideError:
+            tiff = None  # OpenSlide reads it: that is enough
+    try:
+        if tiff is not None and vendor == "generic-tiff" and tiff.is_ome:
+            # OpenSlide sees an OME-TIFF's first level alone and not its scale: the rest lies in sub-directories.
+            slide = Slide(path, tiff, "OME-TIFF", "ome")
+            _describe(slide, tiff)
+            tiff = None
+            levels.close()
+            return slide
+        slide = Slide(path, levels, FORMATS.get(vendor, vendor), vendor)
+        slide.native_tile = levels.tile_size
+        if tiff is not None:
+            _describe(slide, tiff)
+            levels.tiff_scale = tiff.scale() if vendor == "generic-tiff" else None
+        return slide
+    finally:
+        if tiff is not None:
+            tiff.close()
+
+
+def _through_tifffile(path: Path) -> Slide:
+    tiff = TiffLevels(path)
+    name = "OME-TIFF" if tiff.is_ome else ("BigTIFF" if tiff.is_big else "TIFF")
+    slide = Slide(path, tiff, name, "ome" if tiff.is_ome else "plain-tiff")
+    _describe(slide, tiff)
+    return slide
+
+
+def _describe(slide: Slide, tiff: TiffLevels) -> None:
+    slide.compression = tiff.compression
+    slide.native_tile = tiff.tile_size or slide.native_tile
+    if tiff.orientation not in (0, 1):
+        slide.warnings.append(
+            f"TIFF Orientation tag {tiff.orientation} is not applied: pixels are read as stored, as OpenSlide does"
+        )
+    cut = tiff.cut_short()
+    if cut:
+        raise SlideError(f"{slide.path.name}: truncated ({cut}); copy or download it again")
+
+
+def _plain(path: Path, kind: str) -> Slide:
+    slide = Slide(path, PlainLevels(path), kind.upper(), "")
+    slide.compression = "deflate" if kind == "png" else "JPEG"
+    return slide
+
+
+class OpenSlideLevels:
+    def __init__(self, path: Path, vendor: str) -> None:
+        self.path, self.vendor = path, vendor
+        self.tiff_scale: Scale | None = None  # the resolution tags, where OpenSlide does not read them (inches)
+        with blaming(path, "opening it with OpenSlide"):
+            self._slide = openslide.OpenSlide(str(path))
+            try:
+                self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+                self.sizes = tuple((int(width), int(height)) for width, height in self._slide.level_dimensions)
+                self._downsamples = tuple(float(one) for one in self._slide.level_downsamples)
+                self.properties: dict[str, str] = dict(self._slide.properties)
+            except BaseException:
+                self._slide.close()
+                raise
+        if not self.sizes or min(map(min, self.sizes)) < 1:
+            self._slide.close()
+            raise SlideError(f"{path.name}: holds no pixels")
+        tile = (self.properties.get(f"openslide.level[0].tile-{side}") for side in ("width", "height"))
+        width, height = (int(one) if one else 0 for one in tile)
+        self.tile_size = (width, height) if width and height else None
+
+    def downsamples(self) -> tuple[float, ...]:
+        """OpenSlide's own (Philips pads its levels), but 4 where rounding of the level's size made it 4.0007."""
+        snapped = (snapped_downsample(self.sizes[0], size) for size in self.sizes)
+        return tuple(one if one == int(one) else its for one, its in zip(snapped, self._downsamples, strict=True))
+
+    def scale(self) -> Scale | None:
+        source = "TIFF resolution tag" if self.vendor == "generic-tiff" else f"metadata ({self.vendor})"
+        power = self.properties.get("openslide.objective-power")
+        hint = f" (its header says {power}x)" if power else ""
+        x_text, y_text = self.properties.get("openslide.mpp-x"), self.properties.get("openslide.mpp-y")
+        return scale_from(x_text, y_text, source, hint) or self.tiff_scale
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        downsample = self._downsamples[level]
+        with blaming(self.path, f"reading level {level} at {x}, {y}"):
+            at_l0 = (round(x * downsample), round(y * downsample))
+            rgba = np.asarray(self._slide.read_region(at_l0, level, (width, height)))
+        alpha = rgba[..., 3]
+        if alpha.min() == 255:
+            return np.ascontiguousarray(rgba[..., :3])
+        # openslide-python has undone the premultiplication: colour over white is a plain blend.
+        weight = alpha[..., None].astype(np.uint16)
+        return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class PlainLevels:
+    """A PNG or JPEG region: one level, decoded whole on the first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pixels: NDArray[np.uint8] | None = None
+        with blaming(path, "opening it as an image"), self._image() as image:
+            width, height = int(image.width), int(image.height)
+        self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
+        if width * height > MAX_PLAIN_PX:
+            raise SlideError(
+                f"{path.name}: {width} x {height} px are too many for a plain image; "
+                "convert it: vips tiffsave in out.tif --tile --pyramid --compression jpeg --Q 90"
+            )
+
+    def _image(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            return Image.open(self.path, formats=("PNG", "JPEG"))
+
+    def downsamples(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    def scale(self) -> Scale | None:
+        return None  # dots per inch in a PNG or JPEG are a screen's or a printer's
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        assert level == 0, level
+        pixels = self._decoded()
+        out = np.full((height, width, 3), 255, dtype=np.uint8)
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + width, pixels.shape[1]), min(y + height, pixels.shape[0])
+        if left < right and top < bottom:
+            out[top - y : bottom - y, left - x : right - x] = pixels[top:bottom, left:right]
+        return out
+
+    def _decoded(self) -> NDArray[np.uint8]:
+        if self._pixels is None:
+            with blaming(self.path, "decoding it"), self._image() as image:
+                if image.mode.startswith("I;16") or image.mode == "I":
+                    grey = (np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)
+                    self._pixels = np.repeat(grey[..., None], 3, axis=2)
+                elif image.has_transparency_data:
+                    rgba = image.convert("RGBA")
+                    self._pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba))[
+                        ..., :3
+                    ]
+                else:
+                    self._pixels = np.asarray(image.convert("RGB"))
+        return self._pixels
+
+    def close(self) -> None:
+        self._pixels = None

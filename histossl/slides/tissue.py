@@ -1,0 +1,237 @@
+"""Find tissue on a slide, so that tiling does not spend its budget on glass, ink and dirt.
+
+Everything is judged in optical density (OD), where stains add up and the lamp divides out. Tissue is what absorbs
+light *and* has a stain's colour: glass absorbs nothing, a cover slip's edge and dirt are grey, ink is too pure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from histossl.config import TissueConfig
+from histossl.slides.reader import Slide
+from histossl.units import l0_from_um, um_from_l0
+
+# Otsu divides whatever it is given, also glass from glass, or nuclei from stroma. It is believed only between these.
+# Below 0.03 (7 % of the light) lies the unevenness of empty glass; above 0.12 (24 %) nothing is glass.
+OTSU_BOUNDS = (0.03, 0.12)
+GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
+DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
+MAX_THUMBNAIL_PX, MIN_THUMBNAIL_PX = 4096, 1024
+
+Mask = NDArray[np.bool_]
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Where tissue is. One mask pixel is `downsample` level-0 pixels wide; (0, 0) is the slide's corner."""
+
+    mask: Mask
+    downsample: float
+
+    def share(self, x_l0: object, y_l0: object, side_l0: object) -> NDArray[np.float64]:
+        """Tissue share (0-1) of squares, for arrays of corners and sides; outside the slide there is none."""
+        x, y, side = (np.asarray(one, dtype=np.float64) / self.downsample for one in (x_l0, y_l0, side_l0))
+        inside = self._sum_to(x + side, y + side) - self._sum_to(x, y + side)
+        inside -= self._sum_to(x + side, y) - self._sum_to(x, y)
+        return np.clip(inside / (side * side), 0.0, 1.0)
+
+    def area_um2(self, mpp_l0: float) -> float:
+        return float(self.mask.sum()) * um_from_l0(self.downsample, mpp_l0) ** 2
+
+    def _sum_to(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Tissue area above and left of (x, y), exact between pixels too: the integral image is bilinear there."""
+        table = self._integral
+        x = np.clip(x, 0, table.shape[1] - 1)
+        y = np.clip(y, 0, table.shape[0] - 1)
+        x0 = np.minimum(x.astype(np.int64), table.shape[1] - 2)
+        y0 = np.minimum(y.astype(np.int64), table.shape[0] - 2)
+        dx, dy = x - x0, y - y0
+        above = table[y0, x0] * (1 - dx) + table[y0, x0 + 1] * dx
+        below = table[y0 + 1, x0] * (1 - dx) + table[y0 + 1, x0 + 1] * dx
+        result: NDArray[np.float64] = above * (1 - dy) + below * dy
+        return result
+
+    @property
+    def _integral(self) -> NDArray[np.float64]:
+        table = self.__dict__.get("_table")
+        if table is None:
+            table = np.pad(self.mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            self.__dict__["_table"] = table  # a cache only: the mask never changes
+        assert isinstance(table, np.ndarray)
+        return table
+
+
+# ---- a slide
+
+
+def thumbnail_um(slide: Slide, tissue_um: float) -> float:
+    """Microns per thumbnail pixel: `tissue_um`, finer on a small slide (fewer than 1024 px), coarser on a huge one."""
+    longest_um = um_from_l0(max(slide.size_l0), slide.mpp_l0)
+    finest = max(slide.mpp_l0, 2.0)
+    um = min(tissue_um, max(longest_um / MIN_THUMBNAIL_PX, finest))
+    return max(um, longest_um / MAX_THUMBNAIL_PX, slide.mpp_l0)
+
+
+def tissue_thumbnail(slide: Slide, tissue_um: float) -> tuple[Image, float]:
+    """The thumbnail on which tissue is sought, and its downsample (level-0 pixels per pixel)."""
+    downsample = l0_from_um(thumbnail_um(slide, tissue_um), slide.mpp_l0)
+    width, height = (max(1, math.ceil(side / downsample)) for side in slide.size_l0)
+    return slide.read_region_l0(0, 0, width * downsample, height * downsample, width, height), downsample
+
+
+def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
+    """The tissue of a slide, read at the scale that suits it."""
+    thumbnail, downsample = tissue_thumbnail(slide, config.tissue_um)
+    return TissueMask(tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), config), downsample)
+
+
+# ---- a thumbnail
+
+
+def tissue_mask(thumbnail: Image, um_per_px: float, config: TissueConfig | None = None) -> Mask:
+    """Tissue of a thumbnail (h, w, 3). A blank slide gives an empty mask, a slide full of tissue a full one."""
+    config = config or TissueConfig()
+    if is_darkfield(thumbnail):
+        return _cleaned(_darkfield_mask(thumbnail), um_per_px, config)
+    density = optical_density(thumbnail)
+    score = tissue_score(density)
+    mask = score > (config.tissue_threshold or otsu_within(score, *OTSU_BOUNDS))
+    if config.reject_pen and not is_grey(thumbnail):
+        ink = pen_mask(thumbnail, um_per_px)
+        return _cleaned(mask & ~ink & ~grey_mask(density), um_per_px, config) & ~ink
+    return _cleaned(mask, um_per_px, config)
+
+
+def glass_colour(thumbnail: Image) -> NDArray[np.float64]:
+    """The lamp's colour through empty glass (3,), or near white where the slide shows no glass."""
+    brightest = np.percentile(thumbnail.reshape(-1, 3), 99, axis=0).astype(np.float64)
+    # Without glass the brightest pixels are pale tissue; taking them for glass would make tissue vanish.
+    return np.where(brightest.min() >= 205, brightest, np.maximum(brightest, 240.0))
+
+
+def optical_density(thumbnail: Image) -> NDArray[np.float32]:
+    """(h, w, 3) float32, 0 for glass; lightly smoothed, so that sensor noise is not taken for stain."""
+    smooth = ndimage.uniform_filter(thumbnail.astype(np.float32), size=(3, 3, 1), mode="nearest")
+    glass = glass_colour(thumbnail).astype(np.float32)
+    density: NDArray[np.float32] = np.maximum(-np.log10((smooth + 1) / (glass + 1)), 0).astype(np.float32)
+    return density
+
+
+def tissue_score(density: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Density plus colour: pale pink stroma is hardly darker than glass but has a hue, and glass has none."""
+    score: NDArray[np.float32] = (density.mean(axis=2) + density.max(axis=2) - density.min(axis=2)) / np.float32(2)
+    return score
+
+
+def otsu_within(values: NDArray[np.float32], low: float, high: float) -> float:
+    """Otsu's threshold, on a histogram of 0-1 with all above in the last bin, kept between low and high."""
+    counts, edges = np.histogram(np.clip(values, 0, 1), bins=256, range=(0, 1))
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight = counts.cumsum()
+    total = (counts * centres).cumsum()
+    other = weight[-1] - weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = weight * other * (total / weight - (total[-1] - total) / other) ** 2
+    between = np.nan_to_num(between[:-1], nan=0.0, posinf=0.0)
+    return float(np.clip(edges[int(between.argmax()) + 1], low, high))
+
+
+def is_grey(thumbnail: Image) -> bool:
+    """A greyscale image, where colour can tell nothing."""
+    pixels = thumbnail.reshape(-1, 3).astype(np.int16)
+    return bool(np.percentile(pixels.max(axis=1) - pixels.min(axis=1), 99.5) < GREY_SPREAD)
+
+
+def is_darkfield(thumbnail: Image) -> bool:
+    """Bright on black (fluorescence), rather than stain on glass."""
+    brightness = thumbnail.max(axis=2)
+    return bool(np.median(brightness) < DARKFIELD and np.percentile(brightness, 5) < DARKFIELD / 2)
+
+
+def _darkfield_mask(thumbnail: Image) -> Mask:
+    brightness = thumbnail.max(axis=2).astype(np.float32) / 255
+    mask: Mask = brightness > otsu_within(brightness, 0.05, 0.3)
+    return mask
+
+
+# ---- what is not tissue
+
+
+def pen_mask(thumbnail: Image, um_per_px: float) -> Mask:
+    """Ink of a marker pen: blue, green, red, black; from its sure core out to its pale rim.
+
+    Stains absorb green most (haematoxylin and eosin) or blue most (DAB). Blue ink absorbs red most, green ink absorbs
+    green least, red ink passes red fully while it stops green and blue alike, black stops all.
+    """
+    red, green, blue = (optical_density(thumbnail)[..., channel] for channel in range(3))
+    mean = (red + green + blue) / 3
+    low, high = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    core = np.zeros(mean.shape, dtype=bool)
+    rim = np.zeros(mean.shape, dtype=bool)
+    for sure, likely in (
+        ((red > 0.35) & (red > 1.3 * green) & (green > blue), (red > 0.04) & (red > 1.12 * green) & (green >= blue)),
+        ((green < 0.8 * np.minimum(red, blue)) & (mean > 0.25), (green < 0.92 * np.minimum(red, blue)) & (mean > 0.03)),
+        (
+            (green > 0.5) & (blue > 0.75 * green) & (blue < 1.15 * green) & (red < 0.16 * green),
+            (green > 0.05) & (blue > 0.65 * green) & (blue < 1.2 * green) & (red < 0.25 * green),
+        ),
+        ((low > 0.75) & (high < 1.3 * low), (low > 0.1) & (high < 1.45 * low)),
+    ):
+        core |= sure
+        rim |= sure | likely
+    core = ndimage.binary_opening(core, iterations=1)
+    grown = ndimage.binary_propagation(core, mask=rim | core)
+    margin_px = max(1, round(16 / um_per_px))
+    mask: Mask = ndimage.binary_dilation(grown, iterations=margin_px) if grown.any() else grown
+    return mask
+
+
+def grey_mask(density: NDArray[np.float32]) -> Mask:
+    """Absorbs, but has no stain's colour: edges of cover slips, dirt, shadows, black borders."""
+    mean = density.mean(axis=2)
+    spread = density.max(axis=2) - density.min(axis=2)
+    mask: Mask = spread < 0.18 * mean
+    return mask
+
+
+def fold_mask(thumbnail: Image, tissue: Mask) -> Mask:
+    """Folded tissue: about twice the density of the tissue around it. Meaningful on tissue only."""
+    if not tissue.any():
+        return np.zeros_like(tissue)
+    density = ndimage.uniform_filter(optical_density(thumbnail).mean(axis=2), size=5, mode="nearest")
+    usual = float(np.median(density[tissue]))
+    mask: Mask = tissue & (density > max(2.0 * usual, 0.45))
+    return ndimage.binary_opening(mask, iterations=1)
+
+
+# ---- cleaning
+
+
+def _cleaned(mask: Mask, um_per_px: float, config: TissueConfig) -> Mask:
+    """Join what is a few microns apart, fill small holes, drop specks."""
+    radius_px = max(1, round(12 / um_per_px))
+    padded = np.pad(mask, radius_px, mode="edge")  # without it, closing eats into tissue at the slide's border
+    mask = ndimage.binary_closing(padded, iterations=radius_px)[radius_px:-radius_px, radius_px:-radius_px]
+    mask = ~_without_small(~mask, (config.max_hole_um / um_per_px) ** 2)
+    return _without_small(mask, (config.min_speck_um / um_per_px) ** 2)
+
+
+def _without_small(mask: Mask, min_px: float) -> Mask:
+    labels, count = ndimage.label(mask)
+    if not count or min_px <= 1:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    keep = sizes >= min_px
+    keep[0] = False
+    # A whole slide smaller than one speck is not a speck.
+    if not keep.any() and mask.size < 2 * min_px:
+        return mask
+    kept: Mask = keep[labels]
+    return kept
