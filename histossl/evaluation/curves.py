@@ -1,200 +1,530 @@
-"""What a finetuning measured, as three small tables, and what may be said from them.
+"""From predictions to the label-efficiency curve, and to what may be said from it.
 
-    points.csv        one metric of one start, head, budget and draw
-    predictions.csv   one slide never trained on, as predicted by one start, head, budget and draw
-    summary.csv       a metric's mean over the draws, with its interval over patients
+Everything here is a function of `Measured` (resampling.py, which states how variances are estimated):
 
-A budget counts labelled slides per class; "all" is everything the split leaves for training.
-A draw is one random choice of the labelled slides, the same for every start. With folds, a draw's predictions
-are pooled over its folds, so that every patient is tested once per draw, and `fold` says by which one;
-with a fixed test set `fold` is None (an empty cell).
+    summarise      mean over draws of each metric, start and budget, with 95 % intervals
+    area           the mean height of a curve over log2(labelled slides per class)
+    compare        two starts, paired by draw and by patient: difference and p at each budget (Holm) and of the area
+    labels_saved   how many slides the adapted start needs to reach the reference's score
+    verdict        all that in words, and what limits it
+
+Intervals of scores between 0 and 1 are Wilson's, with the number of patients that the estimated variance stands for:
+they stay inside [0, 1] and do not shrink to a point when every patient happens to be right. Differences have Student's.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from histossl.errors import StoreError
-from histossl.workspace import written_aside
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
-ALL = "all"
-Budget = int | str  # labelled slides per class, or ALL
+from histossl.evaluation.resampling import (
+    Estimate,
+    Floats,
+    Measured,
+    Series,
+    estimate,
+    measure,
+    resampled_curves,
+)
+from histossl.evaluation.tables import (
+    ALL,
+    Budget,
+    Point,
+    Prediction,
+    SummaryRow,
+    budget_of,
+    in_budget_order,
+    read_points,
+    read_predictions,
+    read_summary,
+    write_points,
+    write_predictions,
+    write_summary,
+)
+
+__all__ = [
+    "ALL",
+    "Budget",
+    "Comparison",
+    "Difference",
+    "Measured",
+    "Point",
+    "Prediction",
+    "Saved",
+    "SummaryRow",
+    "Verdict",
+    "area",
+    "budget_of",
+    "chance_level",
+    "compare",
+    "in_budget_order",
+    "labels_saved",
+    "measure",
+    "points_from",
+    "read_points",
+    "read_predictions",
+    "read_summary",
+    "summarise",
+    "verdict",
+    "write_points",
+    "write_predictions",
+    "write_summary",
+]
+
+LEVEL = 0.95
+BOUNDED = ("auroc", "balanced_accuracy", "f1")
+# A verdict is given at 1 in 40, not 1 in 20: where nothing changed it must say so in at least 95 of 100 archives.
+VERDICT_P = 0.025
+POWER = 0.8
+FEWEST_PATIENTS = 8  # in all; and two in each class
+PLAIN_NAME = {
+    "auroc": "AUROC",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "log_loss": "log-loss",
+    "calibration_error": "calibration error",
+}
 
 
-# ---- what flows
+# ---- means and intervals
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    start: str
-    head: str
-    budget: Budget
-    draw: int
-    fold: int | None
-    metric: str
+def points_from(measured: Measured) -> list[Point]:
+    """points.csv: every metric of every start, budget and draw, over all tested patients."""
+    return [
+        Point(start, head, budget, draw, None, metric, float(value))
+        for s, (start, head) in enumerate(measured.series)
+        for b, budget in enumerate(measured.budgets)
+        for d, draw in enumerate(measured.draws)
+        for metric, values_SBD in measured.values_SBD.items()
+        if _tested(measured, s, b, d) and not math.isnan(value := values_SBD[s, b, d])
+    ]
+
+
+def summarise(measured: Measured) -> list[SummaryRow]:
+    rows = []
+    for s, (start, head) in enumerate(measured.series):
+        for b, budget in enumerate(measured.budgets):
+            for metric, values_SBD in measured.values_SBD.items():
+                num_draws = int(np.isfinite(values_SBD[s, b]).sum())
+                if not num_draws:
+                    continue
+                found = estimate(measured, metric, _one(measured, s, b))
+                low, high = interval(measured, metric, found)
+                rows.append(
+                    SummaryRow(start, head, budget, metric, found.value, low, high, num_draws, measured.num_patients)
+                )
+    return rows
+
+
+def area(measured: Measured, metric: str, start: str, head: str | None = None) -> tuple[float, float, float]:
+    """Mean height of the curve over log2 of the budget (trapezoids), with its interval."""
+    weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
+    s = measured.number(start, head)
+    weights_SB[s] = area_weights(measured.slides, _has_budget(measured, metric, s))
+    found = estimate(measured, metric, weights_SB)
+    return found.value, *interval(measured, metric, found)
+
+
+def area_weights(slides: Floats, there: NDArray[np.bool_]) -> Floats:
+    """Weights of the budgets in the mean height over log2(slides); they sum to one."""
+    weights = np.zeros(len(slides))
+    used = np.flatnonzero(there)
+    x = np.log2(slides[used])
+    if len(used) == 1 or np.ptp(x) == 0:
+        weights[used] = 1 / len(used)
+        return weights
+    width = np.diff(x)
+    weights[used[:-1]] += width / 2
+    weights[used[1:]] += width / 2
+    whole: Floats = weights / weights.sum()
+    return whole
+
+
+def interval(measured: Measured, metric: str, found: Estimate, level: float = LEVEL) -> tuple[float, float]:
+    if math.isnan(found.value):
+        return math.nan, math.nan
+    t = float(stats.t.ppf(0.5 + level / 2, found.df))
+    if metric not in BOUNDED:
+        half = t * math.sqrt(found.variance)
+        return float(max(0.0, found.value - half)), float(found.value + half)
+    n = full_patients(measured, metric)
+    # How many patients the estimate is worth: n divided by (its variance / that of n independent right-or-wrongs).
+    # The half patient keeps the ratio defined, and at 1, where everybody is right and both variances are 0.
+    half_patient = 0.5 / n**2
+    ratio = (found.variance + half_patient) / (found.value * (1 - found.value) / n + half_patient)
+    return wilson(found.value, n / ratio, t)
+
+
+def wilson(share: float, n: float, t: float) -> tuple[float, float]:
+    middle = (share + t * t / (2 * n)) / (1 + t * t / n)
+    half = t / (1 + t * t / n) * math.sqrt(max(0.0, share * (1 - share) / n + t * t / (4 * n * n)))
+    return float(max(0.0, min(share, middle - half))), float(min(1.0, max(share, middle + half)))
+
+
+def full_patients(measured: Measured, metric: str) -> float:
+    """How many patients of evenly filled classes would know the metric as well: rare classes set the limit."""
+    counts = np.array([count for count in measured.patients_per_class.values() if count])
+    if metric == "auroc":
+        return float(len(counts) * counts.min())
+    return float(len(counts) ** 2 / (1 / counts).sum())
+
+
+def chance_level(metric: str, num_classes: int) -> float | None:
+    """What guessing scores; None where it depends on the class sizes."""
+    return {"auroc": 0.5, "balanced_accuracy": 1 / num_classes, "log_loss": math.log(num_classes)}.get(metric)
+
+
+# ---- two starts
+
+
+@dataclass(frozen=True)
+class Difference:
+    """start - reference, with a 95 % interval; `p` two-sided, `p_adjusted` by Holm over the budgets (the area: p)."""
+
+    budget: Budget | None  # None: the area
     value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """`probabilities` are in the order of the run's classes (the p_CLASS columns)."""
-
-    start: str
-    head: str
-    budget: Budget
-    draw: int
-    fold: int | None
-    slide: str
-    patient: str
-    label: str
-    predicted: str
-    probabilities: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SummaryRow:
-    """`low` and `high` bound the 95 % interval; both are nan where none can be given."""
-
-    start: str
-    head: str
-    budget: Budget
-    metric: str
-    mean: float
     low: float
     high: float
-    num_draws: int
-    num_patients: int
+    p: float
+    p_adjusted: float
 
 
-# ---- the files
-
-POINT_COLUMNS = ("start", "head", "budget", "draw", "fold", "metric", "value")
-PREDICTION_COLUMNS = ("start", "head", "budget", "draw", "fold", "slide", "patient", "label", "predicted")
-SUMMARY_COLUMNS = ("start", "head", "budget", "metric", "mean", "low", "high", "num_draws", "num_patients")
-
-
-def write_points(path: Path, points: Iterable[Point]) -> None:
-    rows = ((p.start, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points)
-    _write(path, POINT_COLUMNS, rows)
+@dataclass(frozen=True)
+class Comparison:
+    start: Series
+    reference: Series
+    metric: str
+    budgets: list[Difference]
+    area: Difference
+    detectable: float  # the smallest difference of areas that would be found four times in five
 
 
-def read_points(path: Path) -> list[Point]:
-    return [
-        Point(
-            row["start"],
-            row["head"],
-            budget_of(row["budget"]),
-            int(row["draw"]),
-            _fold_of(row["fold"]),
-            row["metric"],
-            float(row["value"]),
-        )
-        for row in _read(path, POINT_COLUMNS)
+def compare(
+    measured: Measured,
+    metric: str,
+    start: str,
+    reference: str,
+    head: str | None = None,
+    reference_head: str | None = None,
+) -> Comparison:
+    """Paired by draw (same labelled slides) and by patient (same resamples): the variance is the difference's own."""
+    a, b = measured.number(start, head), measured.number(reference, reference_head or head)
+    both = _has_budget(measured, metric, a) & _has_budget(measured, metric, b)
+
+    def contrast(weights_B: Floats) -> tuple[Estimate, float]:
+        weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
+        weights_SB[a] += weights_B
+        weights_SB[b] -= weights_B
+        found = estimate(measured, metric, weights_SB)
+        # Scores move in steps of about one patient: half a step is never called a difference, however alike the draws.
+        least = (0.5 / full_patients(measured, metric)) ** 2 if metric in BOUNDED else 0.0
+        return found, math.sqrt(found.variance + least)
+
+    def tested(budget: Budget | None, weights_B: Floats) -> tuple[Difference, float]:
+        found, se = contrast(weights_B)
+        t = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
+        p = float(2 * stats.t.sf(abs(found.value) / se, found.df)) if se > 0 else float(found.value == 0)
+        needed = float(stats.t.ppf(1 - VERDICT_P / 2, found.df) + stats.t.ppf(POWER, found.df)) * se
+        return Difference(budget, found.value, found.value - t * se, found.value + t * se, p, p), needed
+
+    rows = []
+    for number in np.flatnonzero(both):
+        weights_B = np.zeros(len(measured.budgets))
+        weights_B[number] = 1
+        rows.append(tested(measured.budgets[number], weights_B)[0])
+    adjusted = holm([row.p for row in rows])
+    rows = [
+        Difference(row.budget, row.value, row.low, row.high, row.p, p) for row, p in zip(rows, adjusted, strict=True)
     ]
+    whole, detectable = tested(None, area_weights(measured.slides, both))
+    return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable)
 
 
-def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
-    rows = (
-        (p.start, p.head, p.budget, p.draw, _cell(p.fold), p.slide, p.patient, p.label, p.predicted)
-        + tuple(repr(float(share)) for share in p.probabilities)
-        for p in predictions
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values: below 0.05 for any of them by chance alone in at most one table in twenty (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    largest = 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, p_values[number] * (len(p_values) - rank)))
+        adjusted[number] = largest
+    return [float(p) for p in adjusted]
+
+
+# ---- labels saved
+
+
+@dataclass(frozen=True)
+class Saved:
+    """At `reference_slides` per class the reference scores `score`; the start needs `slides` for the same.
+
+    `slides` None: it does not get there with all there are. `at_most`: its curve begins above, so fewer may do.
+    An interval's end is None where "not reached" is among the possibilities. `reason`: why there is nothing to compare.
+    """
+
+    budget: Budget
+    reference_slides: float
+    score: float
+    slides: float | None
+    low: float | None
+    high: float | None
+    at_most: bool
+    reason: str = ""
+
+    @property
+    def factor(self) -> float | None:
+        """How many times fewer labelled slides (below 1: more)."""
+        return self.reference_slides / self.slides if self.slides else None
+
+
+def labels_saved(
+    measured: Measured,
+    metric: str,
+    start: str,
+    reference: str,
+    head: str | None = None,
+    reference_head: str | None = None,
+) -> list[Saved]:
+    """At each budget of the reference, the slides per class with which `start` reaches the same score.
+
+    Both mean curves are first made to rise (isotonic regression: more labels cannot hurt in truth, only by luck), then
+    the start's is read off between budgets, straight in log2(slides). The interval is the middle 95 % of resampled
+    curves. Where the reference itself is not above chance there is nothing to save, and the row says so.
+    """
+    a, b = measured.number(start, head), measured.number(reference, reference_head or head)
+    there = np.flatnonzero(_has_budget(measured, metric, a) & _has_budget(measured, metric, b))
+    x_B = np.log2(measured.slides[there])
+    curves_RSB = resampled_curves(measured, metric)[:, :, there]
+    ours_B = rising(measured.mean_B(metric, a)[there])
+    theirs_B = rising(measured.mean_B(metric, b)[there])
+    ours_RB, theirs_RB = rising(curves_RSB[:, a]), rising(curves_RSB[:, b])
+    chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
+    rows = []
+    for number, column in enumerate(there):
+        x = float(reached(x_B, ours_B[None], theirs_B[None, number])[0])
+        x_R = reached(x_B, ours_RB, theirs_RB[:, number])
+        low, high = np.quantile(x_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+        found = estimate(measured, metric, _one(measured, b, int(column)))
+        reason = ""
+        if chance is not None and interval(measured, metric, found)[0] <= chance:
+            reason = "the reference is not above chance here"
+        rows.append(
+            Saved(
+                measured.budgets[column],
+                float(measured.slides[column]),
+                float(theirs_B[number]),
+                _slides(x),
+                _slides(float(low)),
+                _slides(float(high)),
+                at_most=bool(ours_B[0] >= theirs_B[number]),
+                reason=reason,
+            )
+        )
+    return rows
+
+
+def rising(curves: Floats) -> Floats:
+    """The nearest curve that never falls (isotonic regression, by its max-min formula), over the last axis."""
+    num = curves.shape[-1]
+    total = np.concatenate([np.zeros((*curves.shape[:-1], 1)), curves.cumsum(-1)], -1)
+    best = np.full(curves.shape, -np.inf)
+    for left in range(num):
+        ahead = np.stack(
+            [(total[..., right] - total[..., left]) / (right - left) for right in range(left + 1, num + 1)], -1
+        )
+        least = np.minimum.accumulate(ahead[..., ::-1], -1)[..., ::-1]
+        best[..., left:] = np.maximum(best[..., left:], least)
+    return best
+
+
+def reached(x_B: Floats, curves_RB: Floats, targets_R: Floats) -> Floats:
+    """The smallest x where each rising curve reaches its target, (R,): the first x if it starts above, inf if never."""
+    above_RB = curves_RB >= targets_R[:, None] - 1e-12
+    first_R = np.where(above_RB.any(1), above_RB.argmax(1), len(x_B))
+    right = np.clip(first_R, 1, len(x_B) - 1) if len(x_B) > 1 else np.zeros_like(first_R)
+    left = np.maximum(right - 1, 0)
+    row = np.arange(len(curves_RB))
+    rise = curves_RB[row, right] - curves_RB[row, left]
+    share = np.clip(np.divide(targets_R - curves_RB[row, left], rise, out=np.ones_like(rise), where=rise > 0), 0, 1)
+    between = x_B[left] + share * (x_B[right] - x_B[left])
+    return np.where(first_R == 0, x_B[0], np.where(first_R == len(x_B), np.inf, between))
+
+
+def _slides(x: float) -> float | None:
+    return float(2**x) if math.isfinite(x) else None
+
+
+# ---- in words
+
+Outcome = Literal["helped", "no measurable difference", "hurt", "too few patients"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    headline: str
+    sentences: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
+    comparison: Comparison | None = None
+
+
+def verdict(
+    measured: Measured,
+    adapted: str = "adapted",
+    reference: str = "imagenet",
+    metric: str = "auroc",
+    head: str | None = None,
+    unit: str = "slide",
+    seen_in_pretraining: int = 0,
+    site_statement: str = "",
+) -> Verdict:
+    """Helped, hurt, or no measurable difference, with the evidence and its limits, for a reader who is no statistician.
+
+    It rests on one test, of the area between the two curves over log2(budget), at p < 0.025; budgets are named only
+    where they hold after Holm's correction. `seen_in_pretraining`: tested slides that the adapted backbone was shown.
+    """
+    name = PLAIN_NAME.get(metric, metric)
+    fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
+    limits = _limits(measured, adapted, metric, head, unit, fewest, seen_in_pretraining, site_statement)
+    if measured.num_patients < FEWEST_PATIENTS or fewest < 2:
+        rare = [label for label, count in measured.patients_per_class.items() if count == 1]
+        why = f"class {_listed(rare)} has one patient" if rare else f"{measured.num_patients} patients were tested"
+        return Verdict(
+            "too few patients",
+            f"Too few patients to say whether adaptation helped: {why}.",
+            [f"At least {FEWEST_PATIENTS} patients, and two in each class, are needed to tell a difference from luck."],
+            limits,
+        )
+    found = compare(measured, metric, adapted, reference, head)
+    whole = found.area
+    sign = 1 if whole.value > 0 else -1
+    if metric in ("log_loss", "calibration_error"):
+        sign = -sign
+    decided = whole.p < VERDICT_P
+    slides = measured.slides[[measured.budgets.index(row.budget) for row in found.budgets if row.budget is not None]]
+    span = f"from {_number(slides.min())} to {_number(slides.max())} labelled {unit}s per class"
+    size = f"{_signed(whole.value)} (95 % interval {_signed(whole.low)} to {_signed(whole.high)})"
+    sentences = []
+    if decided:
+        outcome: Outcome = "helped" if sign > 0 else "hurt"
+        headline = f"Adaptation {outcome}: {name} {size}, on average over budgets {span}."
+    else:
+        outcome = "no measurable difference"
+        headline = f"Adaptation made no measurable difference: {name} {size}, on average over budgets {span}."
+    clear = [row for row in found.budgets if row.p_adjusted < 1 - LEVEL and (row.value > 0) == (whole.value > 0)]
+    if decided:
+        sentences.append(_at_budgets(clear, len(found.budgets), unit, adapted, reference))
+    else:
+        sentences.append(
+            f"This does not show that the two are equal: with {measured.num_patients} patients, a difference "
+            f"of about {found.detectable:.2f} is the smallest that would be found four times in five."
+        )
+    if outcome == "helped":
+        sentences += _saved_in_words(labels_saved(measured, metric, adapted, reference, head), unit, adapted, reference)
+    return Verdict(outcome, headline, sentences, limits, found)
+
+
+def _at_budgets(clear: Sequence[Difference], num_tests: int, unit: str, adapted: str, reference: str) -> str:
+    if not clear:
+        return "At no single budget is the difference clear by itself; it shows only over the whole curve."
+    budgets = _listed([str(row.budget) for row in clear])
+    sizes = sorted(abs(row.value) for row in clear)
+    by = f"{sizes[0]:.2f}" if len(sizes) == 1 else f"{sizes[0]:.2f} to {sizes[-1]:.2f}"
+    side = "above" if clear[0].value > 0 else "below"
+    units = unit if str(clear[-1].budget) == "1" else f"{unit}s"
+    return (
+        f"At {budgets} {units} per class {adapted} lies {side} {reference} by {by}, "
+        f"clear of chance after correction for {num_tests} comparisons."
     )
-    _write(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
 
 
-def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
-    """The rows, and the classes in the order of their probabilities."""
-    with _opened(path) as file:
-        columns = next(csv.reader(file), [])
-    classes = [name[2:] for name in columns if name.startswith("p_")]
-    shares = [f"p_{name}" for name in classes]
-    predictions = [
-        Prediction(
-            row["start"],
-            row["head"],
-            budget_of(row["budget"]),
-            int(row["draw"]),
-            _fold_of(row["fold"]),
-            row["slide"],
-            row["patient"],
-            row["label"],
-            row["predicted"],
-            tuple(float(row[name]) for name in shares),
-        )
-        for row in _read(path, PREDICTION_COLUMNS)
-    ]
-    return predictions, classes
-
-
-def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
-    rows = (
-        (r.start, r.head, r.budget, r.metric, repr(r.mean), repr(r.low), repr(r.high), r.num_draws, r.num_patients)
-        for r in summary
-    )
-    _write(path, SUMMARY_COLUMNS, rows)
-
-
-def read_summary(path: Path) -> list[SummaryRow]:
+def _saved_in_words(rows: Sequence[Saved], unit: str, adapted: str, reference: str) -> list[str]:
+    told = [row for row in rows if not row.reason and row.slides is not None and row.slides < row.reference_slides]
+    if not told:
+        return []
+    row = max(told, key=lambda one: (not one.at_most, one.reference_slides))
+    assert row.slides is not None
+    needs = f"{'at most ' if row.at_most else ''}{_number(row.slides)}"
+    high = "not reached" if row.high is None else _number(row.high)
+    low = "not reached" if row.low is None else _number(row.low)
     return [
-        SummaryRow(
-            row["start"],
-            row["head"],
-            budget_of(row["budget"]),
-            row["metric"],
-            float(row["mean"]),
-            float(row["low"]),
-            float(row["high"]),
-            int(row["num_draws"]),
-            int(row["num_patients"]),
-        )
-        for row in _read(path, SUMMARY_COLUMNS)
+        f"With {needs} labelled {unit}s per class {adapted} reaches what {reference} reaches with "
+        f"{_number(row.reference_slides)} (95 % interval {low} to {high})."
     ]
 
 
-def budget_of(text: str) -> Budget:
-    return ALL if text == ALL else int(text)
+def _limits(
+    measured: Measured,
+    adapted: str,
+    metric: str,
+    head: str | None,
+    unit: str,
+    fewest: int,
+    seen_in_pretraining: int,
+    site_statement: str,
+) -> list[str]:
+    rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
+    limits = [
+        f"All of this rests on {measured.num_patients} tested patients; "
+        f"the rarest class, {_listed(rare[:3])}, has {fewest}."
+    ]
+    if seen_in_pretraining:
+        limits.append(
+            f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s were in the pretraining pool, without "
+            "their labels (transductive). On slides from elsewhere the gain may be smaller."
+        )
+    if measured.has("colour", head) and measured.has(adapted, head):
+        floor = compare(measured, metric, adapted, "colour", head).area
+        if not (floor.value > 0 and floor.p < 1 - LEVEL):
+            limits.append(
+                f"{adapted} does not clear the colour floor ({_signed(floor.value)}, {_signed(floor.low)} to "
+                f"{_signed(floor.high)}): staining alone, without any network, does as well on these slides."
+            )
+    if measured.has(adapted, head):
+        number = measured.number(adapted, head)
+        last = int(np.flatnonzero(_has_budget(measured, metric, number))[-1])
+        low, _ = interval(measured, metric, estimate(measured, metric, _one(measured, number, last)))
+        chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
+        if chance is not None and metric in BOUNDED and low <= chance:
+            limits.append(f"Even with the largest budget {adapted} is not clearly better than guessing.")
+    if site_statement:
+        limits.append(site_statement)
+    return limits
 
 
-def in_budget_order(budget: Budget) -> float:
-    """A sort key: 1, 2, 4, ... and "all" last."""
-    return float("inf") if isinstance(budget, str) else float(budget)
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
-def _cell(fold: int | None) -> str:
-    return "" if fold is None else str(fold)
+def _number(value: float) -> str:
+    """3, 3.5, 12: as exact as a count of slides can be meant."""
+    return f"{value:.0f}" if value >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f}"
 
 
-def _fold_of(text: str) -> int | None:
-    return int(text) if text else None
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")  # noqa: RUF001
 
 
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+# ---- small helpers
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
-    try:
-        return path.open(newline="", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); run `histossl finetune` again") from error
+def _one(measured: Measured, s: int, b: int) -> Floats:
+    weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
+    weights_SB[s, b] = 1
+    return weights_SB
 
 
-def _read(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    with _opened(path) as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise StoreError(f"{path}: column {missing[0]!r} is missing; run `histossl finetune` again")
-        try:
-            for row in reader:
-                if None in row.values():
-                    raise ValueError("a row is cut short")
-                yield row
-        except (ValueError, csv.Error) as error:
-            raise StoreError(f"{path}, line {reader.line_num}: {error}; run `histossl finetune` again") from error
+def _tested(measured: Measured, s: int, b: int, d: int) -> bool:
+    return any(np.isfinite(values_SBD[s, b, d]) for values_SBD in measured.values_SBD.values())
+
+
+def _has_budget(measured: Measured, metric: str, s: int) -> NDArray[np.bool_]:
+    there: NDArray[np.bool_] = np.isfinite(measured.values_SBD[metric][s]).any(-1)
+    return there

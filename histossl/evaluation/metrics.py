@@ -13,7 +13,7 @@ Where there is nothing to test, everything is nan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,33 +31,42 @@ NUM_BINS = 10
 
 
 def metrics(
-    labels: Sequence[str] | NDArray[np.str_], probabilities: NDArray[np.floating], classes: Sequence[str]
+    labels: Sequence[str] | NDArray[np.str_],
+    probabilities: NDArray[np.floating],
+    classes: Sequence[str],
+    wanted: Sequence[str] = METRICS,
 ) -> dict[str, float]:
-    """All five. `probabilities` is (slides, classes) in the order of `classes`; rows are made to sum to one.
+    """The wanted ones of the five.
+
+    `probabilities` is (slides, classes) in the order of `classes`; rows are made to sum to one.
 
     The predicted class is the most probable one, the first of them at a tie.
     """
     names = list(classes)
     truth = np.array([names.index(label) for label in labels], dtype=np.int64)
     if not len(truth):
-        return dict.fromkeys(METRICS, float("nan"))
+        return dict.fromkeys(wanted, float("nan"))
     shares = unit_rows(np.asarray(probabilities, dtype=np.float64))
     predicted = shares.argmax(1)
-    present = np.unique(truth)
-    return {
-        "auroc": auroc(truth, shares),
-        "balanced_accuracy": float(recall_score(truth, predicted, labels=present, average="macro", zero_division=0.0)),
-        "f1": float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0.0)),
-        "log_loss": float(log_loss(truth, shares, labels=np.arange(len(names)))),
-        "calibration_error": calibration_error(truth, shares),
+    occurring = np.unique(truth)
+    scorers: dict[str, Callable[[], float]] = {
+        "auroc": lambda: auroc(truth, shares),
+        "balanced_accuracy": lambda: recall_score(
+            truth, predicted, labels=occurring, average="macro", zero_division=0.0
+        ),
+        "f1": lambda: f1_score(truth, predicted, labels=occurring, average="macro", zero_division=0.0),
+        "log_loss": lambda: log_loss(truth, shares, labels=np.arange(len(names))),
+        "calibration_error": lambda: calibration_error(truth, shares),
     }
+    return {name: float(scorers[name]()) for name in wanted}
 
 
 def unit_rows(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rows that sum to one; a row without any mass becomes even."""
     total = probabilities.sum(1, keepdims=True)
     even = np.full_like(probabilities, 1 / probabilities.shape[1])
-    return np.divide(probabilities, total, out=even, where=total > 0)
+    shares: NDArray[np.float64] = np.divide(probabilities, total, out=even, where=total > 0)
+    return shares
 
 
 def auroc(truth: NDArray[np.int64], shares: NDArray[np.float64]) -> float:
@@ -71,14 +80,20 @@ def auroc(truth: NDArray[np.int64], shares: NDArray[np.float64]) -> float:
 
 
 def calibration_error(truth: NDArray[np.int64], shares: NDArray[np.float64]) -> float:
-    """Mean over slides of |accuracy - confidence| of their bin: bins of (nearly) equally many slides, by confidence.
-
-    Equally full bins, since few slides leave most of ten equally wide ones empty (Nixon et al. 2019, arXiv 1904.01685).
-    Never more bins than give five slides each.
-    """
+    """Mean over slides of |accuracy - confidence| of their bin."""
     confidence = shares.max(1)
-    right = (shares.argmax(1) == truth).astype(np.float64)
+    gap = (shares.argmax(1) == truth) - confidence
+    return float(np.abs(np.bincount(confidence_bins(confidence), weights=gap)).sum() / len(truth))
+
+
+def confidence_bins(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of at most ten (nearly) equally full bins each slide falls in, the least confident first.
+
+    Equally full, since few slides leave most of ten equally wide bins empty (Nixon et al. 2019, arXiv 1904.01685);
+    never so many bins that one has fewer than five slides.
+    """
+    bins = np.empty(len(confidence), dtype=np.int64)
     order = np.argsort(confidence, kind="stable")
-    bins = np.array_split(order, max(1, min(NUM_BINS, len(order) // 5)))
-    gaps = [abs(float((right[members] - confidence[members]).mean())) * len(members) for members in bins]
-    return float(sum(gaps) / len(truth))
+    for number, members in enumerate(np.array_split(order, max(1, min(NUM_BINS, len(order) // 5)))):
+        bins[members] = number
+    return bins

@@ -1,0 +1,415 @@
+"""Scores of every start, budget and draw, and what they had been with other patients: the ground of all intervals.
+
+The estimator, in one place. M[b, d] is a metric of one start at budget b in draw d, over all tested patients (pooled
+over folds where there are folds). Reported is its mean over draws. It would come out differently with other *test
+patients* and with other *labelled slides*, and draws are neither new patients nor independent of each other, since
+all are taken from one pool. So the variance has two parts:
+
+    patients   bootstrap of patients (with all their slides, within their class, the same ones in every start, budget
+               and draw): the variance of the draws' mean. Of a class of n patients n - 1 are drawn and weighted by
+               n / (n - 1) (Rao and Wu 1988), which is unbiased; the plain bootstrap is too small by (n - 1) / n.
+    labelling  the variance between draws, less what by the same bootstrap a draw owes to its finite test set (a
+               draw's own luck with these patients would else count twice), times (1 / D + f / (1 - f)), where f is
+               the share of the pool that a draw labels: the correction of Nadeau and Bengio (2003) for training
+               sets that overlap. Above half the pool draws are too alike to tell; there the largest smaller budget
+               stands in, its variance falling with one over the number of labels.
+
+Both parts are linear in the curve, so every contrast (a budget, a difference of two starts, an area) has its own.
+Shapes: R resamples, S series (a start with a head), B budgets, D draws, P patients, N tested slides, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histossl.errors import StoreError
+from histossl.evaluation.metrics import METRICS, confidence_bins, metrics, unit_rows
+from histossl.evaluation.tables import Budget, Prediction, in_budget_order
+
+Floats = NDArray[np.float64]
+NUM_RESAMPLES = 1000
+Series = tuple[str, str]  # start, head
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the draws are taken from: labelled slides and patients per class (means over classes).
+
+    With `num_folds` it is everything, each fold being left out in turn; with 0 the test set is fixed and not in it.
+    None: unknown, and then intervals are about this very pool.
+    """
+
+    slides: float | None
+    patients: float | None
+    num_folds: int = 0
+
+    @property
+    def kept(self) -> float:
+        """The share of the pool that one head may be trained on."""
+        return 1 - 1 / self.num_folds if self.num_folds else 1.0
+
+    def labelled_share(self, budget: float) -> float:
+        """How much of what one head may use it is given, in patients (a budget takes new patients first)."""
+        return min(1.0, budget / (self.patients * self.kept)) if self.patients else 0.0
+
+    def spread(self, budget: float) -> float:
+        """Variance of a draw's labelling given the pool, in units of one patient's: 1/b - 1/pool for one head.
+
+        With folds a draw's score is the mean over as many heads, each with its own choice of labels.
+        """
+        if not self.patients:
+            return 1 / budget
+        return (1 - self.labelled_share(budget)) / (budget * max(1, self.num_folds))
+
+    @property
+    def floor(self) -> float:
+        """What no number of draws averages away: the variance of the pool itself, in the same units."""
+        return 1 / self.patients if self.patients else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Every metric of every series, budget and draw; nan where a series lacks that budget or draw."""
+
+    classes: list[str]
+    series: list[Series]
+    budgets: list[Budget]
+    slides: Floats  # (B,) labelled slides per class; "all" in numbers
+    draws: list[int]
+    pool: Pool
+    patients_per_class: dict[str, int]
+    num_tested: int
+    values_SBD: dict[str, Floats]
+    resampled_RSBD: dict[str, NDArray[np.float32]]
+
+    @property
+    def num_patients(self) -> int:
+        return sum(self.patients_per_class.values())
+
+    def number(self, start: str, head: str | None = None) -> int:
+        for number, (name, its_head) in enumerate(self.series):
+            if name == start and head in (None, its_head):
+                return number
+        raise KeyError(start)
+
+    def has(self, start: str, head: str | None = None) -> bool:
+        return any(name == start and head in (None, its_head) for name, its_head in self.series)
+
+    def mean_B(self, metric: str, number: int) -> Floats:
+        return _nanmean(self.values_SBD[metric][number], -1)
+
+
+def measure(
+    predictions: Iterable[Prediction],
+    classes: Sequence[str],
+    pool_per_class: float | None = None,
+    pool_patients_per_class: float | None = None,
+    wanted: Sequence[str] = METRICS,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Measured:
+    """Score predictions, as they are and with patients resampled.
+
+    `pool_per_class`, `pool_patients_per_class`: labelled slides and patients per class that a draw may choose from when
+    the test set is fixed (with folds they follow from the predictions). Every cell (series, budget, draw)
+    must hold the same slides; StoreError if not.
+    """
+    cells: dict[tuple[Series, Budget, int], list[Prediction]] = {}
+    for one in predictions:
+        cells.setdefault(((one.start, one.head), one.budget, one.draw), []).append(one)
+    if not cells:
+        raise StoreError("predictions.csv holds no predictions; run `histossl finetune` again")
+    for rows in cells.values():
+        rows.sort(key=lambda row: row.slide)  # stable, so that a slide's own rows keep their order
+
+    names = list(classes)
+    first = next(iter(cells.values()))
+    slides = [row.slide for row in first]
+    labels = [row.label for row in first]
+    for (series, budget, draw), rows in cells.items():
+        if [row.slide for row in rows] != slides or [row.label for row in rows] != labels:
+            raise StoreError(
+                f"predictions.csv: start {series[0]!r}, budget {budget}, draw {draw} tests other slides than the rest; "
+                "run `histossl finetune` again"
+            )
+    truth_N = np.array([names.index(label) for label in labels], dtype=np.int64)
+    patients, patient_N = np.unique([row.patient for row in first], return_inverse=True)
+    stratum_P = _stratum_of(truth_N, patient_N, len(patients), len(names))
+
+    folds = {row.fold for rows in cells.values() for row in rows} - {None}
+    if folds:
+        num_classes = len(set(labels))
+        pool = Pool(len(slides) / num_classes, len(patients) / num_classes, max(2, len(folds)))
+    else:
+        pool = Pool(pool_per_class, pool_patients_per_class or pool_per_class)
+
+    all_series = list(dict.fromkeys(key[0] for key in cells))
+    budgets = sorted({key[1] for key in cells}, key=in_budget_order)
+    draws = sorted({key[2] for key in cells})
+    shape = (len(all_series), len(budgets), len(draws))
+    values_SBD = {name: np.full(shape, np.nan) for name in wanted}
+    resampled_RSBD = {name: np.full((num_resamples, *shape), np.nan, dtype=np.float32) for name in wanted}
+    weights_RP = patient_weights(stratum_P, num_resamples, np.random.default_rng(seed))
+    for (key, its_budget, its_draw), rows in cells.items():
+        at = (all_series.index(key), budgets.index(its_budget), draws.index(its_draw))
+        shares_NK = unit_rows(np.array([row.probabilities for row in rows], dtype=np.float64))
+        scores = metrics(labels, shares_NK, names, wanted)
+        with_others = resampled_metrics(truth_N, shares_NK, patient_N, weights_RP, wanted)
+        for name in wanted:
+            values_SBD[name][at] = scores[name]
+            resampled_RSBD[name][:, at[0], at[1], at[2]] = with_others[name]
+
+    return Measured(
+        classes=names,
+        series=all_series,
+        budgets=budgets,
+        slides=np.array([_slides_at(budget, budgets, pool) for budget in budgets]),
+        draws=draws,
+        pool=pool,
+        patients_per_class={name: int((stratum_P == number).sum()) for number, name in enumerate(names)},
+        num_tested=len(slides),
+        values_SBD=values_SBD,
+        resampled_RSBD=resampled_RSBD,
+    )
+
+
+def _slides_at(budget: Budget, budgets: Sequence[Budget], pool: Pool) -> float:
+    if not isinstance(budget, str):
+        return float(budget)
+    largest = max((float(other) for other in budgets if not isinstance(other, str)), default=1.0)
+    # Unknown pools put "all" one doubling to the right of the last budget: a place to draw it, not a claim.
+    return max(pool.slides * pool.kept, largest) if pool.slides else 2 * largest
+
+
+def _stratum_of(
+    truth_N: NDArray[np.int64], patient_N: NDArray[np.intp], num_patients: int, num_classes: int
+) -> NDArray[np.int64]:
+    """Each patient's class; the most frequent one where a patient has regions of several."""
+    counts_PK = np.zeros((num_patients, num_classes), dtype=np.int64)
+    np.add.at(counts_PK, (patient_N, truth_N), 1)
+    most: NDArray[np.int64] = counts_PK.argmax(1)
+    return most
+
+
+def patient_weights(stratum_P: NDArray[np.int64], num_resamples: int, generator: np.random.Generator) -> Floats:
+    """(R, P): how often each patient counts in each resample; always once where a class has no other patient."""
+    weights_RP = np.ones((num_resamples, len(stratum_P)))
+    for stratum in np.unique(stratum_P):
+        members = np.flatnonzero(stratum_P == stratum)
+        n = len(members)
+        if n > 1:
+            counts = generator.multinomial(n - 1, np.full(n, 1 / n), size=num_resamples)
+            weights_RP[:, members] = counts * (n / (n - 1))
+    return weights_RP
+
+
+# ---- the metrics again, weighted by patients and for all resamples at once
+
+
+def resampled_metrics(
+    truth_N: NDArray[np.int64],
+    shares_NK: Floats,
+    patient_N: NDArray[np.intp],
+    weights_RP: Floats,
+    wanted: Sequence[str] = METRICS,
+) -> dict[str, Floats]:
+    """Each wanted metric under each row of weights, (R,). With weights of one these are scikit-learn's values."""
+    num_patients = weights_RP.shape[1]
+    num_classes = shares_NK.shape[1]
+    predicted_N = shares_NK.argmax(1)
+    right_N = predicted_N == truth_N
+
+    def summed(values: Floats, group_N: NDArray[np.int64], num_groups: int) -> Floats:
+        """Weighted sums per group, (R, groups)."""
+        table = np.bincount(patient_N * num_groups + group_N, weights=values, minlength=num_patients * num_groups)
+        return weights_RP @ table.reshape(num_patients, num_groups)
+
+    ones_N = np.ones(len(truth_N))
+    true_RK = summed(ones_N, truth_N, num_classes)
+    hits_RK = summed(right_N.astype(np.float64), truth_N, num_classes)
+    present_RK = true_RK > 0
+    total_R = true_RK.sum(1)
+    scores: dict[str, Floats] = {}
+    for name in wanted:
+        if name == "auroc":
+            scores[name] = _weighted_auroc(truth_N, shares_NK, patient_N, weights_RP)
+        elif name == "balanced_accuracy":
+            recall_RK = hits_RK / np.where(present_RK, true_RK, 1)
+            scores[name] = (recall_RK * present_RK).sum(1) / present_RK.sum(1)
+        elif name == "f1":
+            claimed_RK = summed(ones_N, predicted_N, num_classes)
+            f1_RK = 2 * hits_RK / np.where(present_RK, true_RK + claimed_RK, 1)
+            scores[name] = (f1_RK * present_RK).sum(1) / present_RK.sum(1)
+        elif name == "log_loss":
+            smallest = np.finfo(np.float64).eps
+            loss_N = -np.log(np.clip(shares_NK[np.arange(len(truth_N)), truth_N], smallest, 1))
+            scores[name] = summed(loss_N, np.zeros_like(truth_N), 1)[:, 0] / total_R
+        elif name == "calibration_error":
+            confidence_N = shares_NK.max(1)
+            bin_N = confidence_bins(confidence_N)
+            gap_RJ = summed(right_N - confidence_N, bin_N, int(bin_N.max()) + 1)
+            scores[name] = np.abs(gap_RJ).sum(1) / total_R
+        else:
+            raise AssertionError(f"no weighted form of metric {name!r}")
+    return scores
+
+
+def _weighted_auroc(
+    truth_N: NDArray[np.int64], shares_NK: Floats, patient_N: NDArray[np.intp], weights_RP: Floats
+) -> Floats:
+    """Macro one against the rest, (R,). Pairs of slides are first counted per pair of patients, who are weighted."""
+    total_R = np.zeros(len(weights_RP))
+    num_R = np.zeros(len(weights_RP))
+    weights = weights_RP.astype(np.float32)
+    for number in range(shares_NK.shape[1]):
+        positive_N = truth_N == number
+        if not 0 < positive_N.sum() < len(truth_N):
+            continue
+        with_P, with_number = np.unique(patient_N[positive_N], return_inverse=True)
+        without_P, without_number = np.unique(patient_N[~positive_N], return_inverse=True)
+        won = pairs_won(
+            shares_NK[positive_N, number],
+            with_number,
+            len(with_P),
+            shares_NK[~positive_N, number],
+            without_number,
+            len(without_P),
+        ).astype(np.float32)
+        ours_R = weights[:, with_P]
+        theirs_R = weights[:, without_P]
+        num_pairs_R = (ours_R @ np.bincount(with_number).astype(np.float32)) * (
+            theirs_R @ np.bincount(without_number).astype(np.float32)
+        )
+        won_R = np.einsum("rq,rq->r", ours_R @ won, theirs_R)
+        exists_R = num_pairs_R > 0
+        total_R += np.where(exists_R, won_R / np.where(exists_R, num_pairs_R, 1), 0)
+        num_R += exists_R
+    return np.where(num_R > 0, total_R / np.maximum(num_R, 1), np.nan)
+
+
+def pairs_won(
+    ours: Floats,
+    our_patient: NDArray[np.intp],
+    num_ours: int,
+    theirs: Floats,
+    their_patient: NDArray[np.intp],
+    num_theirs: int,
+) -> Floats:
+    """(our patients, their patients): in how many pairs of slides ours scores higher, ties one half."""
+    levels, their_level = np.unique(theirs, return_inverse=True)
+    held = np.zeros((len(levels) + 1, num_theirs))
+    np.add.at(held, (their_level + 1, their_patient), 1)
+    below = held.cumsum(0)  # below[i]: theirs under the i lowest levels
+    won = 0.5 * (below[np.searchsorted(levels, ours, "left")] + below[np.searchsorted(levels, ours, "right")])
+    table = np.zeros((num_ours, num_theirs))
+    np.add.at(table, our_patient, won)
+    return table
+
+
+# ---- what varies
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A contrast of scores, the two parts of its variance, and Satterthwaite's degrees of freedom for their sum."""
+
+    value: float
+    patients_variance: float
+    labelling_variance: float
+    df: float
+
+    @property
+    def variance(self) -> float:
+        return self.patients_variance + self.labelling_variance
+
+
+def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
+    """The contrast sum(weights * scores), its variance and degrees of freedom. nan where a weighted cell is missing."""
+    used = np.argwhere(weights_SB != 0)
+    values_SBD, resampled_RSBD = measured.values_SBD[metric], measured.resampled_RSBD[metric]
+    value = 0.0
+    mean_R = np.zeros(resampled_RSBD.shape[0])
+    labelling_D = np.zeros(len(measured.draws))
+    labelling_RD = np.zeros((resampled_RSBD.shape[0], len(measured.draws)))
+    for s, b in used:
+        weight = weights_SB[s, b]
+        value += float(weight * _nanmean(values_SBD[s, b], -1))
+        mean_R += weight * _nanmean(resampled_RSBD[:, s, b], -1)
+        source, scale = labelling_source(measured, metric, int(s), int(b))
+        if source is not None:
+            labelling_D += weight * scale * values_SBD[s, source]
+            labelling_RD += weight * scale * resampled_RSBD[:, s, source]
+    patients_variance = float(mean_R.var(ddof=1))
+    seen_D = np.isfinite(labelling_D) & np.isfinite(labelling_RD).all(0)
+    num_draws = int(seen_D.sum())
+    labelling_variance = 0.0
+    if num_draws > 1:
+        between = float(labelling_D[seen_D].var(ddof=1))
+        owed = labelling_RD[:, seen_D]
+        alone = float(owed.var(0, ddof=1).mean())
+        together = float(owed.mean(1).var(ddof=1))
+        labelling_variance = max(0.0, between - (alone - together) * num_draws / (num_draws - 1))
+    occurring = sum(count > 0 for count in measured.patients_per_class.values())
+    df_patients = max(1, measured.num_patients - occurring)
+    total = patients_variance + labelling_variance
+    parts = patients_variance**2 / df_patients + labelling_variance**2 / max(1, num_draws - 1)
+    df = float(total**2 / parts) if parts > 0 else float(df_patients)
+    return Estimate(value, patients_variance, labelling_variance, df)
+
+
+def labelling_source(measured: Measured, metric: str, s: int, b: int) -> tuple[int | None, float]:
+    """Which budget's draws tell how much budget b varies with the labelled slides, and the factor on their deviations.
+
+    Its own, while a draw labels at most half of what it may; else the largest smaller budget that does.
+    """
+    pool = measured.pool
+    draws_B = np.isfinite(measured.values_SBD[metric][s]).sum(1)
+    fit = [
+        candidate
+        for candidate in range(b + 1)
+        if draws_B[candidate] > 1 and pool.labelled_share(measured.slides[candidate]) <= 0.5 + 1e-9
+    ]
+    if not fit:
+        if draws_B[b] < 2:
+            return None, 0.0
+        return b, float(draws_B[b]) ** -0.5
+    source = fit[-1]
+    here = pool.floor + pool.spread(measured.slides[b]) / max(1, draws_B[b])
+    return source, float(np.sqrt(here / pool.spread(measured.slides[source])))
+
+
+def resampled_curves(measured: Measured, metric: str, seed: int = 1) -> Floats:
+    """(R, S, B) curves as they might have come out, with other patients and other labelled slides at once."""
+    values_SBD, resampled_RSBD = measured.values_SBD[metric], measured.resampled_RSBD[metric]
+    curves_RSB = _nanmean(resampled_RSBD, -1).astype(np.float64)
+    # Percentiles are taken around the estimate: the bootstrap's own bias is not the estimate's.
+    curves_RSB += _nanmean(values_SBD, -1) - curves_RSB.mean(0)
+    num_resamples, num_draws = len(curves_RSB), len(measured.draws)
+    luck_RD = np.random.default_rng(seed).standard_normal((num_resamples, num_draws))
+    for s in range(len(measured.series)):
+        for b in range(len(measured.budgets)):
+            source, scale = labelling_source(measured, metric, s, b)
+            if source is None:
+                continue
+            seen = np.isfinite(values_SBD[s, source])
+            deviation_D = values_SBD[s, source, seen] - values_SBD[s, source, seen].mean()
+            num = len(deviation_D)
+            between = float(deviation_D @ deviation_D) / (num - 1)
+            owed = resampled_RSBD[:, s, source][:, seen].astype(np.float64)
+            overlap = (owed.var(0, ddof=1).mean() - owed.mean(1).var(ddof=1)) * num / (num - 1)
+            if between > 0:
+                kept = np.sqrt(max(0.0, between - overlap) / between / (num - 1))
+                curves_RSB[:, s, b] += scale * kept * (luck_RD[:, seen] @ deviation_D)
+    return curves_RSB
+
+
+def _nanmean(values: NDArray[np.floating], axis: int) -> Floats:
+    """Mean over what is there, nan where nothing is, without a warning."""
+    there = np.isfinite(values)
+    count = there.sum(axis)
+    total = np.where(there, values, 0).sum(axis, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

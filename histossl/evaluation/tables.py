@@ -1,0 +1,200 @@
+"""The three small tables that a finetuning leaves, and how they are read and written.
+
+    points.csv        one metric of one start, head, budget and draw
+    predictions.csv   one slide never trained on, as predicted by one start, head, budget and draw
+    summary.csv       a metric's mean over the draws, with its interval over patients
+
+A budget counts labelled slides per class; "all" is everything the split leaves for training.
+A draw is one random choice of the labelled slides, the same for every start. With folds, a draw's predictions
+are pooled over its folds, so that every patient is tested once per draw, and `fold` says by which one;
+with a fixed test set `fold` is None (an empty cell).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from histossl.errors import StoreError
+from histossl.workspace import written_aside
+
+ALL = "all"
+Budget = int | str  # labelled slides per class, or ALL
+
+
+# ---- what flows
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    start: str
+    head: str
+    budget: Budget
+    draw: int
+    fold: int | None
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """`probabilities` are in the order of the run's classes (the p_CLASS columns)."""
+
+    start: str
+    head: str
+    budget: Budget
+    draw: int
+    fold: int | None
+    slide: str
+    patient: str
+    label: str
+    predicted: str
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRow:
+    """`low` and `high` bound the 95 % interval; both are nan where none can be given."""
+
+    start: str
+    head: str
+    budget: Budget
+    metric: str
+    mean: float
+    low: float
+    high: float
+    num_draws: int
+    num_patients: int
+
+
+# ---- the files
+
+POINT_COLUMNS = ("start", "head", "budget", "draw", "fold", "metric", "value")
+PREDICTION_COLUMNS = ("start", "head", "budget", "draw", "fold", "slide", "patient", "label", "predicted")
+SUMMARY_COLUMNS = ("start", "head", "budget", "metric", "mean", "low", "high", "num_draws", "num_patients")
+
+
+def write_points(path: Path, points: Iterable[Point]) -> None:
+    rows = ((p.start, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points)
+    _write(path, POINT_COLUMNS, rows)
+
+
+def read_points(path: Path) -> list[Point]:
+    return [
+        Point(
+            row["start"],
+            row["head"],
+            budget_of(row["budget"]),
+            int(row["draw"]),
+            _fold_of(row["fold"]),
+            row["metric"],
+            float(row["value"]),
+        )
+        for row in _read(path, POINT_COLUMNS)
+    ]
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
+    rows = (
+        (p.start, p.head, p.budget, p.draw, _cell(p.fold), p.slide, p.patient, p.label, p.predicted)
+        + tuple(repr(float(share)) for share in p.probabilities)
+        for p in predictions
+    )
+    _write(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
+
+
+def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
+    """The rows, and the classes in the order of their probabilities."""
+    with _opened(path) as file:
+        columns = next(csv.reader(file), [])
+    classes = [name[2:] for name in columns if name.startswith("p_")]
+    shares = [f"p_{name}" for name in classes]
+    predictions = [
+        Prediction(
+            row["start"],
+            row["head"],
+            budget_of(row["budget"]),
+            int(row["draw"]),
+            _fold_of(row["fold"]),
+            row["slide"],
+            row["patient"],
+            row["label"],
+            row["predicted"],
+            tuple(float(row[name]) for name in shares),
+        )
+        for row in _read(path, PREDICTION_COLUMNS)
+    ]
+    return predictions, classes
+
+
+def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
+    rows = (
+        (r.start, r.head, r.budget, r.metric, repr(r.mean), repr(r.low), repr(r.high), r.num_draws, r.num_patients)
+        for r in summary
+    )
+    _write(path, SUMMARY_COLUMNS, rows)
+
+
+def read_summary(path: Path) -> list[SummaryRow]:
+    return [
+        SummaryRow(
+            row["start"],
+            row["head"],
+            budget_of(row["budget"]),
+            row["metric"],
+            float(row["mean"]),
+            float(row["low"]),
+            float(row["high"]),
+            int(row["num_draws"]),
+            int(row["num_patients"]),
+        )
+        for row in _read(path, SUMMARY_COLUMNS)
+    ]
+
+
+def budget_of(text: str) -> Budget:
+    return ALL if text == ALL else int(text)
+
+
+def in_budget_order(budget: Budget) -> float:
+    """A sort key: 1, 2, 4, ... and "all" last."""
+    return float("inf") if isinstance(budget, str) else float(budget)
+
+
+def _cell(fold: int | None) -> str:
+    return "" if fold is None else str(fold)
+
+
+def _fold_of(text: str) -> int | None:
+    return int(text) if text else None
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]
+    try:
+        return path.open(newline="", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); run `histossl finetune` again") from error
+
+
+def _read(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    with _opened(path) as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or [])]
+        if missing:
+            raise StoreError(f"{path}: column {missing[0]!r} is missing; run `histossl finetune` again")
+        try:
+            for row in reader:
+                if None in row.values():
+                    raise ValueError("a row is cut short")
+                yield row
+        except (ValueError, csv.Error) as error:
+            raise StoreError(f"{path}, line {reader.line_num}: {error}; run `histossl finetune` again") from error
