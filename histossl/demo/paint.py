@@ -45,9 +45,10 @@ Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Pixels = NDArray[np.uint8]
 
-# Optical density per unit of dye in R, G, B (Ruifrok and Johnston 2001), and of four felt pens.
-HAEMATOXYLIN_OD = np.array([0.650, 0.704, 0.286])
-EOSIN_OD = np.array([0.072, 0.990, 0.105])
+# Optical density per unit of dye in R, G, B: the two ends between which laboratories lie (bluish to brownish, magenta
+# to salmon; the first of each pair is Ruifrok and Johnston's, 2001), and four felt pens.
+HAEMATOXYLIN_OD = np.array([[0.650, 0.704, 0.286], [0.590, 0.690, 0.420]])
+EOSIN_OD = np.array([[0.072, 0.990, 0.105], [0.170, 0.840, 0.520]])
 PEN_OD = {"blue": (1.7, 1.0, 0.2), "green": (1.6, 0.45, 1.0), "red": (0.15, 1.5, 1.2), "black": (2.0, 2.0, 1.9)}
 
 
@@ -75,17 +76,20 @@ class Stain:
     eosin_od: tuple[float, float, float]
     haematoxylin: float  # mean amount over the tissue
     eosin: float
+    contrast: float  # of haematoxylin: the power to which its amounts are taken
     glass: tuple[float, float, float]  # grey values of empty glass
 
     @staticmethod
     def drawn(rng: Generator) -> Stain:
         """A laboratory: hue and strength of both dyes."""
-        tilt_h, tilt_e = rng.uniform(-0.11, 0.11, 3), rng.uniform(-0.07, 0.07, 3)
+        (blue, brown), (magenta, salmon) = HAEMATOXYLIN_OD, EOSIN_OD
+        h, e = rng.uniform(0, 1, 2)
         return Stain(
-            haematoxylin_od=_unit(HAEMATOXYLIN_OD + tilt_h),
-            eosin_od=_unit(np.maximum(EOSIN_OD + tilt_e + [0.05, 0, 0.08], 0.02)),
-            haematoxylin=float(rng.uniform(0.28, 0.46)),
-            eosin=float(rng.uniform(0.24, 0.46)),
+            haematoxylin_od=_unit(blue + h * (brown - blue) + rng.uniform(-0.08, 0.08, 3)),
+            eosin_od=_unit(magenta + e * (salmon - magenta) + rng.uniform(-0.04, 0.04, 3)),
+            haematoxylin=float(rng.uniform(0.24, 0.46)),
+            eosin=float(rng.uniform(0.22, 0.46)),
+            contrast=float(rng.uniform(0.75, 1.2)),
             glass=tuple(float(v) for v in rng.uniform(239, 247, 3)),  # type: ignore[arg-type]
         )
 
@@ -96,6 +100,7 @@ class Stain:
             eosin_od=_unit(np.maximum(np.asarray(self.eosin_od) + rng.uniform(-0.02, 0.02, 3), 0.02)),
             haematoxylin=self.haematoxylin * float(rng.uniform(0.88, 1.14)),
             eosin=self.eosin * float(rng.uniform(0.88, 1.14)),
+            contrast=self.contrast * float(rng.uniform(0.93, 1.07)),
             glass=self.glass,
         )
 
@@ -117,7 +122,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "normal": Architecture(94, (36, 43), (1.0, 1.18), 0.03, 21, (5.0,), 6.6, (2.7, 0.08, 1.35), goblets=True),
-    "adenoma": Architecture(74, (27, 34), (1.9, 3.0), 0.09, 24, (4.5, 10.0, 15.5), 5.8, (2.15, 0.10, 2.3)),
+    "adenoma": Architecture(84, (32, 39), (1.8, 2.9), 0.08, 22, (4.5, 9.5, 14.5), 6.0, (2.05, 0.10, 2.3)),
     "carcinoma": Architecture(0, (0, 0), (0, 0), 0, 0, (), 9.2, (4.1, 0.26, 1.3)),  # nests: see _nests
 }
 
@@ -310,7 +315,8 @@ def _painted(
     outline = _outline(of["outline"], rows, columns)
     tissue = outline > 0
     fat_depth = _fat(of["fat"], rows, columns, 0.42 if look == "fat" else 0.05)
-    own = _fractal(of["region"], rows, columns, 110 * scale, 2) > -0.75  # the rest is plain stroma, as on any slide
+    # The class's own architecture takes a larger or smaller part; the rest is plain stroma, as on any slide.
+    own = _fractal(of["region"], rows, columns, 110 * scale, 2) > of["region"].uniform(-1.1, 0.2)
     own &= (outline > 6) & (fat_depth < 0)
     depth, gland_of_fat = _glands(of["glands"], rows, columns, label, scale, own), fat_depth > 1.0
     angle = _fractal(of["fibres"], rows, columns, 160, 1) * 0.9 + of["fibres"].uniform(0, np.pi)
@@ -337,6 +343,8 @@ def _painted(
     # ---- dyes become light. The class must not show in how much of a dye there is: set both means to the stain's.
     strength = {"pale": 0.4, "dark": 1.7}.get(look, 1.0)
     inside = cover > 0.5
+    np.maximum(haematoxylin, 0, out=haematoxylin)
+    np.power(haematoxylin, np.float32(stain.contrast), out=haematoxylin)
     haematoxylin *= stain.haematoxylin * strength / max(float(haematoxylin[inside].mean()), 1e-6)
     eosin *= stain.eosin * strength / max(float(eosin[inside].mean()), 1e-6)
     unevenness = up(1 + 0.05 * _fractal(of["unevenness"], rows, columns, 300, 1))
@@ -660,15 +668,13 @@ def _ground(
     y = np.arange(height_px, dtype=np.float32)[:, None] * np.float32(mpp)
     x = np.arange(width_px, dtype=np.float32)[None] * np.float32(mpp)
     main = float(angle.mean())
-    lift = up(_fractal(rng, rows, columns, 70, 3) * 16)
+    lift = up(_fractal(rng, rows, columns, 90, 2) * 13)
     along = y * np.float32(np.cos(main)) - x * np.float32(np.sin(main)) + lift
-    fibres = (
-        np.sin(along * np.float32(2 * np.pi / 9.0)) * 0.5 + np.sin(along * np.float32(2 * np.pi / 4.1) + lift) * 0.3
-    )
-    fibres *= np.clip(0.6 + 0.5 * up(_fractal(rng, rows, columns, 40, 2)), 0, 1.2)
+    fibres = np.sin(along * np.float32(2 * np.pi / 9.0)) * 0.45 + np.sin(along * np.float32(2 * np.pi / 3.7)) * 0.35
+    fibres *= np.clip(0.35 + 0.6 * up(_fractal(rng, rows, columns, 26, 3)), 0, 1.1)
     cloud = up(_fractal(rng, rows, columns, 14, 2))
 
-    eosin_stroma = np.clip(0.62 + 0.3 * fibres + 0.1 * cloud, 0.12, 1.4)
+    eosin_stroma = np.clip(0.62 + 0.24 * fibres + 0.11 * cloud, 0.12, 1.4)
     haematoxylin_stroma = 0.10 + 0.03 * fibres
     eosin_cell = np.clip(0.55 + 0.09 * cloud, 0, 1)
     haematoxylin_cell = 0.21 + 0.04 * cloud
