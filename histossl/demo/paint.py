@@ -318,14 +318,15 @@ def _painted(
     # The class's own architecture takes a larger or smaller part; the rest is plain stroma, as on any slide.
     own = _fractal(of["region"], rows, columns, 110 * scale, 2) > of["region"].uniform(-1.1, 0.2)
     own &= (outline > 6) & (fat_depth < 0)
-    depth, gland_of_fat = _glands(of["glands"], rows, columns, label, scale, own), fat_depth > 1.0
+    depth = _glands(of["glands"], rows, columns, label, scale, own)
+    fat = fat_depth > 1.0
     angle = _fractal(of["fibres"], rows, columns, 160, 1) * 0.9 + of["fibres"].uniform(0, np.pi)
 
     # ---- dyes at full resolution, in arbitrary amounts
     def up(field_cells: Floats) -> Floats:
         return _resized(field_cells, height_px, width_px, Image.Resampling.BICUBIC)
 
-    nuclei = _nuclei(of["nuclei"], height_px, width_px, mpp, label, scale, depth, tissue & ~gland_of_fat, angle)
+    nuclei = _nuclei(of["nuclei"], height_px, width_px, mpp, label, scale, depth, tissue & ~fat, angle)
     haematoxylin, eosin = _ground(of["ground"], up, depth, angle, label, scale, mpp)
     haematoxylin += nuclei
     eosin *= 1 - 0.45 * nuclei
@@ -356,9 +357,9 @@ def _painted(
         blur |= _blur(of["blur"], rgb, tissue, mpp)
     pen = ink.max(0) > 0.5 if len(ink) else np.zeros_like(tissue)
     truth = {
-        "tissue_mask": tissue & ~gland_of_fat & ~pen,
+        "tissue_mask": tissue & ~fat & ~pen,
         "pen_mask": pen,
-        "fat_mask": gland_of_fat & tissue & ~pen,
+        "fat_mask": fat & tissue & ~pen,
         "blur_mask": blur & tissue,
         "fold_mask": fold & tissue,
     }
@@ -431,7 +432,7 @@ def _glands(rng: Generator, rows: int, columns: int, label: str, scale: float, o
     direction = _fractal(rng, rows, columns, 260 * scale, 1) * 1.1 + rng.uniform(0, np.pi)
     shapes = []
     for y, x in centres:
-        row, column = min(int(y / LAYOUT_UM), rows - 1), min(int(x / LAYOUT_UM), columns - 1)
+        row, column = (int(np.clip(at / LAYOUT_UM, 0, last - 1)) for at, last in ((y, rows), (x, columns)))
         short = rng.uniform(*form.half_width) * scale
         long = short * rng.uniform(*form.elongation)
         if own[row, column]:
