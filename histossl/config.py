@@ -12,7 +12,7 @@ import platform
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,145 @@ class TileConfig:
         return (self.mpp, *self.coarser_mpp)
 
 
+# ---- pretrain
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What defines a pretraining run: change any of it and it is another run. 0 or '' means 'work it out' (planner)."""
+
+    method: str = "mocov2"
+    backbone: str = "resnet50"
+    weights: str = "imagenet"  # imagenet, random, or a file
+    steps: int = 0
+    epochs: float = 0.0
+    batch_size: int = 256  # tiles per optimizer step, over all processes and micro-batches
+    view_px: int = 224
+    recipe: str = ""  # '': the method's own with what tissue needs (mocov2-histology)
+    optimizer: str = ""  # sgd, adamw
+    lr: float = 0.0
+    weight_decay: float = -1.0  # -1: the optimizer's usual
+    layer_decay: float = 0.0  # learning rate falls by this factor from each block to the one before it
+    warmup: float = 0.05  # share of the steps
+    final_lr: float = 0.01  # share of the peak at the end of the cosine
+    clip_norm: float = 3.0
+    slide_balance: float = 0.0
+    seed: int = 0
+    set: tuple[str, ...] = ()  # KEY=VALUE of the method's own knobs
+    excluded_slides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "set", tuple(self.set))
+        object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
+        require(self.steps >= 0, "steps", self.steps, "1 or more")
+        require(self.epochs >= 0, "epochs", self.epochs, "more than 0")
+        require(not (self.steps and self.epochs), "steps", self.steps, "given without --epochs: either sets the length")
+        require(self.batch_size >= 2, "batch-size", self.batch_size, "2 or more tiles")
+        require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
+        require(self.optimizer in ("", "sgd", "adamw"), "optimizer", self.optimizer, "sgd or adamw")
+        require(self.lr >= 0, "lr", self.lr, "more than 0")
+        require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
+        require(0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")
+        require(self.clip_norm > 0, "clip-norm", self.clip_norm, "more than 0")
+        require(
+            0 <= self.slide_balance <= 1, "slide-balance", self.slide_balance, "0 (tiles alike) to 1 (slides alike)"
+        )
+
+
+# ---- embed and finetune
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """How tiles go through a backbone. None of it changes what a run is; 0 means 'work it out'."""
+
+    batch_size: int = 0
+    num_workers: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 0, "embed-batch-size", self.batch_size, "1 or more tiles")
+        require(self.num_workers >= 0, "workers", self.num_workers, "1 or more")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What defines a label-efficiency curve. '' and 0 mean 'work it out'."""
+
+    labels: str
+    starts: tuple[str, ...] = ()  # random, imagenet, adapted, colour, runs or files; (): those that can be made
+    backbone: str = ""  # timm name of random and imagenet; '': that of adapted
+    weights: str = ""  # of the imagenet start; '': what adapted started from
+    adapted: str = ""  # a pretraining run or a file; '': the workspace's finished run
+    input_px: int = 0  # tiles are shown at this size to every start; 0: the size the adapted backbone learnt at
+    head: str = "mean"
+    train: str = "head"  # head: frozen features; last, all: end to end
+    unit: str = "slide"  # what carries a label: slide, region, tile
+    regions: str = ""  # a folder of QuPath GeoJSON files: labels of regions
+    tiles_per_slide: int = 100  # with unit tile: at most so many of a slide and label
+    budgets: tuple[int | str, ...] = ()
+    draws: int = 10
+    folds: int = 0
+    group: str = "patient"
+    classes: tuple[str, ...] = ()
+    mixed_patients: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "budgets", "classes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, known in (
+            ("head", ("mean", "knn", "simpleshot", "abmil")),
+            ("train", ("head", "last", "all")),
+            ("unit", ("slide", "region", "tile")),
+            ("group", ("patient", "site")),
+        ):
+            value = getattr(self, name)
+            require(value in known, name, value, f"one of {', '.join(known)}{nearest(value, known)}")
+        for budget in self.budgets:
+            right = budget == "all" or (isinstance(budget, int) and budget >= 1)
+            require(right, "budgets", budget, "numbers of labelled items per class, or all, like 1,2,4,8,all")
+        require(1 <= self.draws <= 1000, "draws", self.draws, "1 to 1000")
+        require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "2 or more")
+        require(self.tiles_per_slide >= 1, "tiles-per-slide", self.tiles_per_slide, "1 or more")
+        require(
+            self.input_px == 0 or 16 <= self.input_px <= 1024, "input-px", self.input_px, "a side of 16 to 1024 pixels"
+        )
+        twice = [name for name in self.starts if self.starts.count(name) > 1]
+        require(not twice, "starts", ",".join(self.starts), "different starts")
+
+
 # ---- shared by all stages
+
+
+def with_overrides(config: Any, assignments: Iterable[str]) -> Any:
+    """Apply `--set key=value` to a dataclass. Values are read as the type of the default; unknown keys are refused."""
+    known = {field.name: getattr(config, field.name) for field in fields(config)}
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise UsageError(f"--set {assignment}: must be KEY=VALUE")
+        if key not in known:
+            raise UsageError(
+                f"--set {assignment}: unknown key {key!r}{nearest(key, known)} Known: {', '.join(sorted(known))}"
+            )
+        changes[key] = _as_type_of(known[key], text.strip(), assignment)
+    return replace(config, **changes)
+
+
+def _as_type_of(default: object, text: str, assignment: str) -> object:
+    kind = type(default)
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise UsageError(f"--set {assignment}: must be true or false")
+        return text.lower() in ("true", "1", "yes", "on")
+    try:
+        return kind(float(text)) if kind is int and float(text).is_integer() else kind(text)  # type: ignore[call-arg]
+    except ValueError as error:
+        raise UsageError(f"--set {assignment}: must be {'a whole' if kind is int else 'a'} number") from error
 
 
 def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:

@@ -85,9 +85,17 @@ class Bar:
             self._line()
 
 
+class _SilentBar(Bar):
+    def _line(self) -> None:
+        pass
+
+
 @contextmanager
-def progress(what: str, total: int, unit: str = "") -> Iterator[Bar]:
-    """`with progress("tiling", 12, "slides") as bar: bar.advance(note="830 tiles/s")`."""
+def progress(what: str, total: int, unit: str = "", visible: bool = True) -> Iterator[Bar]:
+    """`with progress("tiling", 12, "slides") as bar: bar.advance(note="830 tiles/s")`. `visible=False` says nothing."""
+    if not visible:
+        yield _SilentBar(what, total, unit, None)
+        return
     if not console.is_terminal:
         bar = Bar(what, total, unit, None)
         yield bar

@@ -52,6 +52,11 @@ class PretrainDir:
         return self.root / "backbone.safetensors"
 
     @property
+    def healthy_backbone(self) -> Path:
+        """As of the last look that found nothing wrong: what is left when a run collapses."""
+        return self.root / "healthy" / "backbone.safetensors"
+
+    @property
     def best_backbone(self) -> Path:
         """The best by the probe on the training slides, kept beside the last."""
         return self.root / "best" / "backbone.safetensors"
@@ -76,6 +81,10 @@ class FinetuneDir:
     @property
     def summary(self) -> Path:
         return self.root / "summary.csv"
+
+    def journal(self, start: str) -> Path:
+        """What a start has predicted so far, appended piece by piece; predictions.csv is made from it."""
+        return self.root / "journal" / f"{_safe(start)}.jsonl"
 
     @property
     def predictions(self) -> Path:

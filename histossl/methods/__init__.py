@@ -1,0 +1,48 @@
+"""Self-supervised objectives, one file each. `REGISTRY` is how the command line finds them by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from histossl.config import nearest
+from histossl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method before torch is needed: what `histossl methods` prints, and where its class lies."""
+
+    module: str
+    class_name: str
+    config_name: str
+    summary: str
+    default_recipe: str
+
+
+REGISTRY: dict[str, Entry] = {
+    "mocov2": Entry(
+        "histossl.methods.mocov2",
+        "MoCoV2",
+        "MoCoV2Config",
+        "tell a tile's own key from a queue of others; works with small batches on one GPU",
+        "mocov2-histology",
+    ),
+}
+
+
+def entry_of(name: str) -> Entry:
+    if name not in REGISTRY:
+        raise UsageError(
+            f"--method {name}: not known{nearest(name, REGISTRY)} There are: {', '.join(sorted(REGISTRY))}"
+        )
+    return REGISTRY[name]
+
+
+def classes_of(name: str) -> tuple[Any, Any]:
+    """(Method class, its config class)."""
+    from importlib import import_module
+
+    entry = entry_of(name)
+    module = import_module(entry.module)
+    return getattr(module, entry.class_name), getattr(module, entry.config_name)

@@ -1,0 +1,239 @@
+"""`histossl pretrain`, `histossl plan` and `histossl methods`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from histossl import console
+from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
+from histossl.config import PretrainConfig, TileConfig, nearest
+from histossl.errors import UsageError
+from histossl.methods import REGISTRY, entry_of
+
+if TYPE_CHECKING:
+    from histossl.evaluation.labels import LabelTable
+    from histossl.tiles.index import TileIndex
+    from histossl.workspace import Workspace
+
+DEFAULTS = PretrainConfig()
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog="Example: histossl pretrain --slides /data/slides --backbone resnet50 --epochs 20   "
+        "Offline: histossl pretrain --slides /data/slides --weights resnet50.safetensors"
+    )(pretrain)
+    app.command(epilog="Example: histossl methods mocov2")(methods)
+
+
+def pretrain(
+    slides: SlidesOption = None,
+    workspace: WorkspaceOption = None,
+    name: Annotated[
+        str, typer.Option(help="Name of the run: its directory under WORKSPACE/pretrain. Default: the method.")
+    ] = "",
+    method: Annotated[
+        str, typer.Option(help="What the backbone learns from; see `histossl methods`.")
+    ] = DEFAULTS.method,
+    backbone: Annotated[str, typer.Option(help="Any timm model.")] = DEFAULTS.backbone,
+    weights: Annotated[
+        str, typer.Option(help="Where to start: imagenet (timm's cache or the hub), random, or a weights file.")
+    ] = DEFAULTS.weights,
+    steps: Annotated[
+        int, typer.Option(help="Length in optimizer steps. Default: worked out from the tiles.", show_default=False)
+    ] = 0,
+    epochs: Annotated[
+        float, typer.Option(help="Length in passes over the tiles, instead of --steps.", show_default=False)
+    ] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Tiles per optimizer step, over all GPUs.")] = DEFAULTS.batch_size,
+    view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = DEFAULTS.view_px,
+    recipe: Annotated[
+        str, typer.Option(help="Augmentation recipe; see `histossl views`. Default: the method's, for tissue.")
+    ] = "",
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw. Default: sgd with BatchNorm, else adamw.")] = "",
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate. Default: worked out from the batch.", show_default=False)
+    ] = 0.0,
+    weight_decay: Annotated[
+        float, typer.Option(help="Default: 1e-4 for sgd, 0.04 for adamw.", show_default=False)
+    ] = -1.0,
+    layer_decay: Annotated[
+        float,
+        typer.Option(
+            help="Factor on the learning rate from block to block. Default: 0.75 for adamw, else 1.", show_default=False
+        ),
+    ] = 0.0,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps in which the learning rate rises.")
+    ] = DEFAULTS.warmup,
+    slide_balance: Annotated[
+        float, typer.Option(help="0: every tile equally often; 1: every slide.")
+    ] = DEFAULTS.slide_balance,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A knob of the method; repeat as needed.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of tile order, views and heads.")] = DEFAULTS.seed,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="labels.csv: patients marked `test` are left out, and the rest judge the run as it goes.",
+        ),
+    ] = None,
+    exclude: Annotated[Path | None, typer.Option(metavar="FILE", help="Slides to leave out: one name a line.")] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Side of the tiles in pixels. Default: as tiled, else 256.", show_default=False)
+    ] = None,
+    mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per pixel of the tiles. Default: as tiled, else 0.5.", show_default=False),
+    ] = None,
+    slide_mpp: Annotated[
+        float | None, typer.Option(help="Microns per pixel of slides that do not say it themselves.")
+    ] = None,
+    gpus: Annotated[
+        str, typer.Option(help="auto, or how many; on a machine without GPUs that many CPU processes.")
+    ] = "auto",
+    accumulate: Annotated[int, typer.Option(help="Micro-batches per step, where memory is short.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Threads that read and decode tiles, per GPU. 0: none.", show_default=False)
+    ] = -1,
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, bf16 or fp16. auto: bf16 or fp16 on a GPU, fp32 on a CPU.")
+    ] = "auto",
+    checkpoint_every: Annotated[
+        str, typer.Option(help="Minutes (10m), hours (1h), seconds (90s), or steps (500).")
+    ] = "10m",
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between two lines of log.jsonl.")] = 10,
+    monitor_every: Annotated[int, typer.Option(min=1, help="Steps between two looks at the features.")] = 100,
+    stop_on_collapse: Annotated[
+        bool, typer.Option(help="Stop when the features collapse, keeping the last healthy backbone.")
+    ] = True,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often a dead GPU process is replaced.")] = 3,
+    config: ConfigOption = None,
+) -> int:
+    """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
+    from histossl.evaluation.probe import probe_of
+    from histossl.tiles.index import TileIndex
+    from histossl.training.distributed import launch, launched, num_processes_for
+    from histossl.training.pretrain import Operation
+    from histossl.training.pretrain import pretrain as run_pretrain
+
+    del config  # read before any other option, by its callback
+    every_s, every_steps = _every(checkpoint_every)
+    at = workspace_at(workspace)
+    settings = PretrainConfig(
+        method=method,
+        backbone=backbone,
+        weights=weights,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        view_px=view_px,
+        recipe=recipe,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        warmup=warmup,
+        slide_balance=slide_balance,
+        seed=seed,
+        set=tuple(set_ or ()),
+    )
+    entry_of(method)
+    num_processes = 1 if launched() else num_processes_for(gpus)
+    if slides is not None and not launched():
+        tile_for(at, slides, tile_px, mpp, slide_mpp)
+    if num_processes > 1:
+        return launch(num_processes, sys.argv[1:], max_restarts)
+    index = TileIndex.open(at)
+    table = labelled_slides(labels, index) if labels else None
+    left_out = excluded_slides(exclude, index) | (test_slides(table) if table else set())
+    result = run_pretrain(
+        index,
+        at.pretrain(name or method),
+        replace(settings, excluded_slides=tuple(left_out)),
+        Operation(
+            num_workers=workers if workers >= 0 else max(1, (os.cpu_count() or 2) - 1),
+            precision=precision,
+            micro_batches=accumulate,
+            log_every=log_every,
+            monitor_every=monitor_every,
+            checkpoint_every_s=every_s,
+            checkpoint_every_steps=every_steps,
+            stop_on_collapse=stop_on_collapse,
+        ),
+        probe_of(index, table, view_px) if table else None,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.say(result.text)
+        if result.finished:
+            console.say("next: histossl finetune --labels labels.csv")
+    return 0
+
+
+def methods() -> None:
+    """List the self-supervised methods."""
+    console.table("methods", ("name", "learns by"), [(name, entry.summary) for name, entry in sorted(REGISTRY.items())])
+
+
+# ---- what the options say
+
+
+def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None, slide_mpp: float | None) -> None:
+    """Tile what is not tiled yet: with the settings given, else those of the tiles that are there, else defaults."""
+    from histossl.tiles.tiling import tile_archive
+
+    tile_archive(slides, at, TileConfig(), None)
+
+
+def labelled_slides(path: Path, index: TileIndex) -> LabelTable:
+    from histossl.evaluation.labels import match_labels, read_rows
+
+    table = match_labels(read_rows(path), index.slides, source=str(path))
+    if not table.has_split:
+        console.warn(
+            f"{path}: has no split column, so no slide is left out of pretraining; patients tested later will have "
+            "been seen here (without their labels), and the report will say so"
+        )
+    return table
+
+
+def test_slides(table: LabelTable) -> set[str]:
+    """Slides of every patient who has one marked `test`."""
+    return {item.slide for item in table.items if item.split == "test"}
+
+
+def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
+    if path is None:
+        return set()
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
+    from histossl.evaluation.labels import SlideNames
+
+    slides: set[str] = set()
+    for name in names:
+        found = SlideNames(index.slides).find(name)
+        if not found:
+            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides{nearest(name, index.slides)}")
+        slides.update(found)
+    return slides
+
+
+def _every(text: str) -> tuple[float, int]:
+    """'10m', '1h', '90s' or a number of steps -> (seconds, steps)."""
+    match = re.fullmatch(r"(\d+)\s*([smh]?)", text.strip())
+    if not match or int(match[1]) == 0:
+        raise UsageError(f"--checkpoint-every {text}: must be like 10m, 1h, 90s, or a number of steps")
+    number, unit = int(match[1]), match[2]
+    return (number * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit], 0) if unit else (math.inf, number)

@@ -1,0 +1,79 @@
+"""Judge a backbone while it is being pretrained, on the labelled *training* slides alone.
+
+Nearest neighbours among tiles of other patients: no fitting, no choice to make, a few seconds. It is for watching a run
+and choosing a checkpoint; what the model is worth is measured by `finetune` on patients that this never sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import balanced_accuracy_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from histossl.backbones import BackboneInfo
+from histossl.errors import LabelsError
+from histossl.evaluation.labels import LabelTable
+from histossl.tiles.index import TileIndex
+from histossl.tiles.loading import decode_tiles
+from histossl.views.recipe import clean_view, normalise
+
+TILES_PER_SLIDE = 32
+NEIGHBOURS = 20
+
+
+def knn_score(
+    x_ND: Tensor, labels_N: NDArray[np.int64], patients_N: NDArray[np.int64], neighbours: int = NEIGHBOURS
+) -> float:
+    """Balanced accuracy of a vote of the nearest tiles (cosine) of *other* patients.
+
+    A vote counts 1 / the class's number of tiles, so that a frequent class does not win by being frequent.
+    """
+    x_ND = F.normalize(x_ND.float(), dim=1)
+    similarity_NN = x_ND @ x_ND.T
+    same_patient = torch.from_numpy(patients_N[:, None] == patients_N[None, :])
+    similarity_NN = similarity_NN.masked_fill(same_patient, -torch.inf)
+    nearest_NK = similarity_NN.topk(min(neighbours, len(x_ND) - 1), dim=1).indices.numpy()
+    classes, label_N = np.unique(labels_N, return_inverse=True)
+    weight_C = 1 / np.bincount(label_N)
+    votes_NC = np.zeros((len(x_ND), len(classes)))
+    rows = np.arange(len(x_ND))
+    for column in nearest_NK.T:
+        votes_NC[rows, label_N[column]] += weight_C[label_N[column]]
+    return float(balanced_accuracy_score(label_N, votes_NC.argmax(1)))
+
+
+def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn.Module, BackboneInfo], float]:
+    """A function that scores a backbone by `knn_score` on tiles of the slides that are not marked `test`."""
+    items = [item for item in table.items if item.split != "test"]
+    patients = sorted({item.patient for item in items})
+    for label in sorted({item.label for item in items}):
+        if len({item.patient for item in items if item.label == label}) < 2:
+            raise LabelsError(
+                f"--labels: class {label!r} has one training patient, and the probe needs two; "
+                "add a patient, or leave --labels out"
+            )
+    classes = sorted({item.label for item in items})
+    numbers, labels, owners = [], [], []
+    for item in items:
+        tiles = index.tiles_of(item.slide)
+        chosen = np.unique(np.linspace(tiles.start, tiles.stop - 1, TILES_PER_SLIDE).astype(np.int64))
+        numbers += chosen.tolist()
+        labels += [classes.index(item.label)] * len(chosen)
+        owners += [patients.index(item.patient)] * len(chosen)
+
+    @torch.no_grad()
+    def probe(backbone: nn.Module, info: BackboneInfo) -> float:
+        device = next(backbone.parameters()).device
+        features = []
+        for first in range(0, len(numbers), 64):
+            pixels = decode_tiles([index.read(number) for number in numbers[first : first + 64]], index.tile_px)
+            view = normalise(clean_view(pixels.to(device), input_px), info.mean, info.std)
+            features.append(backbone(view).float().cpu())
+        return knn_score(torch.cat(features), np.array(labels), np.array(owners))
+
+    return probe

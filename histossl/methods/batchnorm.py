@@ -1,0 +1,88 @@
+"""BatchNorm whose statistics do not depend on how many processes share the batch.
+
+MoCo needs small groups: with one statistic over query and key alike, the network recognises the positive by it
+(He et al. 2020, section 3.3). The official code has one group per GPU, so its result changes with their number.
+Here a group is a fixed number of tiles, consecutive in the global batch, on one process or on many
+(on one GPU this is the 'SplitBatchNorm' of the official CIFAR notebook).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from histossl.methods import gather
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d with statistics over groups of `group_tiles` rows. Running statistics take the groups' mean.
+
+    In evaluation, and for a batch that groups do not divide, it is BatchNorm2d.
+    """
+
+    group_tiles: int = 0
+    act: nn.Module  # timm's BatchNormAct2d carries an activation (and a drop layer) behind the norm
+    drop: nn.Module
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        num_groups = len(x_BCHW) // self.group_tiles if self.group_tiles else 1
+        if not self.training or num_groups < 2 or len(x_BCHW) % self.group_tiles:
+            y_BCHW = super().forward(x_BCHW)
+        else:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            means = self.running_mean.expand(num_groups, -1).clone()
+            variances = self.running_var.expand(num_groups, -1).clone()
+            y_BCHW = torch.cat(
+                [
+                    nn.functional.batch_norm(
+                        group, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps
+                    )
+                    for i, group in enumerate(x_BCHW.split(self.group_tiles))
+                ]
+            )
+            self.running_mean.copy_(means.mean(0))
+            self.running_var.copy_(variances.mean(0))
+            self.num_batches_tracked += 1
+        if hasattr(self, "act"):
+            y_BCHW = self.act(self.drop(y_BCHW))
+        return y_BCHW
+
+
+def group_batchnorms(network: nn.Module, group_tiles: int) -> int:
+    """Make every BatchNorm2d of `network` a grouped one, in place. Returns how many there are."""
+    count = 0
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GroupedBatchNorm2d
+            module.group_tiles = group_tiles  # type: ignore[assignment]
+            count += 1
+    return count
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+@torch.no_grad()
+def average_batchnorm_buffers(network: nn.Module) -> None:
+    """Running statistics become their mean over processes: what one process would have seen in all groups."""
+    if gather.world_size() == 1:
+        return
+    buffers = [
+        buffer
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= gather.world_size()
+    for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))

@@ -1,0 +1,189 @@
+"""MoCo v2: tell a tile's own key from a queue of other tiles' keys (He et al. 2020; Chen et al. 2020).
+
+    query = head(backbone(view 1)), trained          key = head_k(backbone_k(view 2)), a slow copy, no gradient
+    loss  = -log  exp(q.k+ / T) / (exp(q.k+ / T) + sum over the queue of exp(q.k / T))
+
+The queue keeps negatives of past batches, so a small batch on one GPU has as many as it wants.
+Where this differs from facebookresearch/moco at 132aea9, all on purpose:
+the queue is a ring that takes any batch size; it starts full of real keys; it knows each key's tile and slide, so a
+tile is never its own negative; BatchNorm groups are of fixed size, shuffled across all processes; the momentum step
+follows the optimizer step instead of preceding the next key forward, which is the same computation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from histossl.config import require
+from histossl.methods import gather
+from histossl.methods.batchnorm import average_batchnorm_buffers, group_batchnorms
+from histossl.methods.ema import ema_update, frozen_copy
+from histossl.methods.heads import moco_head
+from histossl.methods.losses import InfoNCE, info_nce
+from histossl.methods.method import Method, Outcome, Views
+from histossl.views.recipe import ViewRecipe
+
+# B tiles of this process, G of all processes, K keys in the queue, D embedding dimensions.
+
+
+@dataclass(frozen=True)
+class MoCoV2Config:
+    """Knobs for `--set key=value`. Defaults of the paper, where continuing has no reason to differ."""
+
+    queue_size: int = 65536  # the planner gives what fits the tile set (algorithms: staleness, false negatives)
+    momentum: float = 0.999
+    temperature: float = 0.2
+    embedding_dim: int = 128
+    symmetric: bool = False  # mean of both directions; both views' keys join the queue
+    same_slide_weight: float = 1.0  # of a negative from the query's own slide: 1 treats all alike, 0 leaves it out
+    batchnorm_group_tiles: int = 32  # tiles per BatchNorm statistic; 0 takes each process's batch as it comes
+
+    def __post_init__(self) -> None:
+        require(self.queue_size >= 1, "set queue_size", self.queue_size, "at least 1")
+        require(0 <= self.momentum <= 1, "set momentum", self.momentum, "between 0 and 1")
+        require(self.temperature > 0, "set temperature", self.temperature, "above 0")
+        require(self.embedding_dim >= 2, "set embedding_dim", self.embedding_dim, "at least 2")
+        require(0 <= self.same_slide_weight <= 1, "set same_slide_weight", self.same_slide_weight, "between 0 and 1")
+        require(self.batchnorm_group_tiles >= 0, "set batchnorm_group_tiles", self.batchnorm_group_tiles, "0 or more")
+
+
+class Keys(NamedTuple):
+    """Keys with the tiles and slides they come from, all processes' in rank order."""
+
+    key_GD: Tensor
+    tiles_G: Tensor
+    slides_G: Tensor
+
+
+class MoCoV2(Method):
+    def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: MoCoV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.recipe = recipe
+        self.num_batchnorms = group_batchnorms(backbone, config.batchnorm_group_tiles)
+        self.backbone = backbone
+        self.head = moco_head(feature_dim, config.embedding_dim)
+        self.key_backbone = frozen_copy(self.backbone)
+        self.key_head = frozen_copy(self.head)
+        self.register_buffer("queue_KD", F.normalize(torch.randn(config.queue_size, config.embedding_dim), dim=1))
+        self.register_buffer("queue_tiles_K", torch.full((config.queue_size,), -1))
+        self.register_buffer("queue_slides_K", torch.full((config.queue_size,), -1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        self.queue_KD: Tensor
+        self.queue_tiles_K: Tensor
+        self.queue_slides_K: Tensor
+        self.pointer: Tensor
+
+    def views(self) -> ViewRecipe:
+        return self.recipe
+
+    # ---- forward: computes, changes nothing
+
+    def forward(self, views: Views) -> Outcome:
+        first, second = views.images
+        pairs = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
+        losses, keys, metrics = [], [], {}
+        for direction, (query_view, key_view) in enumerate(pairs):
+            query_BD = F.normalize(self.head(self.backbone(query_view)).float(), dim=1)
+            key_GD = self.encode_keys(key_view, views, direction)
+            nce = info_nce(
+                query_BD,
+                gather.own_part(key_GD),
+                self.queue_KD,
+                self.config.temperature,
+                allowed_BK=views.tiles_B[:, None] != self.queue_tiles_K[None, :],
+                log_weight_BK=self._log_weight(views.slides_B),
+            )
+            losses.append(nce.loss)
+            keys.append(key_GD)
+            if direction == 0:
+                metrics = self._metrics(nce, views.slides_B)
+        tiles_G, slides_G = gather.gather(views.tiles_B), gather.gather(views.slides_B)
+        carry = Keys(torch.cat(keys), tiles_G.repeat(len(pairs)), slides_G.repeat(len(pairs)))
+        return Outcome(torch.stack(losses).mean(), metrics, carry)
+
+    @torch.no_grad()
+    def encode_keys(self, key_view: Tensor, views: Views, direction: int = 0) -> Tensor:
+        """Keys of all processes, (G, D) unit length, encoded in shuffled company ('shuffling BN', He et al. 3.3).
+
+        The permutation over the global batch comes from the step, so every process draws the same one.
+        LayerNorm backbones have no statistics to leak and skip the exchange of images.
+        """
+        if self.num_batchnorms == 0:
+            return gather.gather(self._key(key_view))
+        images_G = gather.gather(key_view)
+        generator = torch.Generator().manual_seed((views.step * 1000 + views.part) * 2 + direction)
+        order_G = torch.randperm(len(images_G), generator=generator).to(key_view.device)
+        shuffled_GD = gather.gather(self._key(images_G[gather.own_part(order_G)]))
+        return torch.empty_like(shuffled_GD).index_copy_(0, order_G, shuffled_GD)
+
+    def _key(self, images: Tensor) -> Tensor:
+        return F.normalize(self.key_head(self.key_backbone(images)).float(), dim=1)
+
+    def _log_weight(self, slides_B: Tensor) -> Tensor | None:
+        weight = self.config.same_slide_weight
+        if weight == 1:
+            return None
+        same_BK = slides_B[:, None] == self.queue_slides_K[None, :]
+        return torch.where(same_BK, -math.inf if weight == 0 else math.log(weight), 0.0)
+
+    @torch.no_grad()
+    def _metrics(self, nce: InfoNCE, slides_B: Tensor) -> dict[str, Tensor]:
+        assert nce.allowed_BK is not None
+        negatives_BK = nce.negatives_BK.masked_fill(~nce.allowed_BK, -1.0)
+        return {
+            "instance_accuracy": (nce.positive_B > negatives_BK.amax(1)).float().mean(),
+            "positive_cosine": nce.positive_B.mean(),
+            "negative_cosine": nce.negatives_BK.mean(),
+            "same_tile_negatives": (~nce.allowed_BK).float().mean(),
+            "same_slide_negatives": (slides_B[:, None] == self.queue_slides_K).float().mean(),
+        }
+
+    # ---- after_step: all change of state
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[Keys], progress: float) -> None:
+        ema_update(self.key_backbone, self.backbone, self.config.momentum)
+        ema_update(self.key_head, self.head, self.config.momentum)
+        average_batchnorm_buffers(self)
+        # Keys join the queue after the loss: enqueued earlier, every positive would also be its own negative.
+        for keys in carries:
+            self._enqueue(keys)
+
+    def _enqueue(self, keys: Keys) -> None:
+        """Write a batch of any size into the ring; one larger than the ring leaves its last keys."""
+        size = len(self.queue_KD)
+        count = len(keys.key_GD)
+        places = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
+        last = slice(max(0, count - size), None)
+        self.queue_KD[places[last]] = keys.key_GD[last].to(self.queue_KD.dtype)
+        self.queue_tiles_K[places[last]] = keys.tiles_G[last]
+        self.queue_slides_K[places[last]] = keys.slides_G[last]
+        self.pointer.copy_((self.pointer + count) % size)
+
+    # ---- before step 0
+
+    def num_prefill_tiles(self) -> int:
+        return len(self.queue_KD)
+
+    @torch.no_grad()
+    def prefill(self, views: Views) -> None:
+        """Real keys of the pretrained encoder instead of noise, which an already trained query finds too easy."""
+        key_GD = self.encode_keys(views.images[1], views)
+        self._enqueue(Keys(key_GD, gather.gather(views.tiles_B), gather.gather(views.slides_B)))
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Effective number of slides in the queue: 1 / sum of squared shares. Near 1, negatives betray their slide."""
+        counts = torch.unique(self.queue_slides_K, return_counts=True)[1].double()
+        return {"queue_slides": float(counts.sum() ** 2 / counts.square().sum())}
+
+    def loss_ceiling(self) -> float:
+        return math.log(len(self.queue_KD) + 1)

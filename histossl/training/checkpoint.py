@@ -1,0 +1,53 @@
+"""One file with everything needed to go on, and the one before it in case the newest is damaged."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from histossl import console
+from histossl.workspace import PretrainDir, written_aside
+
+DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+def save_checkpoint(run: PretrainDir, state: Mapping[str, Any]) -> None:
+    """Whole or absent at any instant: written aside, the present one becomes the previous one, then renamed."""
+    with written_aside(run.checkpoint) as aside:
+        torch.save(dict(state), aside)
+        if run.checkpoint.exists():
+            run.checkpoint.replace(run.previous_checkpoint)
+
+
+def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
+    """The newest whole checkpoint, or None when there is none. A damaged one is passed over and named."""
+    for path in (run.checkpoint, run.previous_checkpoint):
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums it writes
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
+            console.warn(f"{path}: damaged ({error}); falling back to the checkpoint before it")
+    return None
+
+
+def remove_checkpoints(run: PretrainDir) -> None:
+    for path in (run.checkpoint, run.previous_checkpoint):
+        path.unlink(missing_ok=True)

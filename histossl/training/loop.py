@@ -1,0 +1,117 @@
+"""The one training loop: every method and every finetuning runs through it.
+
+    for step in train(...):      # schedule, forward, check, backward, clip, step, after_step
+        ...                      # the caller logs, saves, probes and stops
+
+It knows no method, no slide, no file and no console.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from histossl.errors import TrainingError
+from histossl.methods.method import Method, Outcome, Views
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step leaves to look at. Tensors stay on the device until somebody asks for their value."""
+
+    number: int
+    lr: float
+    loss: Tensor  # (), mean over the micro-batches of this process
+    grad_norm: Tensor  # (), before clipping
+    metrics: dict[str, Tensor]
+    skipped: bool  # loss or gradient was not finite: neither weights nor method state changed
+
+
+@dataclass(frozen=True)
+class Precision:
+    """fp32, bf16, or fp16 with a scaler. Losses and norms are computed in fp32 whatever it says."""
+
+    name: str = "fp32"
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+
+def train(
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Views],
+    lr_at: Callable[[int], float],
+    start_step: int,
+    num_steps: int,
+    device: torch.device,
+    precision: Precision,
+    scaler: torch.amp.GradScaler,
+    clip_norm: float,
+    micro_batches: int = 1,
+    seed: int = 0,
+    parallel: nn.Module | None = None,
+) -> Iterator[Step]:
+    """Yield after each optimizer step from `start_step` up to `num_steps`.
+
+    `batches` gives `micro_batches` batches per step; their mean loss is the step's. `parallel` is the method wrapped
+    for several processes (DistributedDataParallel). Each parameter group's learning rate is `lr_at(step)` times its
+    `lr_scale`. Raises TrainingError when five steps in a row are not finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wrapped = parallel if parallel is not None else method
+    skipped_in_a_row = 0
+    for number in range(start_step, num_steps):
+        lr = lr_at(number)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        # Dropout and drop path draw from the step's own stream: a resumed run draws what the unbroken one did.
+        torch.manual_seed((seed * 1_000_003 + number) & 0x7FFFFFFF)
+        optimizer.zero_grad(set_to_none=True)
+        outcomes: list[Outcome] = []
+        for part in range(micro_batches):
+            views = next(batches)
+            last = part == micro_batches - 1
+            with nullcontext() if last or parallel is None else parallel.no_sync():  # type: ignore[operator]
+                with precision.autocast(device):
+                    outcome: Outcome = wrapped(views._replace(step=number, part=part))
+                scaler.scale(outcome.loss / micro_batches).backward()
+            outcomes.append(outcome._replace(loss=outcome.loss.detach()))
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        loss = torch.stack([outcome.loss for outcome in outcomes]).mean()
+
+        # Before the step: after it the weights, and after the next the teacher, would have swallowed the NaN.
+        # Gradients are averaged over processes, so all of them decide alike.
+        skipped = not bool(torch.isfinite(grad_norm))
+        if skipped:
+            skipped_in_a_row += 1
+            scaler.update(scaler.get_scale() / 2 if scaler.is_enabled() else None)
+            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise TrainingError(
+                    f"step {number}: loss or gradient was not finite {skipped_in_a_row} times in a row "
+                    f"(loss {float(loss):.4g}). The weights of step {number - skipped_in_a_row} are kept. "
+                    "Likely causes: --lr too high, or tiles with no content"
+                )
+        else:
+            skipped_in_a_row = 0
+            scaler.step(optimizer)
+            scaler.update()
+            method.after_step([outcome.carry for outcome in outcomes], (number + 1) / num_steps)
+        yield Step(number, lr, loss, grad_norm, _mean_metrics([outcome.metrics for outcome in outcomes]), skipped)
+
+
+def _mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}

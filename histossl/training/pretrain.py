@@ -1,0 +1,575 @@
+"""Stage `pretrain`: tiles of a workspace in, one adapted backbone out. The same call goes on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from histossl import console
+from histossl.backbones import BackboneInfo, create_backbone, save_backbone
+from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
+from histossl.errors import MismatchError, TrainingError, UsageError
+from histossl.methods import classes_of, entry_of
+from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.method import Method, Views
+from histossl.tiles.index import TileIndex
+from histossl.tiles.loading import TileBatches, decode_tiles, tile_batches
+from histossl.tiles.sampling import TileOrder
+from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from histossl.training.distributed import Processes, joined
+from histossl.training.loop import Precision, Step, train
+from histossl.training.monitor import Health, Watch, weight_change
+from histossl.training.planner import Plan, plan
+from histossl.training.schedules import warmup_cosine
+from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
+from histossl.workspace import PretrainDir, written_aside
+
+MONITOR_TILES = 512
+BATCHNORM_TILES = 10_000
+# Added to the run's seed: other tiles, in another order, than the training stream begins with.
+PREFILL, MONITOR, BATCHNORM = 1, 2, 3
+
+Probe = Callable[[nn.Module, BackboneInfo], float]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How a run is carried out. It may differ when a run goes on."""
+
+    num_workers: int = 2
+    precision: str = "auto"  # auto, fp32, bf16, fp16
+    micro_batches: int = 1
+    log_every: int = 10  # steps
+    monitor_every: int = 100  # steps
+    checkpoint_every_s: float = 600.0
+    checkpoint_every_steps: int = 0  # 0: by time alone
+    stop_on_collapse: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    run: PretrainDir
+    finished: bool
+    text: str  # what a person should know, a line or a few
+
+
+@dataclass(frozen=True)
+class Best:
+    """By the probe on labelled training slides. Step 0 is a candidate like any other."""
+
+    step: int = 0
+    score: float = math.nan
+    at_start: float = math.nan
+
+
+def pretrain(
+    index: TileIndex,
+    run: PretrainDir,
+    config: PretrainConfig,
+    operation: Operation = Operation(),
+    probe: Probe | None = None,
+) -> Result:
+    """Continue pretraining on the tiles of `index` and leave `run.backbone`.
+
+    `probe` scores a backbone on labelled training slides (higher is better); asked at step 0 and at every look.
+    Raises MismatchError when `run` belongs to other settings or other tiles, TrainingError when the run goes wrong.
+    """
+    refuse_other_config(run.run_json, config)
+    if run.run_json.exists():
+        before = read_run(run.run_json).get("tiles", {}).get("digest")
+        if before != index.digest:
+            raise MismatchError(
+                f"{run.root} was begun on other tiles (set {before}, now {index.digest}); "
+                "use another --name, or another --workspace for other tiles"
+            )
+    if run.backbone.exists():
+        return Result(run, True, f"finished before: {run.backbone}")
+    with joined() as processes:
+        return _Pretraining(index, run, config, operation, probe, processes).carry_out()
+
+
+class _Pretraining:
+    """One run: what `pretrain` would otherwise pass from hand to hand."""
+
+    def __init__(
+        self,
+        index: TileIndex,
+        run: PretrainDir,
+        config: PretrainConfig,
+        operation: Operation,
+        probe: Probe | None,
+        processes: Processes,
+    ) -> None:
+        self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
+        self.probe = probe if processes.writes else None
+        self.device = processes.device
+        self.precision = _precision(operation.precision, self.device)
+        excluded = set(config.excluded_slides)
+        self.keep = np.array([slide not in excluded for slide in index.slides])
+        self.order = self._order(0)
+        backbone, self.info = create_backbone(config.backbone, config.weights, config.seed)
+        method_class, knobs_class = classes_of(config.method)
+        knobs = with_overrides(knobs_class(), config.set)
+        by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
+        self.plan = plan(
+            config,
+            self.order.num_tiles,
+            self.order.num_slides,
+            {name: value for name, value in asdict(knobs).items() if name in by_hand},
+            processes.count,
+            operation.micro_batches,
+            has_batchnorm(backbone),
+        )
+        if self.plan.queue_size:
+            knobs = replace(knobs, queue_size=self.plan.queue_size, momentum=self.plan.momentum)
+        self.knobs = knobs
+        self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
+        recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
+        torch.manual_seed(config.seed)  # of the heads
+        self.method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs).to(self.device).train()
+        self.optimizer = _optimizer(self.method, self.plan, self.device)
+        self.scaler = self.precision.scaler(self.device)
+        self.watch = Watch()
+        self.best = Best()
+        self.log = _Log(run.log) if processes.writes else None
+        self.waited_s = 0.0
+
+    # ---- the recipe
+
+    def carry_out(self) -> Result:
+        if self.processes.writes:
+            self._announce()
+        first = self._resume()
+        if first is None:
+            self._prefill()
+            self._look(0)
+            first = 0
+        with _stop_on_signal() as stop:
+            done = self._train(first, stop)
+        if done < self.plan.num_steps:
+            return Result(
+                self.run,
+                False,
+                f"stopped at step {done} of {self.plan.num_steps} and saved; the same command goes on from there",
+            )
+        return Result(self.run, True, self._finish())
+
+    def _train(self, first: int, stop: threading.Event) -> int:
+        """From step `first` to the end, or to a signal. Returns how many steps are done."""
+        operation, num_steps = self.operation, self.plan.num_steps
+        tiles = self._tile_batches(first)
+        steps = train(
+            self.method,
+            self.optimizer,
+            self._views(tiles),
+            partial(_lr_at, self.plan),
+            first,
+            num_steps,
+            self.device,
+            self.precision,
+            self.scaler,
+            self.config.clip_norm,
+            self.plan.micro_batches,
+            self.config.seed,
+            DistributedDataParallel(self.method, broadcast_buffers=False) if self.processes.count > 1 else None,
+        )
+        saved_s = logged_s = time.monotonic()
+        waited_s, logged, done = 0.0, first, first
+        with tiles, console.progress("pretraining", num_steps, "steps", visible=self.processes.writes) as bar:
+            bar.advance(first)
+            for step in steps:
+                done = step.number + 1
+                last = done == num_steps
+                if step.skipped and self.processes.writes:
+                    console.warn(f"step {done}: loss or gradient not finite; the step was left out")
+                if done % operation.log_every == 0 or last:
+                    now_s = time.monotonic()
+                    speed = {
+                        "tiles_per_s": (done - logged) * self.plan.batch_size / max(now_s - logged_s, 1e-9),
+                        "data_wait": (tiles.wait_s - waited_s) / max(now_s - logged_s, 1e-9),
+                    }
+                    row = self._row(step, speed)
+                    if self.log:
+                        self.log.write(row)
+                    logged, logged_s, waited_s = done, now_s, tiles.wait_s
+                    bar.note = _note(row)
+                if done % operation.monitor_every == 0 or last:
+                    self._look(done)
+                bar.advance()
+                by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
+                by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
+                if not last and (stop.is_set() or by_steps or by_time):
+                    self._save(done)
+                    saved_s = time.monotonic()
+                if self._all_stop(stop):
+                    break
+        for number, what in tiles.damaged.items():
+            console.warn(f"tile {number} was left out: {what}")
+        return done
+
+    def _finish(self) -> str:
+        """Leave the backbone (its presence means finished), and say what came of it."""
+        backbone = self._plain_backbone()
+        if has_batchnorm(backbone):
+            _reestimate_batchnorm(backbone, self._clean_batches(BATCHNORM, BATCHNORM_TILES))
+        if self.processes.writes:
+            save_backbone(self.run.backbone, backbone, self._adapted_info(self.plan.num_steps))
+            remove_checkpoints(self.run)
+        lines = [f"adapted backbone: {self.run.backbone}"]
+        if self.probe is not None:
+            lines.append(_probe_verdict(self.best, self.plan.num_steps, self.run))
+        return "\n".join(lines)
+
+    # ---- state
+
+    def _resume(self) -> int | None:
+        state = load_checkpoint(self.run)
+        if state is None:
+            if self.log:
+                self.log.forget_from(0)
+            return None
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.watch.load_state_dict(state["watch"])
+        self.best = Best(**state["best"])
+        first = int(state["step"])
+        if self.log:
+            self.log.forget_from(first + 1)
+            console.say(f"going on from step {first} of {self.plan.num_steps}")
+        return first
+
+    def _save(self, done: int) -> None:
+        if self.processes.writes:
+            state = {
+                "step": done,
+                "method": self.method.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "watch": self.watch.state_dict(),
+                "best": asdict(self.best),
+            }
+            save_checkpoint(self.run, state)
+
+    def _all_stop(self, stop: threading.Event) -> bool:
+        """Whether any process was asked to stop: they must leave the loop at the same step."""
+        if self.processes.count == 1:
+            return stop.is_set()
+        flag = torch.tensor(float(stop.is_set()), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        if flag.item() and not stop.is_set():
+            stop.set()
+        return bool(flag.item())
+
+    # ---- tiles and views
+
+    def _order(self, purpose: int) -> TileOrder:
+        return TileOrder(self.index, self.config.seed + purpose, self.config.slide_balance, self.keep)
+
+    def _tile_batches(self, first: int, order: TileOrder | None = None, num_steps: int | None = None) -> TileBatches:
+        parts = self.plan.micro_batches
+        return tile_batches(
+            self.index,
+            order or self.order,
+            self.plan.batch_size // parts,
+            first * parts,
+            ((self.plan.num_steps - first) if num_steps is None else num_steps) * parts,
+            self.processes.rank,
+            self.processes.count,
+            self.operation.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _views(self, tiles: TileBatches) -> Iterator[Views]:
+        recipe = self.method.views()
+        for pixels, numbers, positions in tiles:
+            on_device = pixels.to(self.device, non_blocking=True)
+            views = make_views(on_device, recipe, self.config.seed, positions.to(self.device))
+            images = [normalise(view, self.info.mean, self.info.std) for view in views]
+            slides = torch.from_numpy(self.index.slide_of(numbers.numpy()).astype(np.int64))
+            yield Views(images, numbers.to(self.device), slides.to(self.device), step=0)
+
+    def _clean_batches(self, purpose: int, num_tiles: int, size: int = 64) -> Iterator[Tensor]:
+        """Tiles as they are, at the size of the views, normalised: the same ones whenever asked."""
+        order = self._order(purpose)
+        numbers = order.tile_numbers(0, min(num_tiles, order.num_tiles))
+        for first in range(0, len(numbers), size):
+            jpegs = [self.index.read(int(number)) for number in numbers[first : first + size]]
+            pixels = decode_tiles(jpegs, self.index.tile_px).to(self.device)
+            yield normalise(clean_view(pixels, self.config.view_px), self.info.mean, self.info.std)
+
+    @torch.no_grad()
+    def _prefill(self) -> None:
+        """Show the method what it wants to see before step 0 (MoCo: a queue of real keys)."""
+        wanted = self.method.num_prefill_tiles()
+        if not wanted:
+            return
+        num_steps = math.ceil(wanted / self.plan.batch_size)
+        tiles = self._tile_batches(0, self._order(PREFILL), num_steps)
+        with tiles, console.progress("filling the queue", num_steps, "batches", visible=self.processes.writes) as bar:
+            for number, views in enumerate(self._views(tiles)):
+                with self.precision.autocast(self.device):
+                    self.method.prefill(views._replace(step=number))
+                if (number + 1) % self.plan.micro_batches == 0:
+                    bar.advance()
+
+    # ---- looking at the run
+
+    def _look(self, done: int) -> None:
+        """Embed the fixed tiles, log their health, ask the probe, keep the best, and stop a collapse."""
+        health = self.watch.look(self._monitor_features())
+        row = {
+            "step": done,
+            "feature_std": health.spread,
+            "effective_rank": health.rank,
+            "effective_rank_share": health.rank_share,
+            "drift": health.drift,
+            "moved": health.moved,
+            **self.method.diagnostics(),
+            **{f"weight_change/{name}": value for name, value in self._weight_change().items()},
+        }
+        if self.probe is not None:
+            row["probe"] = score = self.probe(self._plain_backbone(), self.info)
+            if done == 0:
+                self.best = Best(0, score, score)
+            elif score > self.best.score:
+                self.best = replace(self.best, step=done, score=score)
+                save_backbone(self.run.best_backbone, self._plain_backbone(), self._adapted_info(done))
+        if self.log:
+            self.log.write(row)
+        if health.verdict and self.processes.writes:
+            console.warn(f"step {done}: {health.verdict}")
+        if health.collapsed and self.operation.stop_on_collapse and done:
+            raise self._collapse(health, done)
+        if not health.collapsed and done and self.processes.writes:
+            save_backbone(self.run.healthy_backbone, self._plain_backbone(), self._adapted_info(done))
+
+    @torch.no_grad()
+    def _monitor_features(self) -> Tensor:
+        self.method.backbone.eval()
+        with self.precision.autocast(self.device):
+            features = [self.method.backbone(batch).float() for batch in self._clean_batches(MONITOR, MONITOR_TILES)]
+        self.method.train()
+        return torch.cat(features)
+
+    def _weight_change(self) -> dict[str, float]:
+        return weight_change(self.method.backbone, self.start_weights)
+
+    def _row(self, step: Step, speed: dict[str, float]) -> dict[str, float]:
+        row = {
+            "step": step.number + 1,
+            "loss": float(step.loss),
+            "lr": step.lr,
+            "grad_norm": float(step.grad_norm),
+            **{name: float(value) for name, value in step.metrics.items()},
+            **speed,
+        }
+        ceiling = self.method.loss_ceiling()
+        if ceiling is not None:
+            row["loss_ceiling"] = ceiling
+        if self.device.type == "cuda":
+            row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return row
+
+    def _collapse(self, health: Health, done: int) -> TrainingError:
+        kept = self.run.healthy_backbone
+        return TrainingError(
+            f"step {done}: {health.verdict}. Stopped; "
+            + (f"the last healthy backbone is {kept}" if kept.exists() else "no healthy backbone was seen before")
+            + ". Go on anyway with --no-stop-on-collapse, or begin again with other settings under another --name"
+        )
+
+    # ---- what is left of it
+
+    def _plain_backbone(self) -> nn.Module:
+        """The backbone as timm makes it (no grouped BatchNorm), with the present weights, in evaluation mode."""
+        plain, _ = create_backbone(self.config.backbone, "random")
+        plain.load_state_dict(self.method.backbone.state_dict())
+        return plain.to(self.device).eval()
+
+    def _adapted_info(self, done: int) -> BackboneInfo:
+        slides = np.array(self.index.slides)
+        return replace(
+            self.info,
+            input_px=self.config.view_px,
+            mpp=self.index.mpp,
+            method=self.config.method,
+            provenance={
+                **self.info.provenance,
+                "steps": done,
+                "tiles": self.index.digest,
+                "num_tiles": self.order.num_tiles,
+                "pretraining_slides": slides[self.keep].tolist(),
+                "excluded_slides": slides[~self.keep].tolist(),
+                "seed": self.config.seed,
+            },
+        )
+
+    def _announce(self) -> None:
+        planned = self.plan
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        lines = [
+            f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~self.keep).sum())} slides left out",
+            f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
+            f"process{'es' if planned.num_processes > 1 else ''} ({where}, {self.precision.name}) x "
+            f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
+            *planned.reasons,
+        ]
+        console.panel(
+            f"{self.config.method}: {self.config.backbone} from {self.config.weights} weights", "\n".join(lines)
+        )
+        write_run(
+            self.run.run_json,
+            self.config,
+            plan=asdict(planned),
+            knobs=asdict(self.knobs),
+            tiles={"digest": self.index.digest, "num_tiles": planned.num_tiles, "num_slides": planned.num_slides},
+            device=where,
+            precision=self.precision.name,
+        )
+
+
+# ---- pieces
+
+
+def _precision(name: str, device: torch.device) -> Precision:
+    if name == "auto":
+        if device.type != "cuda":
+            return Precision("fp32")
+        return Precision("bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    if name not in ("fp32", "bf16", "fp16"):
+        raise UsageError(f"--precision {name}: must be auto, fp32, bf16 or fp16")
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError("--precision fp16: needs a GPU; use --precision fp32 or bf16")
+    return Precision(name)
+
+
+def _optimizer(method: Method, planned: Plan, device: torch.device) -> torch.optim.Optimizer:
+    """Backbone blocks with layer decay, heads at the full rate; biases and norms without weight decay under AdamW."""
+    decays_all = planned.optimizer == "sgd"  # as MoCo's official code
+    groups = param_groups_layer_decay(
+        method.backbone,
+        weight_decay=planned.weight_decay,
+        weight_decay_exclude_1d=not decays_all,
+        layer_decay=planned.layer_decay,
+    )
+    inside = {id(parameter) for parameter in method.backbone.parameters()}
+    heads = [parameter for parameter in method.parameters() if parameter.requires_grad and id(parameter) not in inside]
+    for flat, decay in ((False, planned.weight_decay), (True, planned.weight_decay if decays_all else 0.0)):
+        chosen = [parameter for parameter in heads if (parameter.ndim <= 1) == flat]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": 1.0})
+    fused = device.type == "cuda"
+    if planned.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=planned.lr, momentum=0.9, fused=fused)
+    return torch.optim.AdamW(groups, lr=planned.lr, betas=(0.9, 0.999), fused=fused)
+
+
+def _lr_at(planned: Plan, step: int) -> float:
+    return warmup_cosine(step, planned.num_steps, planned.warmup_steps, planned.lr, planned.final_lr)
+
+
+@torch.no_grad()
+def _reestimate_batchnorm(backbone: nn.Module, batches: Iterator[Tensor]) -> None:
+    """Running statistics from clean tiles: training saw them through crops, colour and blur ('precise BN')."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # plain average over the batches
+        norm.train()
+    for batch in batches:
+        backbone(batch)
+    backbone.eval()
+
+
+def _note(row: dict[str, float]) -> str:
+    parts = [f"loss {row['loss']:.3f}"]
+    if "loss_ceiling" in row:
+        parts[0] += f" of {row['loss_ceiling']:.2f}"
+    if "instance_accuracy" in row:
+        parts.append(f"accuracy {row['instance_accuracy']:.0%}")
+    parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting {row['data_wait']:.0%}"]
+    if "gpu_memory_gb" in row:
+        parts.append(f"{row['gpu_memory_gb']:.1f} GB")
+    return ", ".join(parts)
+
+
+def _probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:
+    if best.step == 0:
+        return (
+            f"Adaptation did not help on the labelled training slides: no look scored above the start "
+            f"({best.at_start:.3f})"
+        )
+    kept = "" if best.step == num_steps else f"; the best look's backbone is {run.best_backbone}"
+    return (
+        f"On the labelled training slides the probe rose from {best.at_start:.3f} to {best.score:.3f} "
+        f"(step {best.step} of {num_steps}){kept}"
+    )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) set the event; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        console.say("saving before stopping ...")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """log.jsonl, one object a line, and the same for TensorBoard. A resumed run drops what it will write again."""
+
+    def __init__(self, path: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = path
+        self._board = SummaryWriter(str(path.parent / "tensorboard"))
+
+    def forget_from(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a killed run
+        with written_aside(self.path) as aside:
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] < step]
+            aside.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(row["step"]))
+        self._board.flush()
