@@ -1,0 +1,244 @@
+"""Where a view looks on its tile, and one resampling that brings it there.
+
+A view's geometry is a box on the tile, mirrored, turned by quarters, and perhaps rotated freely: one 2x3 matrix a tile
+(`matrices`). Boxes that keep to the pixel axes, nearly all, are resampled by rows and then by columns with the weights
+of an antialiasing triangle or cubic filter, exactly those of Pillow and of torchvision's `resize(antialias=True)`; free
+rotations go through a bilinear grid after a Gaussian prefilter that stands for the antialiasing.
+
+Shapes: B tiles, H W tile pixels, O output pixels, T taps of a filter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from histossl.tiles.sampling import Ints
+from histossl.views.draws import Draws, Floats
+
+ATTEMPTS = 10  # of a random crop, as torchvision
+FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where B views lie on their tiles. Pixel edges: a box from top 0, of height H, is the whole tile.
+
+    The box is cut out and resized, then mirrored left-right (`mirror`) and top-bottom (`flip`), then turned
+    counter-clockwise by `turns` quarters. `angle` (radians, counter-clockwise as seen) rotates it about its centre.
+    """
+
+    top: Floats
+    left: Floats
+    height: Floats
+    width: Floats
+    mirror: NDArray[np.bool_]
+    flip: NDArray[np.bool_]
+    turns: Ints
+    angle: Floats
+
+    def of(self, rows: slice | Ints) -> Placement:
+        return Placement(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+def random_boxes(
+    draws: Draws, tile_px: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """top, left, height, width of torchvision's RandomResizedCrop: whole pixels, its distribution number for number.
+
+    Area uniform in `scale`, log aspect uniform in `ratio`, the first of ten attempts that fits the tile; a place
+    uniform among those possible. When none fits: the middle, as large as `ratio` allows.
+    """
+    area = draws.uniform("crop area", scale[0], scale[1], ATTEMPTS) * tile_px**2
+    aspect = np.exp(draws.uniform("crop aspect", math.log(ratio[0]), math.log(ratio[1]), ATTEMPTS))
+    width, height = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
+    fits = (width >= 1) & (width <= tile_px) & (height >= 1) & (height <= tile_px)
+    pick = (np.arange(draws.count), fits.argmax(1))
+    narrowest = np.clip(1.0, *ratio)  # the tile is square
+    last_width, last_height = min(tile_px, round(tile_px * narrowest)), min(tile_px, round(tile_px / narrowest))
+    width = np.where(fits[pick], width[pick], last_width)
+    height = np.where(fits[pick], height[pick], last_height)
+    top = np.where(fits[pick], np.floor(draws.one("crop top") * (tile_px - height + 1)), (tile_px - height) // 2)
+    left = np.where(fits[pick], np.floor(draws.one("crop left") * (tile_px - width + 1)), (tile_px - width) // 2)
+    return top, left, height, width
+
+
+def matrices(where: Placement, size_px: int) -> Floats:
+    """(B, 2, 3): takes an output pixel's centre (x, y, 1) to its point (x, y) on the tile, both counted from edges."""
+    count = len(where.top)
+    # Output to the unit square around 0, undo the turns and mirrors, rotate, scale to the box, move to its middle.
+    to_unit = np.zeros((count, 3, 3))
+    to_unit[:, 0, 0] = to_unit[:, 1, 1] = 1.0 / size_px
+    to_unit[:, :2, 2] = -0.5
+    to_unit[:, 2, 2] = 1.0
+    quarter = np.array([[0.0, -1.0], [1.0, 0.0]])  # out (x, y) of one turn looks at (-y, x)
+    turned = np.stack([np.linalg.matrix_power(quarter, int(turns)) for turns in range(4)])[where.turns]
+    mirrored = np.zeros((count, 2, 2))
+    mirrored[:, 0, 0] = np.where(where.mirror, -1.0, 1.0)
+    mirrored[:, 1, 1] = np.where(where.flip, -1.0, 1.0)
+    boxed = np.zeros((count, 2, 2))
+    boxed[:, 0, 0], boxed[:, 1, 1] = where.width, where.height
+    cos, sin = np.cos(where.angle), np.sin(where.angle)
+    rotated = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], 1)
+    linear = rotated @ boxed @ mirrored @ turned
+    middle = np.stack([where.left + where.width / 2, where.top + where.height / 2], -1)
+    return np.concatenate([linear @ to_unit[:, :2, :2], (linear @ to_unit[:, :2, 2:]) + middle[:, :, None]], 2)
+
+
+def resampled(tiles: Tensor, where: Placement, size_px: int, interpolation: str = "bilinear") -> Tensor:
+    """tiles (B, 3, H, W) float -> views (B, 3, O, O) float. Bicubic overshoots: the caller clamps."""
+    free = where.angle != 0
+    if not free.any():
+        return _by_rows_and_columns(tiles, where, size_px, interpolation)
+    if free.all():
+        return _by_grid(tiles, where, size_px)
+    out = tiles.new_empty((len(tiles), 3, size_px, size_px))
+    for rows, way in ((np.flatnonzero(free), True), (np.flatnonzero(~free), False)):
+        part, place = on(tiles.device, rows), where.of(rows)
+        some = tiles.index_select(0, part)
+        out[part] = _by_grid(some, place, size_px) if way else _by_rows_and_columns(some, place, size_px, interpolation)
+    return out
+
+
+def on(device: torch.device, values: NDArray[np.generic]) -> Tensor:
+    """A small host array on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---- boxes along the axes
+
+
+def _by_rows_and_columns(tiles: Tensor, where: Placement, size_px: int, interpolation: str) -> Tensor:
+    # Mirrors and turns cost nothing: they are the direction in which the weights run, and a transposition.
+    upside_down = where.flip ^ (where.turns >= 2)
+    backwards = where.mirror ^ ((where.turns == 1) | (where.turns == 2))
+    rows = filtered(tiles, where.top, where.height, upside_down, size_px, interpolation)  # (B, 3, O, W)
+    columns = filtered(
+        rows.transpose(2, 3).contiguous(), where.left, where.width, backwards, size_px, interpolation
+    )  # (B, 3, O, O): x, y
+    odd = where.turns % 2 == 1
+    if odd.all():
+        return columns
+    if not odd.any():
+        return columns.transpose(2, 3).contiguous()
+    out = torch.empty_like(columns)
+    for chosen, view in ((odd, columns), (~odd, columns.transpose(2, 3))):
+        part = on(tiles.device, np.flatnonzero(chosen))
+        out[part] = view[part]
+    return out
+
+
+def filtered(
+    x: Tensor, start: Floats, length: Floats, reverse: NDArray[np.bool_], size_px: int, interpolation: str
+) -> Tensor:
+    """Resample the rows of x (B, 3, H, W): `size_px` of them from each sample's own stretch -> (B, 3, O, W).
+
+    Each new row is a weighted sum of old ones, whole rows at a time: torch's embedding bag, which is that sum in one
+    call on CPU and GPU. Rows outside the stretch take no part, as if it had been cut out first.
+    """
+    num_taps = int(np.ceil(2 * FILTER_RADIUS[interpolation] * max(1.0, float((length / size_px).max())))) + 1
+    begin = on(x.device, np.stack([start, length, reverse], 1).astype(np.float32))
+    first, weights = _taps(begin[:, :1], begin[:, 1:2], begin[:, 2:] > 0, size_px, num_taps, interpolation)
+    return weighted_rows(x, first, weights)
+
+
+def _taps(
+    start_B1: Tensor, length_B1: Tensor, reverse_B1: Tensor, size_px: int, num_taps: int, interpolation: str
+) -> tuple[Tensor, Tensor]:
+    """First source row (B, O) and weights (B, O, T) of each output row; Pillow's rule for where a filter begins."""
+    place = torch.arange(size_px, device=start_B1.device, dtype=torch.float32)
+    place_BO = torch.where(reverse_B1, size_px - 1 - place, place)
+    scale_B1 = length_B1 / size_px
+    stretch_B1 = scale_B1.clamp(min=1.0)  # a shrinking view widens its filter: this is the antialiasing
+    reach_B1 = FILTER_RADIUS[interpolation] * stretch_B1
+    centre_BO = (place_BO + 0.5) * scale_B1  # within the stretch
+    first_BO = (centre_BO - reach_B1 + 0.5).floor().clamp(min=0)
+    last_BO = torch.minimum((centre_BO + reach_B1 + 0.5).floor(), length_B1)
+    source_BOT = first_BO[:, :, None] + torch.arange(num_taps, device=start_B1.device)
+    offset_BOT = (source_BOT + 0.5 - centre_BO[:, :, None]) / stretch_B1[:, :, None]
+    weights_BOT = _FILTERS[interpolation](offset_BOT) * (source_BOT < last_BO[:, :, None])
+    return (first_BO + start_B1), weights_BOT / weights_BOT.sum(2, keepdim=True)
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """Keys' cubic with a = -0.5, Pillow's and torchvision's when they antialias."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+_FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
+
+
+def weighted_rows(x: Tensor, first_BO: Tensor, weights_BOT: Tensor) -> Tensor:
+    """(B, 3, O, W): row o of sample b is the sum of weights[b, o, t] times row first[b, o] + t of x[b] (B, 3, H, W)."""
+    batch, channels, height, width = x.shape
+    size, num_taps = weights_BOT.shape[1:]
+    rows_BOT = first_BO.long()[:, :, None] + torch.arange(num_taps, device=x.device)
+    rows_BOT = rows_BOT.clamp(0, height - 1)  # beyond the edge the weight is 0
+    image = torch.arange(batch * channels, device=x.device).view(batch, channels, 1, 1) * height
+    picked = (rows_BOT[:, None] + image).view(-1, num_taps)
+    weights = weights_BOT[:, None].expand(batch, channels, size, num_taps).reshape(-1, num_taps)
+    out = F.embedding_bag(picked, x.reshape(-1, width), mode="sum", per_sample_weights=weights)
+    return out.view(batch, channels, size, width)
+
+
+# ---- free rotation
+
+
+def _by_grid(tiles: Tensor, where: Placement, size_px: int) -> Tensor:
+    """Bilinear, once, after a Gaussian of the width by which the view shrinks. Past its edge the tile is mirrored."""
+    height, width = tiles.shape[2:]
+    shrink = np.sqrt(where.height * where.width) / size_px
+    prefiltered = blurred(tiles, 0.5 * np.sqrt(np.maximum(shrink**2 - 1, 0)))
+    to_tile = on(tiles.device, matrices(where, size_px).astype(np.float32))
+    centres = torch.arange(size_px, device=tiles.device, dtype=torch.float32) + 0.5
+    ones = torch.ones(size_px, size_px, device=tiles.device)
+    output = torch.stack([centres.expand(size_px, -1), centres[:, None].expand(-1, size_px), ones], -1)  # x, y, 1
+    point = torch.einsum("bij,yxj->byxi", to_tile, output)
+    grid = point / point.new_tensor([width, height]) * 2 - 1
+    return F.grid_sample(prefiltered, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+# ---- Gaussian blur
+
+
+def blurred(x: Tensor, sigma: Floats) -> Tensor:
+    """Gaussian of each sample's own sigma (pixels; 0 leaves it as it is), mirrored at the edges: x (B, 3, H, W).
+
+    Cut off at 4 sigma: the rest weighs 0.006 %. torchvision's `gaussian_blur` with a kernel that wide is the same.
+    """
+    if not len(x) or not sigma.any():
+        return x
+    reach = min(int(np.ceil(4 * sigma.max())), min(x.shape[2:]) - 1)
+    offset = np.abs(np.arange(-reach, reach + 1))
+    kernel = np.exp(-0.5 * (offset / np.maximum(sigma, 1e-3)[:, None]) ** 2)  # 1e-3: all weight in the middle
+    kernel *= offset <= np.ceil(4 * sigma)[:, None]  # each by its own reach, whoever else is in the batch
+    kernel_BT = on(x.device, (kernel / kernel.sum(1, keepdims=True)).astype(np.float32))
+    for _ in range(2):  # rows, then columns: the second transposition undoes the first
+        x = _blurred_rows(x, kernel_BT, reach).transpose(2, 3).contiguous()
+    return x
+
+
+def _blurred_rows(x: Tensor, kernel_BT: Tensor, reach: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    row = torch.arange(height, device=x.device)[:, None] + torch.arange(-reach, reach + 1, device=x.device)
+    row = row.abs()
+    row = torch.where(row < height, row, 2 * (height - 1) - row)  # mirrored about the edge pixel, as reflect padding
+    image = torch.arange(batch * channels, device=x.device).view(-1, 1, 1) * height
+    picked = (row + image).view(-1, 2 * reach + 1)
+    weights = kernel_BT[:, None, None].expand(batch, channels, height, 2 * reach + 1).reshape(picked.shape)
+    out = F.embedding_bag(picked, x.reshape(-1, width), mode="sum", per_sample_weights=weights)
+    return out.view(batch, channels, height, width)

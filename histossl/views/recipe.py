@@ -1,0 +1,323 @@
+"""What a tile becomes: recipes of views, and `make_views`, which makes them for a whole batch on the tiles' device.
+
+    recipe = recipe_named("mocov2-histology", size_px=224)
+    query, key = make_views(tiles, recipe, seed=0, positions=positions)     # float in [0, 1], not yet normalised
+
+A view is made in this order, each op for the samples that its probability picks:
+
+    JPEG once more -> crop, mirror, flip, turn, rotation (one resampling) -> stain jitter
+    -> brightness, contrast, saturation, hue in a random order, greyscale (one matrix) -> blur -> solarize
+
+The papers mirror the crop before or after the colours, which is the same. Stain comes first of the colours because it
+is what lies on the glass; the rest is what a camera does.
+
+Shapes: B tiles, V views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from histossl.config import nearest
+from histossl.errors import UsageError
+from histossl.views import colour, geometry
+from histossl.views.draws import Draws, Floats
+
+CPU_CHUNK = 16  # tiles at a time on the CPU: what they become stays in its caches
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The distributions of one view. Factors: 0.4 means 0.6..1.4 times; `*_p` is the share of samples it happens to."""
+
+    size_px: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area that the crop covers
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
+    interpolation: str = "bilinear"
+    mirror_p: float = 0.5  # left and right
+    flip_p: float = 0.0  # top and bottom
+    quarter_turns: bool = False  # each of 0, 90, 180, 270 degrees as often
+    rotation_deg: float = 0.0  # any angle up to this; one blur more, and mirrored corners
+    stain_p: float = 0.0
+    stain_shift: float = 0.0  # sigma of a shift of each stain, in nats of optical density
+    stain_scale: float = 0.0  # sigma of a relative change of each stain
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # share of the full circle, to both sides
+    grey_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view, uniform
+    solarize_p: float = 0.0
+    solarize_threshold: float = 128 / 255
+    jpeg_p: float = 0.0
+    jpeg_quality: tuple[int, int] = (40, 95)
+
+    def __post_init__(self) -> None:
+        def must(holds: bool, name: str, wanted: str) -> None:
+            if not holds:
+                raise UsageError(f"view setting {name} = {getattr(self, name)}: must be {wanted}")
+
+        must(8 <= self.size_px <= 4096, "size_px", "a side of 8 to 4096 pixels")
+        must(0 < self.scale[0] <= self.scale[1] <= 1, "scale", "two shares of the tile's area, 0 < low <= high <= 1")
+        must(0 < self.ratio[0] <= self.ratio[1], "ratio", "two ratios, 0 < low <= high")
+        must(self.interpolation in geometry.FILTER_RADIUS, "interpolation", "bilinear or bicubic")
+        must(0 <= self.rotation_deg <= 180, "rotation_deg", "an angle of 0 to 180 degrees")
+        must(0 <= self.hue <= 0.5, "hue", "0 to 0.5 of the full circle")
+        must(0 <= self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", "two widths in pixels, 0 <= low <= high")
+        must(1 <= self.jpeg_quality[0] <= self.jpeg_quality[1] <= 100, "jpeg_quality", "two qualities, 1 to 100")
+        for name in ("brightness", "contrast", "saturation", "stain_shift", "stain_scale"):
+            must(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("mirror_p", "flip_p", "stain_p", "jitter_p", "grey_p", "blur_p", "solarize_p", "jpeg_p"):
+            must(0 <= getattr(self, name) <= 1, name, "a probability, 0 to 1")
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """The views of a tile, in the order in which the method gets them (global crops first)."""
+
+    name: str
+    views: tuple[ViewSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise UsageError(f"recipe {self.name!r}: has no views")
+
+    def with_all(self, **settings: object) -> ViewRecipe:
+        """The same with some settings changed in every view."""
+        unknown = [name for name in settings if name not in ViewSpec.__dataclass_fields__]
+        if unknown:
+            raise UsageError(f"no view setting {unknown[0]!r}{nearest(unknown[0], ViewSpec.__dataclass_fields__)}")
+        return replace(self, views=tuple(replace(view, **settings) for view in self.views))  # type: ignore[arg-type]
+
+
+# ---- the recipes of the papers
+
+MOCOV2 = ViewSpec()
+"""He et al.'s MoCo v2 (facebookresearch/moco, --aug-plus): the defaults of ViewSpec. Bilinear, sigma uniform in 0.1..2.
+
+Pillow's GaussianBlur, used there, is three box filters; ours is the Gaussian they stand for.
+"""
+
+MOCOV1 = replace(MOCOV2, jitter_p=1.0, hue=0.4, blur_p=0.0)
+"""MoCo v1: greyscale *before* jitter 0.4/0.4/0.4/0.4, always jittered, no blur.
+
+Grey first and grey last are the same image, as every op of the jitter keeps grey and commutes with the luma.
+"""
+
+SIMCLR = replace(
+    MOCOV2, scale=(0.08, 1.0), interpolation="bicubic", brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2
+)
+"""SimCLR at colour strength 1 (google-research/simclr): jitter 0.8/0.8/0.8/0.2, blur p 0.5.
+
+Decided: contrast about the mean luma (PyTorch ports), not about each channel's mean (TensorFlow's op); brightness
+multiplies (as in v2's code), for v1's added shift exists in no other recipe; the blur is not cut off at a kernel of a
+tenth of the image. The paper jitters in a random order, and so do we.
+"""
+
+DINO_GLOBAL = replace(MOCOV2, scale=(0.25, 1.0), interpolation="bicubic", saturation=0.2, blur_p=1.0)
+DINO_LOCAL = replace(DINO_GLOBAL, scale=(0.05, 0.25), blur_p=0.5)
+"""DINO: jitter 0.4/0.4/0.2/0.1 p 0.8, grey 0.2; blur p 1, 0.1 and 0.5 on the first global, the second and the locals;
+solarize p 0.2 on the second global.
+
+Decided: crops of the published long runs (0.25..1 and 0.05..0.25), not the code's default (0.4..1 and 0.05..0.4);
+8 locals, as the code (the paper's 10 are `num_local=10`).
+"""
+
+DINOV2_GLOBAL = replace(DINO_GLOBAL, scale=(0.32, 1.0))
+DINOV2_LOCAL = replace(DINO_LOCAL, scale=(0.05, 0.32))
+"""DINOv2: DINO's with crops 0.32..1 and 0.05..0.32.
+
+Decided: blur p 1 / 0.1 / 0.5 as the paper says. The released code inverts the probability (0 / 0.9 / 0.5), and the
+released weights were trained so: `dinov2-released` does the same, for who continues them and wants their views.
+"""
+
+
+def _dino(first: ViewSpec, local: ViewSpec, blur_p: tuple[float, float], num_local: int) -> tuple[ViewSpec, ...]:
+    second = replace(first, blur_p=blur_p[1], solarize_p=0.2)
+    return (replace(first, blur_p=blur_p[0]), second, *[local] * num_local)
+
+
+def _views(method: str, num_local: int) -> tuple[ViewSpec, ...] | None:
+    return {
+        "mocov1": (MOCOV1, MOCOV1),
+        "mocov2": (MOCOV2, MOCOV2),
+        "simclr": (SIMCLR, SIMCLR),
+        "dino": _dino(DINO_GLOBAL, DINO_LOCAL, (1.0, 0.1), num_local),
+        "dinov2": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (1.0, 0.1), num_local),
+        "dinov2-released": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (0.0, 0.9), num_local),
+    }.get(method)
+
+
+METHODS = ("mocov1", "mocov2", "simclr", "dino", "dinov2", "dinov2-released")
+HISTOLOGY = "-histology"
+RECIPES = (*METHODS, *(method + HISTOLOGY for method in METHODS))
+
+
+def histology(view: ViewSpec) -> ViewSpec:
+    """What tissue wants of any recipe.
+
+    Tissue has no up: flips and quarter turns (without them -0.6 points in nanopath's ablation). Stain jitter is the op
+    that matters most there (-3.4 points without). Hue off (on: -0.3), solarize off (left out by Virchow2 and
+    OpenMidnight: inverted tissue does not exist), colour jitter at most 0.4 (0.4 and more: -0.4, 0.3: +0.2), blur on
+    half of the views at most: the texture of nuclei is what there is to learn.
+    """
+    return replace(
+        view,
+        flip_p=0.5,
+        quarter_turns=True,
+        stain_p=0.8,
+        stain_shift=0.1,
+        stain_scale=0.1,
+        brightness=min(view.brightness, 0.4),
+        contrast=min(view.contrast, 0.4),
+        saturation=min(view.saturation, 0.4),
+        hue=0.0,
+        blur_p=min(view.blur_p, 0.5),
+        solarize_p=0.0,
+    )
+
+
+def recipe_named(name: str, size_px: int = 224, local_px: int | None = None, num_local: int = 8) -> ViewRecipe:
+    """A recipe of `RECIPES`: a paper's, or with "-histology" what tissue wants of it.
+
+    `local_px` is the side of DINO's small crops: 96 at 224, and in that proportion; `num_local` their number.
+    """
+    method = name.removesuffix(HISTOLOGY)
+    views = _views(method, num_local)
+    if views is None:
+        raise UsageError(
+            f"--recipe {name}: no such recipe{nearest(name, RECIPES)} (there are {', '.join(METHODS)}; "
+            f'each also with "{HISTOLOGY}" for tissue)'
+        )
+    small_px = local_px or max(16, round(size_px * 96 / 224 / 16) * 16)
+    sized = [replace(view, size_px=size_px if number < 2 else small_px) for number, view in enumerate(views)]
+    return ViewRecipe(name, tuple(histology(view) if name != method else view for view in sized))
+
+
+# ---- making them
+
+
+@torch.no_grad()
+def make_views(tiles: Tensor, recipe: ViewRecipe, seed: int, positions: Tensor) -> list[Tensor]:
+    """tiles uint8 (B, 3, H, H) -> V float tensors (B, 3, h, h) in [0, 1], on the tiles' device; not yet normalised.
+
+    `positions` (B,) int64, the tiles' places in the global stream, on the CPU: with the seed they are all that the
+    randomness depends on, so the views do not depend on how the stream is cut into batches and processes.
+    """
+    if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[1] != 3 or tiles.shape[2] != tiles.shape[3]:
+        raise ValueError(f"tiles must be uint8 (B, 3, H, H), not {tiles.dtype} {tuple(tiles.shape)}")
+    place = positions.cpu().numpy()
+    plans = [planned(view, Draws(seed, place, number), tiles.shape[2]) for number, view in enumerate(recipe.views)]
+    chunk = CPU_CHUNK if tiles.device.type == "cpu" else max(1, len(tiles))
+    made: list[list[Tensor]] = [[] for _ in plans]
+    for first in range(0, len(tiles), chunk):
+        rows = slice(first, first + chunk)
+        some = tiles[rows]
+        pixels = _as_float(some)
+        for views, plan in zip(made, plans, strict=True):
+            views.append(_made(some, pixels, plan.of(rows)))
+    return [views[0] if len(views) == 1 else torch.cat(views) for views in made]
+
+
+def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std by channel: x (B, 3, h, w) in [0, 1]. Continuing keeps the statistics of the start's weights."""
+    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+
+def clean_view(tiles: Tensor, size_px: int) -> Tensor:
+    """The whole tile at another size, antialiased: uint8 (B, 3, H, H) -> float (B, 3, h, h) in [0, 1]."""
+    x = tiles.float() / 255
+    if x.shape[-1] == size_px:
+        return x
+    return torch.nn.functional.interpolate(x, (size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All random choices for one view of B tiles, worked out before any pixel is touched."""
+
+    view: ViewSpec
+    where: geometry.Placement
+    stain: Floats  # (B, 2, 3) scale and shift of each stain; 0 where it stays as it is
+    colour: Floats  # (B, 2, 3, 3)
+    blur_sigma: Floats  # (B,), 0: none
+    solarize: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    jpeg_quality: np.ndarray[tuple[int], np.dtype[np.int64]]  # 0: none
+
+    def of(self, rows: slice) -> Plan:
+        rest = (getattr(self, name)[rows] for name in ("stain", "colour", "blur_sigma", "solarize", "jpeg_quality"))
+        return Plan(self.view, self.where.of(rows), *rest)
+
+
+def planned(view: ViewSpec, draws: Draws, tile_px: int) -> Plan:
+    where = geometry.Placement(
+        *geometry.random_boxes(draws, tile_px, view.scale, view.ratio),
+        mirror=draws.happens("mirror", view.mirror_p),
+        flip=draws.happens("flip", view.flip_p),
+        turns=draws.whole("turns", 4) if view.quarter_turns else np.zeros(draws.count, dtype=np.int64),
+        angle=draws.one("rotation", -1, 1) * math.radians(view.rotation_deg),
+    )
+    stained = draws.happens("stain", view.stain_p)[:, None]
+    stain = np.stack(
+        [draws.normal("stain scale", 3) * view.stain_scale * stained]
+        + [draws.normal("stain shift", 3) * view.stain_shift * stained],
+        axis=1,
+    )
+    jittered = draws.happens("jitter", view.jitter_p)
+
+    def factor(name: str) -> Floats:
+        reach = getattr(view, name)
+        return np.where(jittered, draws.one(name, max(0.0, 1 - reach), 1 + reach), 1.0)
+
+    jitter = colour.jitter_matrices(
+        factor("brightness"),
+        factor("contrast"),
+        factor("saturation"),
+        hue=np.where(jittered, draws.one("hue", -view.hue, view.hue), 0.0),
+        order=draws.whole("jitter order", len(colour.ORDERS)),
+    )
+    low, high = view.jpeg_quality
+    return Plan(
+        view,
+        where,
+        stain,
+        colour.greyscale(jitter, np.flatnonzero(draws.happens("grey", view.grey_p))),
+        np.where(draws.happens("blur", view.blur_p), draws.one("blur sigma", *view.blur_sigma), 0.0),
+        draws.happens("solarize", view.solarize_p),
+        np.where(draws.happens("jpeg", view.jpeg_p), low + draws.whole("jpeg quality", high - low + 1), 0),
+    )
+
+
+def _made(tiles: Tensor, pixels: Tensor, plan: Plan) -> Tensor:
+    """One view of each tile: tiles (B, 3, H, H) uint8 and the same as float `pixels`."""
+    view = plan.view
+    if (again := np.flatnonzero(plan.jpeg_quality)).size:
+        part = geometry.on(tiles.device, again)
+        pixels = pixels.index_copy(0, part, _as_float(colour.recompressed(tiles[part], plan.jpeg_quality[again])))
+    x = geometry.resampled(pixels, plan.where, view.size_px, view.interpolation).clamp_(0, 1)
+    if (stained := np.flatnonzero(plan.stain.any((1, 2)))).size:
+        part = geometry.on(x.device, stained)
+        A, b = colour.stain_matrices(plan.stain[stained, 0], plan.stain[stained, 1])
+        on_device = (geometry.on(x.device, array.astype(np.float32)) for array in (A, b))
+        x[part] = colour.restained(x[part], *on_device)
+    x = colour.recoloured(x, geometry.on(x.device, plan.colour.astype(np.float32)))
+    if (soft := np.flatnonzero(plan.blur_sigma)).size:
+        part = geometry.on(x.device, soft)
+        x[part] = geometry.blurred(x[part], plan.blur_sigma[soft]).clamp_(0, 1)
+    if (bright := np.flatnonzero(plan.solarize)).size:
+        part = geometry.on(x.device, bright)
+        x[part] = colour.solarized(x[part], view.solarize_threshold)
+    return x
+
+
+def _as_float(tiles: Tensor) -> Tensor:
+    """(B, 3, H, W) float in [0, 1], channel by channel in memory, whatever the memory of the tiles."""
+    return tiles.contiguous().float().div_(255)
