@@ -12,7 +12,7 @@ import click
 import typer
 
 from histossl import __version__, console
-from histossl.cli import demo, slides
+from histossl.cli import demo, evaluate, slides
 from histossl.errors import HistosslError
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def root(
     pass
 
 
-for room in (slides, demo):
+for room in (slides, demo, evaluate):
     room.register(app)
 
 

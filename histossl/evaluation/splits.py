@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl.errors import LabelsError, MismatchError, StoreError
-from histossl.evaluation.curves import ALL, Budget, in_budget_order
 from histossl.evaluation.labels import LabelTable
+from histossl.evaluation.tables import ALL, Budget, in_budget_order
 from histossl.workspace import written_aside
 
 Group = Literal["patient", "site"]

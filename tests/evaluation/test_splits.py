@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from histossl.errors import LabelsError, MismatchError
-from histossl.evaluation.curves import ALL
 from histossl.evaluation.labels import Item, LabelTable
 from histossl.evaluation.splits import Part, Splits, check, make_splits, read_splits, write_splits
+from histossl.evaluation.tables import ALL
 
 
 def table_of(items) -> LabelTable:

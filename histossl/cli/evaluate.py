@@ -1,0 +1,236 @@
+"""embed, finetune: from a backbone and a few labelled slides to a label-efficiency curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.config import EmbedConfig, FinetuneConfig, nearest
+from histossl.errors import UsageError
+
+LabelsOption = Annotated[
+    Path,
+    typer.Option(
+        "--labels",
+        metavar="FILE.csv",
+        help="Columns slide,label and, where known, patient, site, split (train or test); "
+        "x,y,width,height (level-0 pixels) label regions instead of slides.",
+        show_default=False,
+    ),
+]
+StartsOption = Annotated[
+    str,
+    typer.Option(
+        "--starts",
+        metavar="A,B,...",
+        help="What to compare: random, imagenet, adapted, colour (27 colour statistics, no network), a pretraining "
+        "run, FILE or NAME=FILE (a backbone.safetensors). Default: all of the first four that there are.",
+        show_default=False,
+    ),
+]
+BackboneOption = Annotated[
+    str,
+    typer.Option(
+        "--backbone",
+        metavar="NAME",
+        help="timm name of the random and imagenet starts. Default: that of the adapted backbone.",
+        show_default=False,
+    ),
+]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Weights of the imagenet start. Default: what the adapted backbone started from.",
+        show_default=False,
+    ),
+]
+AdaptedOption = Annotated[
+    str,
+    typer.Option(
+        "--adapted",
+        metavar="RUN|FILE",
+        help="The adapted start: a pretraining run, or a backbone.safetensors. Default: the workspace's finished run.",
+        show_default=False,
+    ),
+]
+InputOption = Annotated[
+    int,
+    typer.Option(
+        "--input-px",
+        help="Side at which tiles are shown to every start. Default: the size that the adapted backbone learnt at.",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+EmbedBatchOption = Annotated[
+    int,
+    typer.Option(
+        "--embed-batch-size", help="Tiles per forward pass. Default: 256 on a GPU, 64 without.", show_default=False
+    ),
+]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", help="Threads that read and decode tiles. Default: 2.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog="Example: histossl finetune --labels labels.csv    "
+        "(check the labels only: histossl finetune --labels labels.csv --dry-run)"
+    )(finetune)
+    app.command(epilog="Example: histossl embed --start adapted    (all slides: features and coords as HDF5)")(embed)
+
+
+def finetune(
+    labels: LabelsOption,
+    name: Annotated[
+        str, typer.Option("--name", help="Name of this curve: its files go to WORKSPACE/finetune/NAME.")
+    ] = "default",
+    starts: StartsOption = "",
+    backbone: BackboneOption = "",
+    weights: WeightsOption = "",
+    adapted: AdaptedOption = "",
+    input_px: InputOption = 0,
+    head: Annotated[
+        str,
+        typer.Option(
+            "--head",
+            help="mean (pooled features, logistic regression), knn, simpleshot (nearest class mean) "
+            "or abmil (gated attention over tiles).",
+        ),
+    ] = "mean",
+    unit: Annotated[
+        str,
+        typer.Option(
+            "--unit", help="What carries a label and is counted in budgets: slide, region or tile. Regions need a CSV."
+        ),
+    ] = "slide",
+    tiles_per_slide: Annotated[
+        int, typer.Option("--tiles-per-slide", help="With --unit tile: at most so many tiles of one slide and label.")
+    ] = 100,
+    budgets: Annotated[
+        str,
+        typer.Option(
+            "--budgets",
+            metavar="1,2,4,...,all",
+            help="Labelled slides per class. Default: doubling from 1 to what the smallest class has, and all.",
+            show_default=False,
+        ),
+    ] = "",
+    draws: Annotated[int, typer.Option("--draws", help="Random choices of the labelled slides at each budget.")] = 10,
+    folds: Annotated[
+        int,
+        typer.Option(
+            "--folds",
+            help="Folds by patient where the labels have no split column. Default: up to 5, as patients allow.",
+            show_default=False,
+        ),
+    ] = 0,
+    group: Annotated[
+        str, typer.Option("--group", help="What must not be parted between training and test: patient or site.")
+    ] = "patient",
+    classes: Annotated[
+        str,
+        typer.Option("--classes", metavar="A,B,...", help="Only these labels. Default: all.", show_default=False),
+    ] = "",
+    mixed_patients: Annotated[
+        bool, typer.Option("--mixed-patients", help="Allow patients with slides of several classes.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the splits, draws and heads.")] = 0,
+    device: DeviceOption = "auto",
+    embed_batch_size: EmbedBatchOption = 0,
+    workers: WorkersOption = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check labels and splits, then stop.")] = False,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Measure how many labelled slides each start needs: the label-efficiency curve, with its report.
+
+    Patients never stand on both sides of a split. The same command goes on where it was interrupted.
+    """
+    from histossl.evaluation.finetune import finetune as stage
+
+    del config  # its values have become the defaults above
+    settings = FinetuneConfig(
+        labels=str(labels),
+        starts=_listed(starts),
+        backbone=backbone,
+        weights=weights,
+        adapted=adapted,
+        input_px=input_px,
+        head=head,
+        unit=unit,
+        tiles_per_slide=tiles_per_slide,
+        budgets=_budgets(budgets),
+        draws=draws,
+        folds=folds,
+        group=group,
+        classes=_listed(classes),
+        mixed_patients=mixed_patients,
+        seed=seed,
+    )
+    stage(workspace_at(workspace), name, settings, EmbedConfig(embed_batch_size, workers, device), dry_run)
+
+
+def embed(
+    start: Annotated[
+        str,
+        typer.Option(
+            "--start", metavar="START", help="random, imagenet, adapted, colour, a pretraining run or a FILE."
+        ),
+    ] = "adapted",
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels", metavar="FILE.csv", help="Only the slides named here. Default: every slide.", show_default=False
+        ),
+    ] = None,
+    backbone: BackboneOption = "",
+    weights: WeightsOption = "",
+    adapted: AdaptedOption = "",
+    input_px: InputOption = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random start.")] = 0,
+    device: DeviceOption = "auto",
+    embed_batch_size: EmbedBatchOption = 0,
+    workers: WorkersOption = 0,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Turn all tiles into features: WORKSPACE/embeddings/START-.../SLIDE.h5 with features (N, D) and coords (N, 2).
+
+    Resumes slide by slide; files made from other weights or tiles are made anew.
+    """
+    from histossl.evaluation.finetune import embed_start
+
+    del config
+    settings = FinetuneConfig(
+        labels=str(labels or ""),
+        starts=(start,),
+        backbone=backbone,
+        weights=weights,
+        adapted=adapted,
+        input_px=input_px,
+        seed=seed,
+    )
+    embed_start(workspace_at(workspace), settings, EmbedConfig(embed_batch_size, workers, device))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+
+
+def _budgets(text: str) -> tuple[int | str, ...]:
+    found: list[int | str] = []
+    for piece in _listed(text):
+        if piece == "all":
+            found.append(piece)
+        elif piece.isdecimal() and int(piece) > 0:
+            found.append(int(piece))
+        else:
+            raise UsageError(f"--budgets {piece}: must be numbers of 1 or more, or all{nearest(piece, ['all'])}")
+    return tuple(found)

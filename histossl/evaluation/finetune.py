@@ -1,0 +1,503 @@
+"""Stage `finetune`: labelled slides and several starts in, a label-efficiency curve out.
+
+    labels -> splits -> for each start: embed, train a head at every budget of every draw -> predictions -> curve
+
+Each piece of work (a start, a draw, a fold, a budget) has its own seed and is written to a journal when it is done, so
+a run that was killed goes on where it was, and one more start changes nothing about the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histossl import console
+from histossl.config import EmbedConfig, FinetuneConfig, read_run, refuse_other_config, write_run
+from histossl.errors import LabelsError, MismatchError
+from histossl.evaluation import curves, tables
+from histossl.evaluation import labels as labelling
+from histossl.evaluation.embed import Bags, Embedder, device_of, embed_slides, slide_tiles
+from histossl.evaluation.heads import head_named
+from histossl.evaluation.labels import LabelTable
+from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
+from histossl.evaluation.starts import Start, Starts, resolve_starts
+from histossl.evaluation.tables import Budget, Prediction
+from histossl.slides.ledger import read_ledger
+from histossl.tiles.index import TileIndex
+from histossl.workspace import FinetuneDir, Workspace
+
+MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
+DIGITS = 9  # of a probability in the journal
+
+
+@dataclass(frozen=True)
+class Result:
+    run: FinetuneDir
+    table: LabelTable
+    finished: bool  # False after a dry run
+
+
+def finetune(
+    workspace: Workspace,
+    name: str,
+    config: FinetuneConfig,
+    embed: EmbedConfig = EmbedConfig(),
+    dry_run: bool = False,
+) -> Result:
+    """The whole curve. Whatever can be wrong with the labels or the starts ends before the first tile is read."""
+    index = TileIndex.open(workspace)
+    table = labelled_items(workspace, index, config)
+    show_labels(table, config.labels)
+    run = workspace.finetune(name)
+    refuse_other_config(run.run_json, config, MAY_CHANGE)
+    splits = _splits(run, table, config)
+    _show_splits(splits, table)
+    if dry_run:
+        console.say("dry run: the labels are in order, nothing was computed")
+        return Result(run, table, False)
+    starts = resolve_starts(workspace, config)
+    for skipped, why in starts.skipped.items():
+        console.warn(f"start {skipped!r} is left out: {why}")
+
+    # ---- what the directory now belongs to
+    run.root.mkdir(parents=True, exist_ok=True)
+    if not run.splits.exists():
+        write_splits(run.splits, splits, table)
+    facts = _facts(workspace, index, table, splits, starts, config)
+    before = read_run(run.run_json) if run.run_json.exists() else {}
+    facts["starts"] = before.get("starts", {})
+    facts["leak"] = {**facts["leak"], "seen": {**before.get("leak", {}).get("seen", {}), **facts["leak"]["seen"]}}
+    write_run(run.run_json, config, **facts)
+    console.say(f"pretraining pool: {facts['leak']['statement']}")
+
+    # ---- every start, one after the other
+    device = device_of(embed.device)
+    for start in starts.chosen:
+        embedder = start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
+        _refuse_other_weights(run, start, embedder, facts["starts"])
+        files = embed_slides(workspace, index, table.slides, embedder, embed)
+        bags = Bags([(files[item.slide], item.tiles) for item in table.items])
+        facts["starts"][start.name] = _start_facts(start, embedder)
+        write_run(run.run_json, config, **facts)
+        _compute(run, start.name, embedder.digest, bags, table, splits, config)
+
+    # ---- from the journals to the tables, the curve and the report
+    predictions = list(_predictions(run, _complete(run, facts["starts"], splits), table, splits, config))
+    tables.write_predictions(run.predictions, predictions, table.classes)
+    split = facts["split"]
+    measured = curves.measure(predictions, table.classes, split["pool_per_class"], split["pool_patients_per_class"])
+    curves.write_points(run.points, curves.points_from(measured))
+    summary = curves.summarise(measured)
+    curves.write_summary(run.summary, summary)
+    facts["verdict"] = _verdict(measured, table, facts)
+    write_run(run.run_json, config, **facts)
+    _show_curve(summary, facts["verdict"], table)
+    return Result(run, table, True)
+
+
+def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig = EmbedConfig()) -> Path:
+    """Stage `embed`: one start's features of the labelled slides, or without labels of all; where they lie."""
+    index = TileIndex.open(workspace)
+    slides = list(index.slides)
+    if config.labels:
+        rows = labelling.read_rows(Path(config.labels))
+        names = labelling.SlideNames(slides)
+        slides = sorted({slide for row in rows for slide in names.find(row.slide)})
+        if not slides:
+            raise LabelsError(f"--labels {config.labels}: none of its slides has tiles in {workspace.tiles}")
+    else:
+        slides = [slide for slide in slides if len(slide_tiles(index, slide))]
+    starts = resolve_starts(workspace, config)
+    embedder = starts.chosen[0].embedder(
+        seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
+    )
+    embed_slides(workspace, index, slides, embedder, embed)
+    folder = workspace.embeddings(embedder.folder)
+    console.say(f"{len(slides)} slides, {embedder.feature_dim} features a tile: {folder}")
+    return folder
+
+
+def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict on adapted against what it started from, where both were measured."""
+    reference = next((name for name in ("imagenet", "random") if measured.has(name)), None)
+    if not measured.has("adapted") or reference is None:
+        missing = "no adapted start" if not measured.has("adapted") else "nothing to compare the adapted start with"
+        headline = f"No verdict: {missing} was measured."
+        return {"outcome": "none", "headline": headline, "sentences": [], "limits": [], "reference": None}
+    found = curves.verdict(
+        measured,
+        "adapted",
+        reference,
+        unit=table.unit,
+        seen_in_pretraining=facts["leak"]["seen"].get("adapted") or 0,
+        site_statement=facts["site_statement"],
+    )
+    return {
+        "outcome": found.outcome,
+        "headline": found.headline,
+        "sentences": found.sentences,
+        "limits": found.limits,
+        "reference": reference,
+    }
+
+
+def _show_curve(
+    summary: Sequence[curves.SummaryRow], verdict: Mapping[str, Any], table: LabelTable, metric: str = "auroc"
+) -> None:
+    """The curve as a table: one line per budget, one column per start, and what may be said of it."""
+    rows = [row for row in summary if row.metric == metric]
+    starts = list(dict.fromkeys(row.start for row in rows))
+    cells = {(row.start, row.budget): f"{row.mean:.3f} ({row.low:.2f}-{row.high:.2f})" for row in rows}
+    budgets = sorted({row.budget for row in rows}, key=tables.in_budget_order)
+    console.table(
+        f"{curves.PLAIN_NAME[metric]} on patients never trained on, by labelled {table.unit}s per class",
+        [f"{table.unit}s", *starts],
+        [[budget, *(cells.get((start, budget), "") for start in starts)] for budget in budgets],
+        right=[f"{table.unit}s", *starts],
+    )
+    console.panel("verdict", "\n".join([verdict["headline"], *verdict["sentences"], *verdict["limits"]]))
+
+
+# ---- labels and splits
+
+
+def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfig) -> LabelTable:
+    """The labels of `config` on the tiles of `index`, in the unit asked for."""
+    path = Path(config.labels)
+    reasons = {
+        row.slide: row.tile_reason or row.reason or "not tiled yet"
+        for row in read_ledger(workspace.archive_csv)
+        if row.slide and row.slide not in index.slides
+    }
+    table = labelling.match_labels(
+        labelling.read_rows(path),
+        index.slides,
+        reasons=reasons,
+        classes=config.classes,
+        mixed_patients=config.mixed_patients or config.unit != "slide",
+        source=path.name,
+    )
+    if table.unit == "region":
+        table = _regions_on_tiles(table, index)
+    elif config.unit == "region":
+        raise LabelsError(f"--unit region: {path.name} labels whole slides; add columns x,y,width,height")
+    if config.unit == "tile":
+        counts = {slide: len(slide_tiles(index, slide)) for slide in table.slides}
+        table = labelling.one_item_per_tile(table, counts, at_most=config.tiles_per_slide, seed=config.seed)
+    return table
+
+
+def _regions_on_tiles(table: LabelTable, index: TileIndex) -> LabelTable:
+    """Each region with the tiles whose centre lies in it; regions without any are left out and counted."""
+    items = []
+    empty = 0
+    for item in table.items:
+        numbers = slide_tiles(index, item.slide)
+        side_l0 = index.facts(item.slide)["scales"][0]["side_l0"]
+        tiles = labelling.tiles_in_boxes(index.coords_l0(numbers), side_l0, item.boxes)
+        if len(tiles):
+            items.append(
+                labelling.Item(
+                    item.name, item.slide, item.label, item.patient, item.site, item.split, tiles, item.boxes
+                )
+            )
+        empty += not len(tiles)
+    notes = [f"{empty} regions hold no tile's centre; they are left out"] if empty else []
+    return labelling.with_tiles(table, items, notes)
+
+
+def show_labels(table: LabelTable, source: str) -> None:
+    columns, rows = labelling.overview(table)
+    console.table(f"labels: {Path(source).name}", columns, rows, right=columns[1:])
+    found = table.num_named - len(table.missing)
+    console.say(
+        f"{table.num_named} slides named, {found} found, {len(table.missing)} missing; "
+        f"{len(table.unlabelled)} slides of the workspace have no label; patients from {table.patients_from}"
+    )
+    for name, why in table.missing[:5]:
+        console.warn(f"{name}: not found ({why})")
+    if len(table.missing) > 5:
+        console.warn(f"and {len(table.missing) - 5} more that were not found")
+    for note in table.notes:
+        console.warn(note)
+
+
+def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig) -> Splits:
+    if run.splits.exists():
+        return read_splits(run.splits, table)
+    return make_splits(
+        table,
+        group="site" if config.group == "site" else "patient",
+        budgets=config.budgets,
+        num_draws=config.draws,
+        num_folds=config.folds,
+        seed=config.seed,
+    )
+
+
+def _show_splits(splits: Splits, table: LabelTable) -> None:
+    num_draws = len({part.draw for part in splits.parts})
+    how = f"{splits.num_folds} folds by {splits.group}" if splits.num_folds else "fixed test set of the split column"
+    tested = {table.items[item].patient for item in splits.tested}
+    console.say(
+        f"{num_draws} draws, {how}, {len(tested)} patients tested; labelled {table.unit}s per class: "
+        f"{', '.join(str(budget) for budget in splits.budgets)}"
+    )
+    for note in splits.notes:
+        console.warn(note)
+
+
+# ---- one start
+
+
+def _refuse_other_weights(
+    run: FinetuneDir, start: Start, embedder: Embedder, before: Mapping[str, Mapping[str, Any]]
+) -> None:
+    known = before.get(start.name)
+    if known and (known["digest"], known["input_px"]) != (embedder.digest, embedder.input_px):
+        raise MismatchError(
+            f"{run.root}: start {start.name!r} was measured with other weights or at another size (digest "
+            f"{known['digest']} at {known['input_px']} px, now {embedder.digest} at {embedder.input_px} px); "
+            "use another --name"
+        )
+
+
+def _compute(
+    run: FinetuneDir,
+    start: str,
+    digest: str,
+    bags: Bags,
+    table: LabelTable,
+    splits: Splits,
+    config: FinetuneConfig,
+) -> None:
+    """Train and test every head that the journal does not hold yet."""
+    journal = Journal(run.journal(start), [digest, table.digest, config.head])
+    work = [(part, budget) for part in splits.parts for budget in splits.budgets]
+    todo = [(part, budget) for part, budget in work if _key(part, budget) not in journal.done]
+    if not todo:
+        return
+    labels = table.label_numbers()
+    groups = groups_of(table, splits.group)
+    head = head_named(config.head)
+    with journal, console.progress(f"heads on {start}", len(work), "heads") as bar:
+        bar.advance(len(work) - len(todo))
+        for part, budget in todo:
+            train = part.taken(budget)
+            fitted = head.fit(
+                bags,
+                train,
+                labels[train],
+                pool=part.pool,
+                groups=groups[train],
+                num_classes=len(table.classes),
+                seed=seed_of(config.seed, part.draw, part.fold, budget),
+            )
+            shares = fitted.predict_proba(bags, np.array(part.test, dtype=np.int64))
+            journal.write(_key(part, budget), shares)
+            bar.advance()
+
+
+Key = tuple[str, int, int | None]  # budget, draw, fold
+
+
+def _key(part: Part, budget: Budget) -> Key:
+    return str(budget), part.draw, part.fold
+
+
+class Journal:
+    """Predictions of one start, one line per head, flushed as they come. A line cut off by a kill is dropped.
+
+    `belongs_to` (weights, labels, head) is its first line; a journal of anything else is refused.
+    """
+
+    def __init__(self, path: Path, belongs_to: Sequence[str]) -> None:
+        self.path, self.belongs_to = path, list(belongs_to)
+        self.done: dict[Key, NDArray[np.float64]] = {}
+        self._whole_bytes = 0
+        if path.exists():
+            self._read()
+
+    @classmethod
+    def of(cls, path: Path) -> Journal:
+        """A journal that is there, whatever it belongs to."""
+        with path.open(encoding="utf-8") as file:
+            return cls(path, json.loads(file.readline() or "[]"))
+
+    def _read(self) -> None:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = None
+                if entry is None or not line.endswith(b"\n"):
+                    break  # what was being written when the process died
+                if number == 0:
+                    if entry != self.belongs_to:
+                        raise MismatchError(
+                            f"{self.path} holds predictions made with other weights, labels or head; use another --name"
+                        )
+                else:
+                    budget, draw, fold, shares = entry
+                    self.done[(budget, draw, fold)] = np.array(shares, dtype=np.float64)
+                self._whole_bytes += len(line)
+
+    def __enter__(self) -> Journal:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+        self._file.truncate(self._whole_bytes)
+        self._file.seek(self._whole_bytes)
+        if not self._whole_bytes:
+            self._line(self.belongs_to)
+        return self
+
+    def write(self, key: Key, shares: NDArray[np.float64]) -> None:
+        shares = np.round(shares, DIGITS)
+        self._line([*key, shares.tolist()])
+        self.done[key] = shares
+
+    def _line(self, entry: Any) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> list[str]:
+    """Starts with all their work done; one of an earlier, unfinished command waits until it is asked for again."""
+    wanted = {_key(part, budget) for part in splits.parts for budget in splits.budgets}
+    return [
+        start for start in starts if run.journal(start).exists() and wanted <= set(Journal.of(run.journal(start)).done)
+    ]
+
+
+def _predictions(
+    run: FinetuneDir, starts: Sequence[str], table: LabelTable, splits: Splits, config: FinetuneConfig
+) -> Iterator[Prediction]:
+    for start in starts:
+        journal = Journal.of(run.journal(start))
+        for part in splits.parts:
+            for budget in splits.budgets:
+                for item, row in zip(part.test, journal.done[_key(part, budget)], strict=True):
+                    one = table.items[item]
+                    yield Prediction(
+                        start,
+                        config.head,
+                        budget,
+                        part.draw,
+                        part.fold,
+                        one.name,
+                        one.patient,
+                        one.label,
+                        table.classes[int(row.argmax())],
+                        tuple(row.tolist()),
+                    )
+
+
+# ---- what run.json remembers
+
+
+def _start_facts(start: Start, embedder: Embedder) -> dict[str, Any]:
+    return {
+        "digest": embedder.digest,
+        "input_px": embedder.input_px,
+        "feature_dim": embedder.feature_dim,
+        "timm_name": start.timm_name,
+        "source": start.source,
+        "embeddings": embedder.folder,
+        "provenance": {
+            key: value
+            for key, value in start.provenance.items()
+            if key not in ("pretraining_slides", "excluded_slides")
+        },
+    }
+
+
+def _facts(
+    workspace: Workspace, index: TileIndex, table: LabelTable, splits: Splits, starts: Starts, config: FinetuneConfig
+) -> dict[str, Any]:
+    columns, rows = labelling.overview(table)
+    ledger = read_ledger(workspace.archive_csv)
+    tested = [table.items[item] for item in splits.tested]
+    pool = [table.items[item] for item in splits.parts[0].pool]
+    num_classes = len(table.classes)
+    return {
+        "classes": list(table.classes),
+        "unit": table.unit,
+        "head": config.head,
+        "labels": {
+            "file": config.labels,
+            "digest": table.digest,
+            "num_named": table.num_named,
+            "num_items": len(table.items),
+            "num_patients": len(table.patients),
+            "missing": [list(pair) for pair in table.missing],
+            "num_unlabelled": len(table.unlabelled),
+            "patients_from": table.patients_from,
+            "notes": list(table.notes),
+            "table": {"columns": columns, "rows": rows},
+        },
+        "split": {
+            "group": splits.group,
+            "fixed_test_set": splits.num_folds == 0,
+            "num_folds": splits.num_folds,
+            "num_draws": len({part.draw for part in splits.parts}),
+            "budgets": list(splits.budgets),
+            "num_tested": len(tested),
+            "num_tested_patients": len({item.patient for item in tested}),
+            "pool_per_class": len(pool) / num_classes,
+            "pool_patients_per_class": len({(item.label, item.patient) for item in pool}) / num_classes,
+            "notes": list(splits.notes),
+        },
+        "leak": leak_statement(table, splits, starts.chosen),
+        "skipped_starts": starts.skipped,
+        "input_px": starts.input_px,
+        "tiles": {
+            "digest": index.digest,
+            "num_tiles": len(index),
+            "num_slides": len(index.slides),
+            "tile_px": index.tile_px,
+            "mpp": index.mpp,
+        },
+        "ledger": {
+            "num_files": len(ledger),
+            "skipped": [
+                [row.file, row.tile_reason or row.reason] for row in ledger if not row.readable or row.num_tiles == 0
+            ],
+        },
+        "site_statement": "",
+    }
+
+
+def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -> dict[str, Any]:
+    """Whether tested slides were in the pretraining pool of any start, in numbers and in words."""
+    tested = {table.items[item].slide for item in splits.tested}
+    seen: dict[str, int | None] = {}
+    words = []
+    for start in starts:
+        if start.exported is None:
+            continue
+        pool = start.provenance.get("pretraining_slides")
+        seen[start.name] = None if pool is None else len(tested & set(pool))
+        if pool is None:
+            words.append(f"{start.name}: its file does not say which slides it was pretrained on")
+        elif seen[start.name]:
+            words.append(
+                f"{start.name}: {seen[start.name]} of {len(tested)} tested slides were in its pretraining pool, "
+                "without their labels (transductive)"
+            )
+        else:
+            words.append(f"{start.name}: none of the {len(tested)} tested slides was in its pretraining pool")
+    if not words:
+        words = ["no start was pretrained on slides of this workspace"]
+    return {"statement": "; ".join(words), "seen": seen, "num_tested_slides": len(tested)}
