@@ -18,8 +18,11 @@ from histossl.slides.reader import Slide
 from histossl.units import l0_from_um, um_from_l0
 
 # Otsu divides whatever it is given, also glass from glass, or nuclei from stroma. It is believed only between these.
-# Below 0.03 (7 % of the light) lies the unevenness of empty glass; above 0.12 (24 %) nothing is glass.
-OTSU_BOUNDS = (0.03, 0.12)
+# Below 0.02 lies the unevenness of empty glass; above 0.05 even the palest stroma of a faded slide.
+OTSU_BOUNDS = (0.02, 0.05)
+OTSU_TOP = 0.3  # denser pixels are tissue anyway; counting them as denser still would only pull the threshold up
+MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
+INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
 DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
 MAX_THUMBNAIL_PX, MIN_THUMBNAIL_PX = 4096, 1024
@@ -102,11 +105,14 @@ def tissue_mask(thumbnail: Image, um_per_px: float, config: TissueConfig | None 
         return _cleaned(_darkfield_mask(thumbnail), um_per_px, config)
     density = optical_density(thumbnail)
     score = tissue_score(density)
-    mask = score > (config.tissue_threshold or otsu_within(score, *OTSU_BOUNDS))
+    other = np.zeros(score.shape, dtype=bool)
+    ink = other
     if config.reject_pen and not is_grey(thumbnail):
-        ink = pen_mask(thumbnail, um_per_px)
-        return _cleaned(mask & ~ink & ~grey_mask(density), um_per_px, config) & ~ink
-    return _cleaned(mask, um_per_px, config)
+        ink = pen_mask(density, um_per_px)
+        other = ink | grey_mask(density)
+    # Ink and dirt are left out of Otsu's histogram too: they would pull the threshold above pale tissue.
+    mask = ~other & (score > (config.tissue_threshold or otsu_within(score[~other], *OTSU_BOUNDS)))
+    return _cleaned(mask, um_per_px, config, ink) & ~ink
 
 
 def glass_colour(thumbnail: Image) -> NDArray[np.float64]:
@@ -131,8 +137,10 @@ def tissue_score(density: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def otsu_within(values: NDArray[np.float32], low: float, high: float) -> float:
-    """Otsu's threshold, on a histogram of 0-1 with all above in the last bin, kept between low and high."""
-    counts, edges = np.histogram(np.clip(values, 0, 1), bins=256, range=(0, 1))
+    """Otsu's threshold of values between 0 and OTSU_TOP (denser ones count as OTSU_TOP), kept between low and high."""
+    if not values.size:
+        return low
+    counts, edges = np.histogram(np.clip(values, 0, OTSU_TOP), bins=256, range=(0, OTSU_TOP))
     centres = (edges[:-1] + edges[1:]) / 2
     weight = counts.cumsum()
     total = (counts * centres).cumsum()
@@ -164,32 +172,41 @@ def _darkfield_mask(thumbnail: Image) -> Mask:
 # ---- what is not tissue
 
 
-def pen_mask(thumbnail: Image, um_per_px: float) -> Mask:
+def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
     """Ink of a marker pen: blue, green, red, black; from its sure core out to its pale rim.
 
     Stains absorb green most (haematoxylin and eosin) or blue most (DAB). Blue ink absorbs red most, green ink absorbs
-    green least, red ink passes red fully while it stops green and blue alike, black stops all.
+    green least, red ink passes red while it stops green and blue alike, black stops all. Ink over tissue adds to it.
     """
-    red, green, blue = (optical_density(thumbnail)[..., channel] for channel in range(3))
-    mean = (red + green + blue) / 3
-    low, high = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
-    core = np.zeros(mean.shape, dtype=bool)
-    rim = np.zeros(mean.shape, dtype=bool)
-    for sure, likely in (
-        ((red > 0.35) & (red > 1.3 * green) & (green > blue), (red > 0.04) & (red > 1.12 * green) & (green >= blue)),
-        ((green < 0.8 * np.minimum(red, blue)) & (mean > 0.25), (green < 0.92 * np.minimum(red, blue)) & (mean > 0.03)),
-        (
-            (green > 0.5) & (blue > 0.75 * green) & (blue < 1.15 * green) & (red < 0.16 * green),
-            (green > 0.05) & (blue > 0.65 * green) & (blue < 1.2 * green) & (red < 0.25 * green),
-        ),
-        ((low > 0.75) & (high < 1.3 * low), (low > 0.1) & (high < 1.45 * low)),
-    ):
-        core |= sure
-        rim |= sure | likely
-    core = ndimage.binary_opening(core, iterations=1)
-    grown = ndimage.binary_propagation(core, mask=rim | core)
-    margin_px = max(1, round(16 / um_per_px))
-    mask: Mask = ndimage.binary_dilation(grown, iterations=margin_px) if grown.any() else grown
+    red, green, blue = (density[..., channel] for channel in range(3))
+    mean = density.mean(axis=2)
+    low, high = density.min(axis=2), density.max(axis=2)
+    sure = (
+        ((red > 0.35) & (red > 1.25 * green) & (green > blue))
+        | ((mean > 0.25) & (green < 0.85 * red) & (green < 0.85 * blue))
+        | ((green > 0.5) & (blue > 0.75 * green) & (blue < 1.15 * green) & (red < 0.16 * green))
+        | ((low > 0.75) & (high < 1.35 * low))
+    )
+    likely = (
+        ((red > 0.6) & (red > 0.85 * green) & (green > blue))
+        | ((green > 0.55) & (blue > 0.6 * green) & (blue < 1.15 * green) & (red < 0.25 * green))
+        | ((green > 0.7) & (blue > 0.62 * green) & (blue < 1.15 * green) & (red < 0.4 * green))
+        | ((low > 0.7) & (high < 1.6 * low))
+    )
+    # Blood and the darkest nuclei look likely too, but only in grains; a pen leaves a stroke.
+    core = _without_small(ndimage.binary_opening(sure), MIN_SURE_INK_UM2 / um_per_px**2)
+    core |= _without_small(ndimage.binary_opening(sure | likely), MIN_INK_UM2 / um_per_px**2)
+    if not core.any():
+        return core
+    rim = (
+        ((red > 0.03) & (red > 1.1 * green) & (green >= blue))
+        | ((mean > 0.03) & (green < 0.95 * np.minimum(red, blue)))
+        | ((green > 0.04) & (blue > 0.6 * green) & (blue < 1.2 * green) & (red < 0.4 * green))
+        | ((low > 0.1) & (high < 1.25 * low))
+    )
+    steps = max(1, round(INK_RIM_UM / um_per_px))
+    grown = ndimage.binary_dilation(core, mask=rim | core, iterations=steps)
+    mask: Mask = ndimage.binary_dilation(grown, iterations=max(1, round(6 / um_per_px)))
     return mask
 
 
@@ -202,36 +219,58 @@ def grey_mask(density: NDArray[np.float32]) -> Mask:
 
 
 def fold_mask(thumbnail: Image, tissue: Mask) -> Mask:
-    """Folded tissue: about twice the density of the tissue around it. Meaningful on tissue only."""
+    """Folded tissue: much denser than other tissue of the same hue on this slide.
+
+    Hue is how much red is absorbed for the green absorbed: dense epithelium is compared with epithelium, dense stroma
+    with stroma, so that a tissue's own darkness is not taken for a fold.
+    """
     if not tissue.any():
         return np.zeros_like(tissue)
-    density = ndimage.uniform_filter(optical_density(thumbnail).mean(axis=2), size=5, mode="nearest")
-    usual = float(np.median(density[tissue]))
-    mask: Mask = tissue & (density > max(2.0 * usual, 0.45))
-    return ndimage.binary_opening(mask, iterations=1)
+    density = ndimage.uniform_filter(optical_density(thumbnail), size=(5, 5, 1), mode="nearest")
+    mean = density.mean(axis=2)
+    hue = np.clip(density[..., 0] / np.maximum(density[..., 1], 1e-3), 0, 1.99)
+    bins = (hue * 20).astype(np.int64)
+    usual = np.full(40, np.inf)
+    for one in np.unique(bins[tissue]):
+        same = tissue & (np.abs(bins - one) <= 1)
+        usual[one] = np.median(mean[same])
+    mask: Mask = tissue & (mean > np.maximum(1.6 * usual[bins], 0.4))
+    return ndimage.binary_opening(mask)
 
 
 # ---- cleaning
 
 
-def _cleaned(mask: Mask, um_per_px: float, config: TissueConfig) -> Mask:
-    """Join what is a few microns apart, fill small holes, drop specks."""
+def _cleaned(mask: Mask, um_per_px: float, config: TissueConfig, ink: Mask | None = None) -> Mask:
+    """Join what is a few microns apart, fill small holes, drop specks. Ink does not cut tissue into specks."""
     radius_px = max(1, round(12 / um_per_px))
     padded = np.pad(mask, radius_px, mode="edge")  # without it, closing eats into tissue at the slide's border
     mask = ndimage.binary_closing(padded, iterations=radius_px)[radius_px:-radius_px, radius_px:-radius_px]
-    mask = ~_without_small(~mask, (config.max_hole_um / um_per_px) ** 2)
-    return _without_small(mask, (config.min_speck_um / um_per_px) ** 2)
+    mask = mask | _holes(mask, (config.max_hole_um / um_per_px) ** 2, ink)
+    return _without_small(mask, (config.min_speck_um / um_per_px) ** 2, joined=ink)
 
 
-def _without_small(mask: Mask, min_px: float) -> Mask:
-    labels, count = ndimage.label(mask)
+def _holes(mask: Mask, max_px: float, ink: Mask | None) -> Mask:
+    """Small gaps that tissue closes in on all sides: glass between tissue and ink, or cut by the border, is not one."""
+    labels, count = ndimage.label(~mask)
+    hole = np.bincount(labels.ravel(), minlength=count + 1) < max_px
+    hole[0] = False
+    for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        hole[edge] = False
+    if ink is not None:
+        hole[labels[ink]] = False
+    holes: Mask = hole[labels]
+    return holes
+
+
+def _without_small(mask: Mask, min_px: float, joined: Mask | None = None) -> Mask:
+    """Connected parts of at least min_px pixels; `joined` pixels connect, but do not count."""
+    labels, count = ndimage.label(mask if joined is None else mask | joined)
     if not count or min_px <= 1:
         return mask
-    sizes = np.bincount(labels.ravel())
-    keep = sizes >= min_px
-    keep[0] = False
+    keep = np.bincount(labels[mask], minlength=count + 1) >= min_px
     # A whole slide smaller than one speck is not a speck.
     if not keep.any() and mask.size < 2 * min_px:
         return mask
-    kept: Mask = keep[labels]
+    kept: Mask = mask & keep[labels]
     return kept
