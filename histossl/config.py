@@ -51,7 +51,7 @@ class TissueConfig:
     min_speck_um: float = 100.0  # tissue smaller than a square of this side is dust
     max_hole_um: float = 150.0  # a hole smaller than a square of this side (a gland's lumen, fat) belongs to the tissue
     reject_pen: bool = True  # blue, green, red and black ink, and grey: cover-slip edges, dirt
-    min_sharpness: float = 0.02  # blur: share of a tile's contrast that must be in its finest detail
+    min_sharpness: float = 0.15  # blur: share of contrast in detail of 3-7 px; in focus 0.3 and more, 3 px blurred 0.12
     max_fold: float = 0.5  # share of a tile that may be folded tissue
     min_saturation: float = 0.02  # mean colour saturation (0 grey, 1 pure colour)
 

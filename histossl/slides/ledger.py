@@ -49,11 +49,14 @@ class LedgerRow:
     num_tiles: int | None = None
     tile_status: str = ""  # tiled, no tiles, failed; empty: not yet
     tile_reason: str = ""
+    tile_way: str = ""  # copied, stitched, read
     rejected_tissue: int | None = None
     rejected_region: int | None = None
     rejected_blur: int | None = None
     rejected_fold: int | None = None
     rejected_saturation: int | None = None
+    rejected_damaged: int | None = None
+    tile_settings: str = ""  # of file and settings behind tile_status
 
     settings: str = ""  # digest of the settings behind the figures above
     extra: dict[str, str] = field(default_factory=dict)  # columns that others added
