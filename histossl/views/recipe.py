@@ -6,10 +6,10 @@
 A view is made in this order, each op for the samples that its probability picks:
 
     JPEG once more -> crop, mirror, flip, turn, rotation (one resampling) -> stain jitter
-    -> brightness, contrast, saturation, hue in a random order, greyscale (one matrix) -> blur -> solarize
+    -> brightness, contrast, saturation, hue, greyscale (one matrix) -> blur -> solarize
 
-The papers mirror the crop before or after the colours, which is the same. Stain comes first of the colours because it
-is what lies on the glass; the rest is what a camera does.
+The papers mirror before or after the colours, and jitter in a random order: here neither makes a difference (see
+colour.py). Stain comes first of the colours because it is what lies on the glass; the rest is what a camera does.
 
 Shapes: B tiles, V views.
 """
@@ -29,7 +29,7 @@ from histossl.errors import UsageError
 from histossl.views import colour, geometry
 from histossl.views.draws import Draws, Floats
 
-CPU_CHUNK = 16  # tiles at a time on the CPU: what they become stays in its caches
+CPU_PIXELS = 2**20  # of tiles at a time on the CPU (16 of 256 px): what they become stays in its caches
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ SIMCLR = replace(
 
 Decided: contrast about the mean luma (PyTorch ports), not about each channel's mean (TensorFlow's op); brightness
 multiplies (as in v2's code), for v1's added shift exists in no other recipe; the blur is not cut off at a kernel of a
-tenth of the image. The paper jitters in a random order, and so do we.
+tenth of the image.
 """
 
 DINO_GLOBAL = replace(MOCOV2, scale=(0.25, 1.0), interpolation="bicubic", saturation=0.2, blur_p=1.0)
@@ -216,7 +216,7 @@ def make_views(tiles: Tensor, recipe: ViewRecipe, seed: int, positions: Tensor) 
         raise ValueError(f"tiles must be uint8 (B, 3, H, H), not {tiles.dtype} {tuple(tiles.shape)}")
     place = positions.cpu().numpy()
     plans = [planned(view, Draws(seed, place, number), tiles.shape[2]) for number, view in enumerate(recipe.views)]
-    chunk = CPU_CHUNK if tiles.device.type == "cpu" else max(1, len(tiles))
+    chunk = max(1, CPU_PIXELS // tiles.shape[2] ** 2 if tiles.device.type == "cpu" else len(tiles))
     made: list[list[Tensor]] = [[] for _ in plans]
     for first in range(0, len(tiles), chunk):
         rows = slice(first, first + chunk)
@@ -282,7 +282,6 @@ def planned(view: ViewSpec, draws: Draws, tile_px: int) -> Plan:
         factor("contrast"),
         factor("saturation"),
         hue=np.where(jittered, draws.one("hue", -view.hue, view.hue), 0.0),
-        order=draws.whole("jitter order", len(colour.ORDERS)),
     )
     low, high = view.jpeg_quality
     return Plan(
