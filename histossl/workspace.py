@@ -125,6 +125,11 @@ class Workspace:
         return self.root / "contact-sheet.html"
 
     @property
+    def anonymous_names(self) -> Path:
+        """What the hashed names of an anonymous store stand for, and their key: outside the store, to be kept private."""
+        return self.root / "anonymous-names.csv"
+
+    @property
     def tiles(self) -> Path:
         return self.root / "tiles"
 

@@ -37,7 +37,7 @@ Rows = npt.NDArray[np.void]
 Numbers = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 MAX_OPEN_ZIPS = 64  # per process; the usual limit is 1024 handles, shared with everything else
-_PAGES_KEPT = 1024  # rows looked up before their pages are given back to the kernel (which keeps them cached)
+_PAGES_KEPT = 512  # rows looked up before their pages are given back to the kernel (which keeps them cached)
 _FOOTER = struct.Struct("<Q8s")
 _MAGIC = b"HSTLIDX1"
 

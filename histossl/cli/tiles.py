@@ -1,0 +1,192 @@
+"""`histossl tile`: an archive of slides becomes a store of tiles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from histossl import console
+from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
+from histossl.config import GRIDS, TileConfig, TissueConfig
+from histossl.errors import HistosslError, UsageError
+
+if TYPE_CHECKING:
+    from histossl.slides.ledger import LedgerRow
+
+DEFAULTS, TISSUE = TileConfig(), TissueConfig()
+SHOWN_REASONS = 8
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog="Example: histossl tile --slides /data/slides --workers 8   "
+        "Several scales: histossl tile --slides /data/slides --mpp 0.5,1,2 -w multiscale   "
+        "As the scanner tiled: histossl tile --slides /data/slides --grid native"
+    )(tile)
+
+
+def tile(
+    slides: SlidesOption = None,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
+    tile_px: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Side of a tile in pixels. Default: {DEFAULTS.tile_px}, or the slides' own with --grid native.",
+            show_default=False,
+        ),
+    ] = None,
+    mpp: Annotated[
+        str,
+        typer.Option(help="Microns per pixel of the tiles (0.5 is 20x); several, finest first, as 0.5,1,2."),
+    ] = f"{DEFAULTS.mpp:g}",
+    grid: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(GRIDS),
+            help="physical: exactly --tile-px at --mpp. native: the slide's own JPEG tiles, copied, where their "
+            "scale is within 5 % of --mpp. auto: copied where they also have --tile-px, else physical.",
+        ),
+    ] = DEFAULTS.grid,
+    jpeg_quality: Annotated[int, typer.Option(help="Of tiles that are encoded anew, 1-100.")] = DEFAULTS.jpeg_quality,
+    slide_mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per pixel of all slides here, over what they say.", show_default=False),
+    ] = None,
+    mpp_csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="The same slide by slide: columns slide,mpp.", show_default=False),
+    ] = None,
+    min_tissue: Annotated[float, typer.Option(help="Share of a tile that must be tissue.")] = TISSUE.min_tissue,
+    tissue_um: Annotated[
+        float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")
+    ] = TISSUE.tissue_um,
+    tissue_threshold: Annotated[
+        float, typer.Option(help="Optical density that divides tissue from glass. 0: found by Otsu's method.")
+    ] = TISSUE.tissue_threshold,
+    min_speck_um: Annotated[
+        float, typer.Option(help="Tissue smaller than a square of this side is dust.")
+    ] = TISSUE.min_speck_um,
+    max_hole_um: Annotated[
+        float, typer.Option(help="A hole smaller than a square of this side belongs to the tissue.")
+    ] = TISSUE.max_hole_um,
+    reject_pen: Annotated[bool, typer.Option(help="Leave out pen ink and grey edges.")] = TISSUE.reject_pen,
+    min_sharpness: Annotated[
+        float, typer.Option(help="Tiles less sharp are out of focus. 0: not looked at.")
+    ] = TISSUE.min_sharpness,
+    max_fold: Annotated[float, typer.Option(help="Share of a tile that may be folded tissue.")] = TISSUE.max_fold,
+    min_saturation: Annotated[
+        float, typer.Option(help="Mean colour saturation that a tile must have. 0: not looked at.")
+    ] = TISSUE.min_saturation,
+    anonymize: Annotated[
+        bool,
+        typer.Option(
+            "--anonymize",
+            help="Name zips by a keyed hash. What they stand for is kept in WORKSPACE/anonymous-names.csv alone.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes, each with one slide at a time. Default: one per core.", show_default=False),
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Send the slides to this Dask scheduler (tcp://host:8786) instead. Needs the extra `dask`.",
+            show_default=False,
+        ),
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again what failed before, and tile replaced slides anew.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds without a tile after which a slide is taken for hung and given up.")
+    ] = 300.0,
+) -> None:
+    """Cut the tissue of an archive's slides into JPEG tiles: one zip per slide, in WORKSPACE/tiles.
+
+    The same command again goes on where it stopped. Each file's row in WORKSPACE/archive.csv says what became of it.
+    """
+    from histossl.tiles.tiling import common_native_px, stored_config, tile_archive
+
+    if slides is None:
+        raise UsageError("--slides DIR: name the folder that holds the slides")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be 1 or more")
+    if time_limit <= 0:
+        raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
+    at = workspace_at(workspace)
+    finest, *coarser = _scales(mpp)
+    if tile_px is None and grid == "native":
+        before = stored_config(at)
+        tile_px = before.tile_px if before else common_native_px(slides, finest, slide_mpp)
+    settings = TileConfig(
+        tile_px=DEFAULTS.tile_px if tile_px is None else tile_px,
+        mpp=finest,
+        coarser_mpp=tuple(coarser),
+        grid=grid,
+        jpeg_quality=jpeg_quality,
+        anonymize=anonymize,
+        tissue=TissueConfig(
+            min_tissue=min_tissue,
+            tissue_um=tissue_um,
+            tissue_threshold=tissue_threshold,
+            min_speck_um=min_speck_um,
+            max_hole_um=max_hole_um,
+            reject_pen=reject_pen,
+            min_sharpness=min_sharpness,
+            max_fold=max_fold,
+            min_saturation=min_saturation,
+        ),
+    )
+    rows = tile_archive(
+        slides,
+        at,
+        settings,
+        workers,
+        slide_mpp=slide_mpp,
+        mpp_csv=mpp_csv,
+        retry=retry,
+        dask=dask,
+        silence_s=time_limit,
+    )
+    tell(rows)
+    if not any(row.num_tiles for row in rows):
+        raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in str(text).split(",")]
+    except ValueError as error:
+        raise UsageError(f"--mpp {text}: must be microns per pixel (0.5), or several of them (0.5,1,2)") from error
+
+
+def tell(rows: Sequence[LedgerRow]) -> None:
+    """What became of the slides, and why some gave nothing."""
+    tiled = [row for row in rows if row.num_tiles]
+    tiles = sum(row.num_tiles or 0 for row in tiled)
+    ways = Counter(row.tile_way for row in tiled)
+    told = ", ".join(f"{count} {way}" for way, count in ways.most_common())
+    console.say(f"{tiles:,} tiles of {len(tiled)} of {len(rows)} slides" + (f" ({told})" if told else ""))
+    filters = {
+        "too little tissue": sum(row.rejected_tissue or 0 for row in rows),
+        "outside the regions": sum(row.rejected_region or 0 for row in rows),
+        "folded": sum(row.rejected_fold or 0 for row in rows),
+        "no colour": sum(row.rejected_saturation or 0 for row in rows),
+        "out of focus": sum(row.rejected_blur or 0 for row in rows),
+        "damaged": sum(row.rejected_damaged or 0 for row in rows),
+    }
+    left_out = ", ".join(f"{count:,} {name}" for name, count in filters.items() if count)
+    if left_out:
+        console.say(f"places of the grid left out: {left_out}")
+    without = [row for row in rows if not row.num_tiles]
+    for row in without[:SHOWN_REASONS]:
+        console.warn(f"{row.file}: {row.tile_reason or row.reason}")
+    if len(without) > SHOWN_REASONS:
+        console.warn(f"and {len(without) - SHOWN_REASONS} more without tiles; archive.csv has the reason of each")

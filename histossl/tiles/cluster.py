@@ -1,0 +1,57 @@
+"""Slides sent to an existing Dask cluster instead of this machine's processes (extra `histossl[dask]`).
+
+The workers must see the slides and the workspace under the same paths, and run the same histossl. A job whose worker
+dies is given to another one; since a zip is whole or absent, the second try neither loses nor doubles a tile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from histossl.errors import HistosslError, UsageError
+from histossl.tiles.workers import Event, Job, unexpected
+
+CONNECT_S = 20
+
+
+def run_on_dask(address: str, function: Job, jobs: Sequence[Any]) -> Iterator[Event]:
+    """Like `workers.run_jobs`. HistosslError if no scheduler answers at `address`."""
+    try:
+        distributed: Any = importlib.import_module("distributed")
+    except ImportError as error:
+        raise UsageError('--dask: Dask is not installed; pip install "histossl[dask]"') from error
+    try:
+        client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise HistosslError(f"--dask {address}: no Dask scheduler answers there ({error})") from error
+    run = secrets.token_hex(4)
+    futures: list[Any] = []
+    try:
+        for number, job in enumerate(jobs):
+            futures.append(client.submit(_on_worker, function, job, key=f"histossl-tile-{run}-{number}", pure=False))
+        numbers = {future.key: number for number, future in enumerate(futures)}
+        for future in distributed.as_completed(futures):
+            number = numbers[future.key]
+            try:
+                result, reported = future.result()
+            except HistosslError as error:
+                yield Event(number, "failed", str(error), error)
+            except distributed.KilledWorker as error:
+                yield Event(number, "failed", f"killed every worker that read it ({error.allowed_failures + 1} times)")
+            except Exception as error:
+                yield Event(number, "failed", unexpected(error))
+            else:
+                yield Event(number, "progress", reported)
+                yield Event(number, "done", result)
+            future.release()
+    finally:
+        client.cancel(futures)
+        client.close()
+
+
+def _on_worker(function: Job, job: Any) -> tuple[Any, int]:
+    reports: list[int] = []
+    return function(job, reports.append), sum(reports)

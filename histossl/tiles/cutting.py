@@ -1,0 +1,313 @@
+"""Cut a slide into JPEG tiles at one physical scale, in the cheapest way that is true to it.
+
+    copied    the slide's own JPEG tiles lie on the wanted grid at the wanted scale: their bytes, no decoding
+    stitched  they do not, but they are JPEG: each decoded once (at 1/2, 1/4, 1/8 where that is enough), cut, encoded
+    read      anything else, in wide reads through OpenSlide or tifffile
+
+OpenSlide is the referee: if a slide's own tiles do not decode to what OpenSlide shows, the slide is read instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from histossl.config import TileConfig
+from histossl.errors import SlideError
+from histossl.slides.reader import Slide
+from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyable
+from histossl.units import l0_from_px
+
+Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+NATIVE_TOLERANCE = 0.05  # a native tile may be this far from the wanted scale; its real one is recorded
+STRIP_TILES = 32  # tiles across a strip: what one row has decoded is still cached when the next row needs it
+MAX_RUN_PX = 4 << 20  # of one read
+ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling
+SUBSAMPLING = "420"  # as nearly all scanners store their tiles
+REFEREE_TILES = 3
+REFEREE_LIMIT = 3.0  # mean difference in grey levels; decoders of the same JPEG differ by less than 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Squares of `side_l0` level-0 pixels from the slide's upper left corner on; only those wholly on the slide."""
+
+    tile_px: int
+    side_l0: float
+    columns: int
+    rows: int
+    mpp: float  # real microns per pixel of its tiles
+
+    @property
+    def num_places(self) -> int:
+        return self.columns * self.rows
+
+    def corners_l0(self, places: Ints) -> tuple[Ints, Ints]:
+        """x and y of places (numbered row by row), to the nearest pixel."""
+        x, y = (np.rint(places % self.columns * self.side_l0), np.rint(places // self.columns * self.side_l0))
+        return x.astype(np.int64), y.astype(np.int64)
+
+
+def physical_grid(slide: Slide, tile_px: int, mpp: float) -> Grid:
+    side_l0 = l0_from_px(tile_px, mpp, slide.mpp_l0)
+    # Half a pixel of grace: rounded corners keep every tile within it, and 2048.0001 still holds four of 512.
+    columns, rows = (max(0, math.floor((length + 0.5) / side_l0)) for length in slide.size_l0)
+    return Grid(tile_px, side_l0, columns, rows, mpp)
+
+
+class Source(Protocol):
+    """Pixels of a slide at one downsample."""
+
+    downsample: float
+
+    def read(self, left: int, top: int, width: int, height: int) -> Pixels: ...
+    def close(self) -> None: ...
+
+
+class SlidePixels:
+    """A level of a slide through its library. After an error OpenSlide refuses everything: then it is opened anew."""
+
+    def __init__(self, slide: Slide, open_again: Callable[[], Slide], downsample: float) -> None:
+        self._slide, self._open_again = slide, open_again
+        self._level = slide.level_for(downsample)
+        self._opened: Slide | None = None
+        self.downsample = slide.level_downsamples[self._level]
+
+    def read(self, left: int, top: int, width: int, height: int) -> Pixels:
+        try:
+            return self._slide.read_level(self._level, left, top, width, height)
+        except SlideError as error:
+            self.close()
+            self._slide = self._opened = self._open_again()
+            raise DamagedTile(str(error)) from error
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+@dataclass(frozen=True)
+class CutTile:
+    """Either its JPEG (copied) or its pixels, to be encoded; neither if it is damaged."""
+
+    place: int
+    jpeg: bytes | None = None
+    pixels: Pixels | None = None
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """How one scale of one slide is cut."""
+
+    grid: Grid
+    way: str  # copied, stitched, read
+    source: Source
+
+    def tiles(self, places: Ints) -> Iterator[CutTile]:
+        """The tiles of these places, in the order that is cheapest to read."""
+        if self.way == "copied":
+            yield from self._copied(places)
+            return
+        for run in _runs(self.grid, places, self.source.downsample):
+            yield from self._cut(run)
+
+    def pixels(self, place: int) -> Pixels:
+        """One tile decoded, as it would be before encoding. DamagedTile if it cannot be."""
+        if self.way == "copied":
+            assert isinstance(self.source, NativeTiles)
+            row, column = divmod(place, self.grid.columns)
+            size = self.grid.tile_px
+            return self.source.read(column * size, row * size, size, size)
+        return self._cut_run(np.array([place]))[0]
+
+    def pixels_or_none(self, place: int) -> Pixels | None:
+        try:
+            return self.pixels(place)
+        except DamagedTile:
+            return None
+
+    def native_numbers(self, places: Ints) -> Ints:
+        """Of copied tiles: their numbers among the slide's own, which may reach over the grid's right edge."""
+        assert isinstance(self.source, NativeTiles)
+        numbers: Ints = places // self.grid.columns * self.source.level.tiles_across + places % self.grid.columns
+        return numbers
+
+    def _copied(self, places: Ints) -> Iterator[CutTile]:
+        assert isinstance(self.source, NativeTiles)
+        for place in places.tolist():
+            row, column = divmod(place, self.grid.columns)
+            try:
+                yield CutTile(place, jpeg=self.source.jpeg(column, row))
+            except DamagedTile:
+                yield CutTile(place)
+
+    def _cut(self, run: Ints) -> Iterator[CutTile]:
+        try:
+            tiles = self._cut_run(run)
+        except DamagedTile:
+            if len(run) == 1:
+                yield CutTile(int(run[0]))
+                return
+            for place in run:  # the damage is one tile's: the others are read without it
+                yield from self._cut(np.array([place]))
+            return
+        for place, pixels in zip(run.tolist(), tiles, strict=True):
+            yield CutTile(place, pixels=pixels)
+
+    def _cut_run(self, run: Ints) -> list[Pixels]:
+        """Neighbouring tiles of a row, from one read."""
+        down = self.source.downsample
+        side = self.grid.side_l0 / down
+        xs_l0, ys_l0 = self.grid.corners_l0(run)
+        xs, y = xs_l0 / down, float(ys_l0[0]) / down
+        margin = 0 if _aligned(side, self.grid.tile_px, xs, y) else math.ceil(2 * max(1, side / self.grid.tile_px)) + 1
+        left, top = math.floor(xs[0] + ALIGNED) - margin, math.floor(y + ALIGNED) - margin
+        right, bottom = math.ceil(xs[-1] + side - ALIGNED) + margin, math.ceil(y + side - ALIGNED) + margin
+        canvas = self.source.read(left, top, right - left, bottom - top)
+        return [cut(canvas, x - left, y - top, side, self.grid.tile_px) for x in xs.tolist()]
+
+
+def encode(pixels: Pixels, quality: int) -> bytes:
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", SUBSAMPLING))
+
+
+def cut(canvas: Pixels, x: float, y: float, side: float, tile_px: int) -> Pixels:
+    """The square of `side` at (x, y) of the canvas, as tile_px x tile_px: sliced, averaged or resampled."""
+    whole = round(side / tile_px)
+    if whole >= 1 and abs(side - whole * tile_px) < ALIGNED and _whole(x) and _whole(y):
+        left, top, length = round(x), round(y), whole * tile_px
+        box = canvas[top : top + length, left : left + length]
+        return box if whole == 1 else np.asarray(Image.fromarray(box).reduce(whole))
+    shrink = side / tile_px
+    margin = math.ceil(2 * max(1.0, shrink)) + 1
+    left, top = max(0, math.floor(x) - margin), max(0, math.floor(y) - margin)
+    window = canvas[top : math.ceil(y + side) + margin, left : math.ceil(x + side) + margin]
+    x, y = x - left, y - top
+    # The slide reader's own choice of filters, so that both agree to the grey level.
+    method = Image.Resampling.HAMMING if shrink > 1 else Image.Resampling.BICUBIC
+    resized = Image.fromarray(window).resize((tile_px, tile_px), method, box=(x, y, x + side, y + side))
+    return np.asarray(resized)
+
+
+def _aligned(side: float, tile_px: int, xs: npt.NDArray[np.float64], y: float) -> bool:
+    whole = round(side / tile_px)
+    return whole >= 1 and abs(side - whole * tile_px) < ALIGNED and _whole(y) and all(_whole(x) for x in xs.tolist())
+
+
+def _whole(value: float) -> bool:
+    return abs(value - round(value)) < ALIGNED
+
+
+def _runs(grid: Grid, places: Ints, downsample: float) -> Iterator[Ints]:
+    """Neighbouring places of a row, strip by strip from the left, each strip from the top."""
+    side = math.ceil(grid.side_l0 / downsample)
+    longest = max(1, min(STRIP_TILES, MAX_RUN_PX // (side * side)))
+    columns, rows = places % grid.columns, places // grid.columns
+    strips = columns // STRIP_TILES
+    order = np.lexsort((columns, rows, strips))
+    places, columns, rows, strips = places[order], columns[order], rows[order], strips[order]
+    breaks = (np.diff(columns) != 1) | (np.diff(rows) != 0) | (np.diff(strips) != 0)
+    for run in np.split(places, np.flatnonzero(breaks) + 1):
+        yield from (run[start : start + longest] for start in range(0, len(run), longest) if len(run))
+
+
+# ---- choosing the way
+
+
+def native_side_px(slide: Slide, mpp: float) -> int | None:
+    """Side of the slide's own JPEG tiles at `mpp` (within 5 %); None if it has none there, or they are not square."""
+    level = _native_level(slide, mpp)
+    if level is None or slide.native is None:
+        return None
+    found = slide.native[level]
+    assert found is not None
+    return found.tile_width_px if found.tile_width_px == found.tile_height_px else None
+
+
+def _native_level(slide: Slide, mpp: float) -> int | None:
+    """The level whose JPEG tiles are within the tolerance of `mpp`, the nearest if there are several."""
+    near = []
+    for number, level in enumerate(slide.native or ()):
+        if copyable(level):
+            off = abs(slide.mpp_l0 * slide.level_downsamples[number] / mpp - 1)
+            near.append((off, number))
+    off, number = min(near, default=(math.inf, 0))
+    return number if off <= NATIVE_TOLERANCE else None
+
+
+def cutter_for(
+    slide: Slide, mpp: float, config: TileConfig, open_again: Callable[[], Slide], way: str | None = None
+) -> Cutter:
+    """How to cut `slide` at `mpp`. `way` forces copied, stitched or read; else the cheapest that the grid allows.
+
+    SlideError where --grid native asks for tiles that the slide does not have.
+    """
+    if way in (None, "copied") and config.grid != "physical":
+        copied = _copying(slide, mpp, config)
+        if copied is not None:
+            return copied
+    if config.grid == "native":
+        raise SlideError(_why_not_native(slide, mpp, config.tile_px))
+    grid = physical_grid(slide, config.tile_px, mpp)
+    if way in (None, "stitched"):
+        downsample = mpp / slide.mpp_l0
+        number = slide.level_for(downsample)
+        level = slide.native[number] if slide.native else None
+        if level is not None and copyable(level):
+            tiles = NativeTiles(slide.path, level, best_shrink(level, downsample))
+            tiles.downsample = slide.level_downsamples[number] * tiles.shrink
+            return Cutter(grid, "stitched", tiles)
+    return Cutter(grid, "read", SlidePixels(slide, open_again, mpp / slide.mpp_l0))
+
+
+def _copying(slide: Slide, mpp: float, config: TileConfig) -> Cutter | None:
+    number = _native_level(slide, mpp)
+    if number is None or native_side_px(slide, mpp) != config.tile_px or slide.native is None:
+        return None
+    level = slide.native[number]
+    assert level is not None
+    down = slide.level_downsamples[number]
+    # Tiles at the right and lower edge are padded by the scanner: those are left out.
+    columns, rows = level.width_px // config.tile_px, level.height_px // config.tile_px
+    grid = Grid(config.tile_px, config.tile_px * down, columns, rows, slide.mpp_l0 * down)
+    return Cutter(grid, "copied", NativeTiles(slide.path, level))
+
+
+def _why_not_native(slide: Slide, mpp: float, tile_px: int) -> str:
+    side = native_side_px(slide, mpp)
+    if side is not None:
+        return f"{slide.path.name}: its own tiles are {side} px wide, the store's {tile_px}; use --grid physical"
+    return (
+        f"{slide.path.name}: has no square JPEG tiles of its own within {NATIVE_TOLERANCE:.0%} of {mpp:g} "
+        f"microns per pixel (level 0 is at {slide.mpp_l0:.4g}); use --grid physical"
+    )
+
+
+def agrees(cutter: Cutter, slide: Slide, places: Ints) -> bool:
+    """Whether a few of the wanted tiles look as OpenSlide (or tifffile) shows them."""
+    if cutter.way == "read" or not len(places):
+        return True
+    chosen = places[np.linspace(0, len(places) - 1, min(REFEREE_TILES, len(places))).astype(int)]
+    seen = 0
+    for place in np.unique(chosen).tolist():
+        x_l0, y_l0 = (int(each[0]) for each in cutter.grid.corners_l0(np.array([place])))
+        side = cutter.grid.side_l0
+        try:
+            mine = cutter.pixels(place)
+            theirs = slide.read_region_l0(x_l0, y_l0, side, side, cutter.grid.tile_px, cutter.grid.tile_px)
+        except (DamagedTile, SlideError):
+            continue
+        seen += 1
+        if float(np.abs(mine.astype(np.int16) - theirs).mean()) > REFEREE_LIMIT:
+            return False
+    return seen > 0
