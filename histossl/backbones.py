@@ -97,7 +97,7 @@ def save_backbone(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
         aside.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
     with written_aside(path) as aside:
-        save_file(state, str(aside), metadata={"format": "pt", "timm_name": info.timm_name})
+        save_file(state, str(aside), metadata={"format": "pt"})  # one entry: their order in the file is not fixed
 
 
 def weights_digest(backbone: nn.Module) -> str:

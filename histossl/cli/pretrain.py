@@ -190,9 +190,11 @@ def methods() -> None:
 
 def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None, slide_mpp: float | None) -> None:
     """Tile what is not tiled yet: with the settings given, else those of the tiles that are there, else defaults."""
-    from histossl.tiles.tiling import tile_archive
+    from histossl.tiles.tiling import stored_config, tile_archive
 
-    tile_archive(slides, at, TileConfig(), None)
+    config = stored_config(at) or TileConfig()
+    asked = {name: value for name, value in (("tile_px", tile_px), ("mpp", mpp)) if value is not None}
+    tile_archive(slides, at, replace(config, **asked), slide_mpp=slide_mpp)
 
 
 def labelled_slides(path: Path, index: TileIndex) -> LabelTable:

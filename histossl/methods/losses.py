@@ -40,6 +40,7 @@ def info_nce(
             logits_BK = logits_BK + log_weight_BK
         if allowed_BK is not None:
             logits_BK = logits_BK.masked_fill(~allowed_BK, -torch.inf)
-        logits_B1K = torch.cat([(positive_B / temperature)[:, None], logits_BK], 1)
-        own_key_B = torch.zeros(len(query_BD), dtype=torch.long, device=query_BD.device)
-        return InfoNCE(F.cross_entropy(logits_B1K, own_key_B), positive_B.detach(), negatives_BK.detach(), allowed_BK)
+        # The cross-entropy of [positive, negatives] against the first, in a form that keeps its digits in fp32 when the
+        # positive is far ahead: 65,536 terms of 1e-7 each, added to 1 one by one, lose 0.2 %.
+        loss = F.softplus(torch.logsumexp(logits_BK, 1) - positive_B / temperature).mean()
+        return InfoNCE(loss, positive_B.detach(), negatives_BK.detach(), allowed_BK)

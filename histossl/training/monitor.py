@@ -64,34 +64,34 @@ class Watch:
     def __init__(self) -> None:
         self.first_ND: Tensor | None = None
         self.last_ND: Tensor | None = None
-        self.first_rank = 0.0
+        self.first_rank = self.first_spread = 0.0
 
     def look(self, x_ND: Tensor) -> Health:
         x_ND = x_ND.detach().float().cpu()
         if self.first_ND is None or self.last_ND is None:
             self.first_ND = self.last_ND = x_ND
-            self.first_rank = effective_rank(x_ND)
+            self.first_rank, self.first_spread = effective_rank(x_ND), feature_spread(x_ND)
         spread, rank = feature_spread(x_ND), effective_rank(x_ND)
         rank_share = rank / max(self.first_rank, 1e-12)
         drift = 1 - float(F.cosine_similarity(x_ND, self.last_ND).mean())
         moved = 1 - float(F.cosine_similarity(x_ND, self.first_ND).mean())
         self.last_ND = x_ND
-        return Health(spread, rank, rank_share, drift, moved, *diagnosis(spread, rank_share))
+        return Health(spread, rank, rank_share, drift, moved, *diagnosis(spread, rank_share, self.first_spread))
 
     def state_dict(self) -> dict[str, object]:
-        return {"first_ND": self.first_ND, "last_ND": self.last_ND, "first_rank": self.first_rank}
+        return {"first_ND": self.first_ND, "last_ND": self.last_ND}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        first, last, rank = state["first_ND"], state["last_ND"], state["first_rank"]
-        assert isinstance(first, Tensor)
-        assert isinstance(last, Tensor)
-        assert isinstance(rank, float)
-        self.first_ND, self.last_ND, self.first_rank = first, last, rank
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.look(state["first_ND"])
+        self.last_ND = state["last_ND"]
 
 
-def diagnosis(spread: float, rank_share: float) -> tuple[str, bool]:
-    """(what is wrong in plain words or '', whether it is too late)."""
-    if spread < SPREAD_STOP or spread != spread:
+def diagnosis(spread: float, rank_share: float, first_spread: float) -> tuple[str, bool]:
+    """(what is wrong in plain words or '', whether it is too late).
+
+    Random weights spread little to begin with, so only a spread that also fell is a warning.
+    """
+    if spread != spread or (spread < SPREAD_STOP and spread < first_spread / 2):
         return (
             f"complete collapse: all tiles get nearly the same features (spread {spread:.3f}, healthy near 1). "
             "Likely causes: --lr too high, momentum too low"
@@ -101,7 +101,7 @@ def diagnosis(spread: float, rank_share: float) -> tuple[str, bool]:
             f"dimensional collapse: the features' effective rank fell to {rank_share:.0%} of the start's. "
             "Likely causes: --lr too high, no --layer-decay, views that differ too much"
         ), True
-    if spread < SPREAD_WARN:
+    if spread < min(SPREAD_WARN, 0.7 * first_spread):
         return f"features draw together (spread {spread:.2f}, healthy near 1); lower --lr if it goes on", False
     if rank_share < RANK_WARN:
         return f"the features' effective rank fell to {rank_share:.0%} of the start's; lower --lr if it goes on", False

@@ -26,6 +26,7 @@ from histossl.config import PretrainConfig, read_run, refuse_other_config, with_
 from histossl.errors import MismatchError, TrainingError, UsageError
 from histossl.methods import classes_of, entry_of
 from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_tiles, tile_batches
@@ -373,10 +374,10 @@ class _Pretraining:
     def _row(self, step: Step, speed: dict[str, float]) -> dict[str, float]:
         row = {
             "step": step.number + 1,
-            "loss": float(step.loss),
+            "loss": float(mean_over_processes(step.loss)),
             "lr": step.lr,
             "grad_norm": float(step.grad_norm),
-            **{name: float(value) for name, value in step.metrics.items()},
+            **{name: float(mean_over_processes(value)) for name, value in step.metrics.items()},
             **speed,
         }
         ceiling = self.method.loss_ceiling()

@@ -1,0 +1,101 @@
+"""The loop on a method of two numbers: what it checks, when it steps, when it gives up."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from histossl.errors import TrainingError
+from histossl.methods.method import Method, Outcome, Views
+from histossl.training.loop import Precision, Step, train
+
+CPU = torch.device("cpu")
+
+
+class Parabola(Method):
+    """loss = mean of (w - x)^2 over the views' first image; counts what happens to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.backbone = nn.Identity()
+        self.log: list[Any] = []
+
+    def forward(self, views: Views) -> Outcome:
+        loss = (self.weight - views.images[0]).square().mean()
+        return Outcome(loss, {"part": torch.tensor(float(views.part))}, carry=(views.step, views.part))
+
+    def after_step(self, carries: Sequence[Any], progress: float) -> None:
+        self.log.append((list(carries), progress, self.weight.detach().clone()))
+
+
+def stream(values: Sequence[float]) -> Iterator[Views]:
+    for value in values:
+        yield Views([torch.full((4, 2), value)], torch.arange(4), torch.zeros(4), step=-1)
+
+
+def run(
+    method: Parabola, values: Sequence[float], steps: int, clip: float = 1e9, parts: int = 1, start: int = 0
+) -> list[Step]:
+    optimizer = torch.optim.SGD([{"params": [method.weight], "lr_scale": 0.5}], lr=1.0)
+    precision = Precision()
+    return list(
+        train(
+            method, optimizer, stream(values), lambda step: 0.2, start, steps, CPU, precision, precision.scaler(CPU),
+            clip, parts,
+        )
+    )  # fmt: skip
+
+
+def test_one_step_is_gradient_descent_with_the_group_s_rate() -> None:
+    method = Parabola()
+    (step,) = run(method, [3.0], 1)
+    # d/dw of the mean over 8 numbers is (w - x) / 4 * ... = 2 (w - x) / 2 per weight
+    torch.testing.assert_close(method.weight.detach(), torch.full((2,), 0.2 * 0.5 * 3.0))
+    assert float(step.loss) == 9
+    assert step.lr == 0.2
+
+
+def test_two_micro_batches_are_one_batch() -> None:
+    whole, parts = Parabola(), Parabola()
+    run(whole, [2.0], 1)
+    run(parts, [1.0, 3.0], 1, parts=2)
+    torch.testing.assert_close(parts.weight, whole.weight)
+    assert parts.log[0][0] == [(0, 0), (0, 1)]  # after_step once, with every carry in order
+
+
+def test_after_step_sees_the_stepped_weights_and_the_progress() -> None:
+    method = Parabola()
+    run(method, [1.0, 1.0], 2)
+    assert [progress for _, progress, _ in method.log] == [0.5, 1.0]
+    assert float(method.log[0][2][0]) == pytest.approx(0.1)
+
+
+def test_global_norm_is_clipped_and_reported_unclipped() -> None:
+    method = Parabola()
+    (step,) = run(method, [3.0], 1, clip=0.1)
+    assert float(step.grad_norm) == pytest.approx(18**0.5)
+    assert float(method.weight.detach().norm()) == pytest.approx(0.2 * 0.5 * 0.1, rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    method = Parabola()
+    first, second, third = run(method, [1.0, float("nan"), 1.0], 3)
+    assert (first.skipped, second.skipped, third.skipped) == (False, True, False)
+    assert len(method.log) == 2  # no after_step: no momentum encoder swallowed it
+    clean = Parabola()
+    run(clean, [1.0, 1.0], 2)
+    torch.testing.assert_close(method.weight, clean.weight)
+
+
+def test_five_in_a_row_stop_the_run() -> None:
+    method = Parabola()
+    with pytest.raises(TrainingError, match=r"step 5: .* 5 times in a row.*lr too high"):
+        run(method, [1.0] + [float("inf")] * 9, 10)
+    assert torch.isfinite(method.weight).all()
+
+
+def test_it_starts_where_it_is_told() -> None:
+    assert [step.number for step in run(Parabola(), [1.0] * 3, 5, start=2)] == [2, 3, 4]

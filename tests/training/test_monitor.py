@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from histossl.training.monitor import Watch, effective_rank, feature_spread, weight_change
+
+
+def gaussian(n: int, d: int, rank: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, rank or d, generator=generator)
+    return x if rank is None else x @ torch.randn(rank, d, generator=generator)
+
+
+def test_isotropic_features_have_spread_one_and_full_rank() -> None:
+    x = gaussian(4000, 64)
+    assert feature_spread(x) == pytest.approx(1, abs=0.02)
+    assert effective_rank(x) == pytest.approx(64, abs=1)
+
+
+def test_rank_sees_the_collapse_that_spread_misses() -> None:
+    x = gaussian(4000, 128, rank=8)
+    assert feature_spread(x) > 0.9
+    assert effective_rank(x) < 8.5
+
+
+def test_orthonormal_rows_have_their_number_as_rank() -> None:
+    assert effective_rank(torch.eye(10)) == pytest.approx(10)
+
+
+def test_healthy_features_raise_nothing_and_a_constant_is_named() -> None:
+    watch = Watch()
+    assert watch.look(gaussian(256, 32)).verdict == ""
+    assert watch.look(gaussian(256, 32) + 0.1).verdict == ""
+    health = watch.look(torch.ones(256, 32) + 1e-4 * gaussian(256, 32))
+    assert health.collapsed
+    assert "complete collapse" in health.verdict
+    assert "--lr too high" in health.verdict
+
+
+def test_dimensional_collapse_is_named() -> None:
+    watch = Watch()
+    watch.look(gaussian(256, 64))
+    health = watch.look(gaussian(256, 64, rank=2))
+    assert health.collapsed
+    assert "dimensional collapse" in health.verdict
+
+
+def test_random_weights_that_spread_little_are_not_called_a_collapse() -> None:
+    watch = Watch()
+    narrow = 1 + 0.02 * gaussian(256, 32)
+    assert feature_spread(narrow) < 0.3
+    assert watch.look(narrow).verdict == ""
+
+
+def test_drift_is_from_the_last_look_and_moved_from_the_first() -> None:
+    watch = Watch()
+    x = gaussian(64, 16)
+    watch.look(x)
+    health = watch.look(-x)
+    assert (health.drift, health.moved) == (pytest.approx(2), pytest.approx(2))
+    assert watch.look(-x).drift == pytest.approx(0, abs=1e-6)
+    again = Watch()
+    again.load_state_dict(watch.state_dict())
+    assert again.look(x).moved == pytest.approx(0, abs=1e-6)
+    assert again.look(x).drift == pytest.approx(0, abs=1e-6)
+
+
+def test_weight_change_is_relative_and_per_block() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    start = {name: value.detach().clone() for name, value in network.named_parameters()}
+    with torch.no_grad():
+        network[1].weight.mul_(1.5)
+    assert weight_change(network, start) == {"0": 0.0, "1": pytest.approx(0.5)}

@@ -1,0 +1,70 @@
+"""The queue rule, its reasons, and what is refused."""
+
+import pytest
+
+from histossl.config import PretrainConfig
+from histossl.errors import UsageError
+from histossl.training.planner import plan
+
+
+def planned(
+    num_tiles: int, batch_size: int = 256, knobs: dict[str, object] | None = None, slides: int = 50, **config: object
+):
+    return plan(PretrainConfig(batch_size=batch_size, **config), num_tiles, slides, knobs or {})
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "batch", "queue"),
+    [(20_000, 256, 2048), (100_000, 256, 7936), (1_000_000, 256, 65536), (50_000, 512, 4096), (10_000_000, 256, 65536)],
+)
+def test_queue_is_the_published_share_of_the_tiles(num_tiles: int, batch: int, queue: int) -> None:
+    assert planned(num_tiles, batch).queue_size == queue
+
+
+def test_few_tiles_get_a_quarter_of_them() -> None:
+    assert planned(1000, 128).queue_size == 250
+
+
+def test_queue_reason_states_age_share_and_own_slide() -> None:
+    (reason,) = [line for line in planned(20_000).reasons if line.startswith("queue")]
+    assert "8.0 steps old" in reason
+    assert "10.2%" in reason
+    assert "2.0% of it is of the query's own slide" in reason
+
+
+def test_queue_by_hand_is_taken_and_one_as_large_as_the_data_refused() -> None:
+    assert planned(5000, knobs={"queue_size": 777}).queue_size == 777
+    with pytest.raises(UsageError, match=r"queue of 5000 keys: must be smaller than the 5000 tiles"):
+        planned(5000, knobs={"queue_size": 5000})
+
+
+def test_momentum_fits_the_tiles_and_the_length() -> None:
+    assert planned(20_000, steps=10_000).momentum == 0.99
+    assert planned(500_000, steps=10_000).momentum == 0.996
+    assert planned(2_000_000, steps=100_000).momentum == 0.999
+    assert planned(2_000_000, steps=1000).momentum == 0.98  # memory of 50 steps: a twentieth
+
+
+def test_epochs_become_steps() -> None:
+    assert planned(10_000, 100, epochs=3).num_steps == 300
+    assert planned(10_000, 100, steps=7).num_steps == 7
+
+
+def test_default_length_shows_a_million_tiles_or_each_a_hundred_times() -> None:
+    assert planned(2_000, 100).num_steps == 2_000
+    assert planned(100_000, 100).num_steps == 10_000
+    assert planned(5_000_000, 100).num_steps == 50_000
+
+
+def test_batch_that_cannot_be_shared_or_filled_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--batch-size 256: cannot be shared by 3 processes.*255 or 258"):
+        plan(PretrainConfig(), 20_000, 10, {}, num_processes=3)
+    with pytest.raises(UsageError, match="only 100 tiles"):
+        planned(100)
+
+
+def test_continuing_takes_a_third_of_the_rate_of_scratch() -> None:
+    assert planned(20_000).lr == pytest.approx(0.01)
+    assert planned(20_000, weights="random").lr == pytest.approx(0.03)
+    adamw = plan(PretrainConfig(batch_size=128), 20_000, 10, {}, batchnorm=False)
+    assert (adamw.optimizer, adamw.lr, adamw.layer_decay) == ("adamw", pytest.approx(3e-4), 0.75)

@@ -1,0 +1,309 @@
+"""The stage as a whole, on a synthetic store: it resumes exactly, refuses what does not fit, leaves what timm loads."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from synthetic_store import write_synthetic_store
+
+from histossl.backbones import create_backbone, load_backbone, save_backbone
+from histossl.config import PretrainConfig
+from histossl.errors import MismatchError, TrainingError
+from histossl.tiles.index import TileIndex
+from histossl.training.checkpoint import load_checkpoint, save_checkpoint
+from histossl.training.pretrain import Operation, pretrain
+from histossl.workspace import PretrainDir, Workspace
+
+TINY = PretrainConfig(
+    backbone="resnet10t", weights="random", steps=8, batch_size=8, view_px=32, set=("batchnorm_group_tiles=4",)
+)
+QUICK = Operation(num_workers=0, log_every=1, monitor_every=3)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> TileIndex:
+    workspace = Workspace(tmp_path_factory.mktemp("store"))
+    return write_synthetic_store(workspace, slides=("A1", "A2", "B1", "B2"), tiles_per_slide=16, tile_px=40)
+
+
+def run_dir(path: Path, name: str = "run") -> PretrainDir:
+    return PretrainDir(path / name)
+
+
+def rows(run: PretrainDir) -> list[dict[str, float]]:
+    return [json.loads(line) for line in run.log.read_text().splitlines()]
+
+
+class Killed(Exception):
+    pass
+
+
+def die_at_look(number: int):
+    looks = iter(range(number))
+
+    def probe(*_: object) -> float:
+        if next(looks, None) is None:
+            raise Killed
+        return 0.5
+
+    return probe
+
+
+def test_four_steps_then_resume_equals_the_unbroken_run(index: TileIndex, tmp_path: Path) -> None:
+    unbroken, broken = run_dir(tmp_path, "unbroken"), run_dir(tmp_path, "broken")
+    pretrain(index, unbroken, TINY, QUICK)
+    with pytest.raises(Killed):  # at the look after step 6, with checkpoints at 4 and nothing after it
+        pretrain(index, broken, TINY, replace(QUICK, checkpoint_every_steps=4), probe=die_at_look(2))
+    state = load_checkpoint(broken)
+    assert state is not None
+    assert state["step"] == 4
+    assert not broken.backbone.exists()
+    result = pretrain(index, broken, TINY, QUICK)
+    assert result.finished
+    assert broken.backbone.read_bytes() == unbroken.backbone.read_bytes()
+    assert [row["step"] for row in rows(broken) if "loss" in row] == list(range(1, 9))  # nothing lost, nothing doubled
+    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (unbroken, broken)]
+    assert losses[0] == losses[1]
+
+
+def test_the_same_command_again_is_finished(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, replace(TINY, steps=1), QUICK)
+    before = run.backbone.stat().st_mtime_ns
+    assert "finished before" in pretrain(index, run, replace(TINY, steps=1), QUICK).text
+    assert run.backbone.stat().st_mtime_ns == before
+
+
+def test_other_settings_in_the_same_directory_are_refused_by_name(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, replace(TINY, steps=1), QUICK)
+    with pytest.raises(MismatchError, match=r"seed was 0, now 7.*another --name"):
+        pretrain(index, run, replace(TINY, steps=1, seed=7), QUICK)
+
+
+def test_other_tiles_in_the_same_directory_are_refused(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, replace(TINY, steps=1), QUICK)
+    other = write_synthetic_store(Workspace(tmp_path / "other"), slides=("A1", "C"), tiles_per_slide=20, tile_px=40)
+    with pytest.raises(MismatchError, match="begun on other tiles"):
+        pretrain(other, run, replace(TINY, steps=1), QUICK)
+
+
+def test_backbone_loads_in_timm_with_nothing_missing(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, replace(TINY, steps=2), QUICK)
+    loaded = timm.create_model("resnet10t", checkpoint_path=str(run.backbone), num_classes=0)
+    ours, info = load_backbone(run.backbone)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+    assert info.input_px == 32
+    assert info.method == "mocov2"
+    assert info.provenance["pretraining_slides"] == ["A1", "A2", "B1", "B2"]
+    assert info.provenance["start_weights"] == "random"
+
+
+def test_excluded_slides_are_never_drawn_and_told(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    drawn: set[int] = set()
+    read = index.read
+    try:
+        index.read = lambda number: (drawn.add(number), read(number))[1]  # type: ignore[method-assign, func-returns-value]
+        pretrain(index, run, replace(TINY, steps=6, excluded_slides=("A2", "B1")), QUICK)
+    finally:
+        del index.read
+    assert {index.slides[int(number)] for number in index.slide_of(sorted(drawn))} == {"A1", "B2"}
+    provenance = json.loads(run.backbone.with_suffix(".json").read_text())["provenance"]
+    assert provenance["excluded_slides"] == ["A2", "B1"]
+    assert provenance["pretraining_slides"] == ["A1", "B2"]
+
+
+def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, replace(TINY, steps=2), QUICK)
+    state = load_file(run.backbone)
+    assert int(state["bn1.num_batches_tracked"]) == 1  # 64 tiles, one batch
+
+
+def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
+    """Groups of 4 tiles in batches of 8 or twice 4: the same statistics, keys and gradients."""
+    whole, parts = run_dir(tmp_path, "whole"), run_dir(tmp_path, "parts")
+    config = replace(TINY, steps=4, backbone="test_vit", view_px=32, set=())
+    pretrain(index, whole, config, QUICK)
+    pretrain(index, parts, config, replace(QUICK, micro_batches=2))
+    for one, two in zip(rows(whole), rows(parts), strict=True):
+        if "loss" in one:
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+def test_probe_that_never_rises_is_said_aloud(index: TileIndex, tmp_path: Path) -> None:
+    result = pretrain(index, run_dir(tmp_path), TINY, QUICK, probe=lambda *_: 0.5)
+    assert "Adaptation did not help" in result.text
+
+
+def test_best_look_is_kept_beside_the_last(index: TileIndex, tmp_path: Path) -> None:
+    scores = iter([0.4, 0.9, 0.6, 0.5])
+    run = run_dir(tmp_path)
+    result = pretrain(index, run, TINY, QUICK, probe=lambda *_: next(scores))
+    assert "rose from 0.400 to 0.900 (step 3 of 8)" in result.text
+    assert load_backbone(run.best_backbone)[1].provenance["steps"] == 3
+
+
+def test_forced_collapse_is_named_and_the_healthy_backbone_kept(index: TileIndex, tmp_path: Path) -> None:
+    """Momentum 0 and a hundredfold learning rate without warm-up: the published way to fail."""
+    run = run_dir(tmp_path)
+    config = replace(TINY, steps=60, lr=30.0, warmup=0.0, clip_norm=100.0, set=("momentum=0", *TINY.set))
+    with pytest.raises(TrainingError, match=r"collapse|not finite"):
+        pretrain(index, run, config, replace(QUICK, monitor_every=5))
+    assert not run.backbone.exists()
+
+
+def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_dir(tmp_path)
+    save_checkpoint(run, {"step": 1, "x": torch.zeros(1000)})
+    save_checkpoint(run, {"step": 2, "x": torch.zeros(1000)})
+    content = bytearray(run.checkpoint.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    run.checkpoint.write_bytes(bytes(content))
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["step"] == 1
+    assert "damaged" in capsys.readouterr().err
+    run.checkpoint.write_bytes(b"")
+    run.previous_checkpoint.write_bytes(b"no zip")
+    assert load_checkpoint(run) is None
+
+
+def test_learning_starts_at_the_ceiling_of_its_queue(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, TINY, QUICK)
+    first = next(row for row in rows(run) if "loss" in row)
+    assert first["loss_ceiling"] == pytest.approx(math.log(17))  # a quarter of 64 tiles
+    assert 0 < first["loss"] < first["loss_ceiling"] + 1
+
+
+# ---- the command line
+
+
+def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
+    options = "--backbone resnet10t --weights random --batch-size 8 --view-px 32 --log-every 1 --monitor-every 50"
+    knobs = "--set batchnorm_group_tiles=4 --workers 0"
+    return ["pretrain", "-w", str(workspace), "--steps", str(steps), *options.split(), *knobs.split(), *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--backbone", "resnet5"), 2, "timm has no such model"),
+        (("--weights", "nowhere.pth"), 2, "no such file"),
+        (("--weights", "imagenet", "--backbone", "resnet18"), 1, "Three ways out"),
+        (("--method", "moco3"), 2, "did you mean 'mocov2'"),
+        (("--set", "queue=5"), 2, "did you mean 'queue_size'"),
+        (("--set", "queue_size=many"), 2, "must be a whole number"),
+        (("--set", "queue_size=64"), 2, "must be smaller than the 64 tiles"),
+        (("--batch-size", "100"), 2, "only 64 tiles"),
+        (("--gpus", "400"), 2, "--gpus 400"),
+        (("--gpus", "some"), 2, "must be 'auto' or a whole number"),
+        (("--epochs", "2"), 2, "either sets the length"),
+        (("--checkpoint-every", "soon"), 2, "must be like 10m"),
+        (("--recipe", "mocov9"), 2, "mocov9"),
+        (("--precision", "fp8"), 2, "must be auto"),
+        (("--name", "../x"), 2, "plain directory name"),
+    ],
+)
+def test_mistakes_get_one_clear_line(index: TileIndex, cli, more: tuple[str, ...], code: int, said: str) -> None:
+    told = cli(*command(index.path.parents[1], *more))
+    assert told.code == code
+    assert said in told.err
+    assert told.err.count("error:") == 1
+    assert "Traceback" not in told.err
+
+
+def test_a_workspace_without_tiles_says_how_to_make_them(cli, tmp_path: Path) -> None:
+    told = cli(*command(tmp_path / "empty"))
+    assert told.code == 1
+    assert "no tiles yet" in told.err
+
+
+def test_weights_of_another_architecture_name_the_keys(index: TileIndex, tmp_path: Path, cli) -> None:
+    save_backbone(tmp_path / "vit.safetensors", *create_backbone("test_vit", "random"))
+    told = cli(*command(index.path.parents[1], "--weights", str(tmp_path / "vit.safetensors"), "--name", "other"))
+    assert told.code == 1
+    assert "does not fit resnet10t" in told.err
+    assert "keys missing" in told.err
+
+
+def test_pickled_code_is_refused(index: TileIndex, tmp_path: Path, cli) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    told = cli(*command(index.path.parents[1], "--weights", str(tmp_path / "evil.pth"), "--name", "evil"))
+    assert told.code == 1
+    assert "refused" in told.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_config_file_gives_defaults_and_the_command_line_wins(index: TileIndex, tmp_path: Path, cli) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text('name = "from-file"\nseed = 3\nview-px = 32\n')
+    assert cli(*command(index.path.parents[1], "--config", str(toml), "--seed", "4", steps=1)).code == 0
+    run = PretrainDir(index.path.parents[1] / "pretrain" / "from-file")
+    assert json.loads(run.run_json.read_text())["config"]["seed"] == 4
+    toml.write_text("sede = 3\n")
+    told = cli(*command(index.path.parents[1], "--config", str(toml)))
+    assert told.code == 2
+    assert "unknown setting 'sede', did you mean 'seed'?" in told.err
+
+
+def test_two_processes_compute_the_run_of_one(index: TileIndex) -> None:
+    """Losses, weights and BatchNorm statistics, over gloo: groups of 4 tiles fall alike on one process or two."""
+    workspace = index.path.parents[1]
+    for name, gpus in (("one", "1"), ("two", "2")):
+        line = [sys.executable, "-m", "histossl", *command(workspace, "--name", name, "--gpus", gpus)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (PretrainDir(workspace / "pretrain" / name) for name in ("one", "two"))
+    for a, b in zip(rows(one), rows(two), strict=True):
+        for key in ("loss", "instance_accuracy", "positive_cosine", "grad_norm", "queue_slides"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=2e-3), key
+    first, second = load_file(one.backbone), load_file(two.backbone)
+    for key, value in first.items():
+        torch.testing.assert_close(value, second[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_from_outside_and_run_again_equals_the_unbroken_run(index: TileIndex, how: signal.Signals) -> None:
+    workspace = index.path.parents[1]
+    name = how.name
+    every = ("--checkpoint-every", "1", "--name", name)
+    line = [sys.executable, "-m", "histossl", *command(workspace, *every, steps=12)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    run = PretrainDir(workspace / "pretrain" / name)
+    deadline_s = time.monotonic() + 120
+    while not run.previous_checkpoint.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=120)
+    assert not run.backbone.exists(), "too late: the run was over"
+    if how == signal.SIGTERM:
+        assert process.returncode == 0
+        assert "the same command goes on from there" in said
+    assert subprocess.run(line, capture_output=True, timeout=300, check=False).returncode == 0
+    whole = PretrainDir(workspace / "pretrain" / "whole")
+    if not whole.backbone.exists():
+        pretrain(index, whole, replace(TINY, steps=12), replace(QUICK, monitor_every=50))
+    assert run.backbone.read_bytes() == whole.backbone.read_bytes()
+    steps = [row["step"] for row in rows(run) if "loss" in row]
+    assert steps == list(range(1, 13))
