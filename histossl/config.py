@@ -74,6 +74,7 @@ class ScanConfig:
 
     tile_px: int = 256
     mpp: float = 0.5
+    coarser_mpp: tuple[float, ...] = ()  # further scales
     slide_mpp: float | None = None  # microns per pixel of every slide, over what the files say
     mpp_csv: str | None = None  # columns slide,mpp: the same, slide by slide
     time_limit_s: float = 120.0

@@ -1,7 +1,186 @@
-"""Placeholder until its builder's first commit."""
+"""`histossl scan`: what an archive holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from histossl import console
+from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.config import ScanConfig, TissueConfig
+from histossl.errors import UsageError
+
+if TYPE_CHECKING:
+    from histossl.slides.ledger import LedgerRow
+    from histossl.slides.scan import Scanned
+
+DEFAULTS, TISSUE = ScanConfig(), TissueConfig()
+SHOWN_ROWS = 40
+
 
 def register(app: typer.Typer) -> None:
-    pass
+    app.command(
+        epilog="Example: histossl scan /data/slides   "
+        "With pictures: histossl scan /data/slides --contact-sheet   "
+        "Scale missing: histossl scan /data/slides --slide-mpp 0.25"
+    )(scan)
+
+
+def scan(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with the slides (searched through all its subfolders).")
+    ],
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
+    tile_px: Annotated[int, typer.Option(help="Side in pixels of the tiles to expect.")] = DEFAULTS.tile_px,
+    mpp: Annotated[
+        str, typer.Option(help="Microns per pixel of the tiles to expect (0.5 is 20x); several as 0.5,1,2.")
+    ] = f"{DEFAULTS.mpp:g}",
+    slide_mpp: Annotated[
+        float | None,
+        typer.Option(help="Microns per pixel of all slides here, over what they say.", show_default=False),
+    ] = None,
+    mpp_csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="The same slide by slide: columns slide,mpp.", show_default=False),
+    ] = None,
+    min_tissue: Annotated[float, typer.Option(help="Share of a tile that must be tissue.")] = TISSUE.min_tissue,
+    tissue_um: Annotated[
+        float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")
+    ] = TISSUE.tissue_um,
+    tissue_threshold: Annotated[
+        float, typer.Option(help="Optical density that divides tissue from glass. 0: found by Otsu's method.")
+    ] = TISSUE.tissue_threshold,
+    min_speck_um: Annotated[
+        float, typer.Option(help="Tissue smaller than a square of this side is dust.")
+    ] = TISSUE.min_speck_um,
+    max_hole_um: Annotated[
+        float, typer.Option(help="A hole smaller than a square of this side belongs to the tissue.")
+    ] = TISSUE.max_hole_um,
+    reject_pen: Annotated[bool, typer.Option(help="Leave out pen ink and grey edges.")] = TISSUE.reject_pen,
+    regions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with QuPath GeoJSON files (A1.geojson for A1.svs). Default: those beside the slides.",
+            show_default=False,
+        ),
+    ] = None,
+    contact_sheet: Annotated[
+        bool,
+        typer.Option(
+            "--contact-sheet", help="Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles."
+        ),
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Open every file anew, also those known from before.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, one file each. Default: one per core.", show_default=False)
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds after which a file is taken for hung and given up.")
+    ] = DEFAULTS.time_limit_s,
+) -> None:
+    """Look through an archive: which slides can be read, at which scale, with how much tissue, and what is wrong.
+
+    Writes WORKSPACE/archive.csv with one row per file. Exit code 0 also with warnings, 1 if nothing can be read.
+    """
+    from histossl.slides.scan import scan as scan_archive
+
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be 1 or more")
+    if regions is not None and not regions.is_dir():
+        raise UsageError(f"--regions {regions}: no such folder")
+    finest, *coarser = _scales(mpp)
+    settings = ScanConfig(
+        tile_px=tile_px,
+        mpp=finest,
+        coarser_mpp=tuple(coarser),
+        slide_mpp=slide_mpp,
+        mpp_csv=str(mpp_csv) if mpp_csv else None,
+        time_limit_s=time_limit,
+        tissue=TissueConfig(
+            min_tissue=min_tissue,
+            tissue_um=tissue_um,
+            tissue_threshold=tissue_threshold,
+            min_speck_um=min_speck_um,
+            max_hole_um=max_hole_um,
+            reject_pen=reject_pen,
+        ),
+    )
+    place = workspace_at(workspace)
+    scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
+    _show(scanned)
+    console.say(_totals(scanned, mpp, tile_px))
+    console.say(f"one row per file: {place.archive_csv}")
+    if contact_sheet:
+        from histossl.slides.contact_sheet import write_contact_sheet
+
+        title = f"{directory.resolve().name}: {len(scanned.rows)} files"
+        write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, _totals(scanned, mpp, tile_px))
+        console.say(f"contact sheet: {place.contact_sheet}")
+    if not scanned.num_readable:
+        console.fail(f"{directory}: none of its {len(scanned.rows)} files can be used; archive.csv says why for each")
+        raise typer.Exit(1)
+
+
+def _scales(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--mpp {text}: must be a number of microns per pixel, or several as 0.5,1,2") from error
+
+
+def _show(scanned: Scanned) -> None:
+    """A table of all rows (of a large archive, of those that are not ok), then each reason once with its files."""
+    rows, what = scanned.rows, "files"
+    if len(rows) > SHOWN_ROWS:
+        rows, what = [row for row in rows if row.status != "ok"], "files with something to say"
+    if rows:
+        console.table(
+            f"{len(rows)} {what}",
+            ("file", "status", "format", "size (px)", "mpp", "stain", "tiles"),
+            [_cells(row) for row in rows[:SHOWN_ROWS]],
+            right=("mpp", "tiles"),
+        )
+    if len(rows) > SHOWN_ROWS:
+        console.say(f"and {len(rows) - SHOWN_ROWS} more in archive.csv")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.reason:
+            reasons.setdefault((row.status, row.reason), []).append(row.file)
+    for (status, reason), files in list(reasons.items())[:SHOWN_ROWS]:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        console.say(f"{status}: {', '.join(files[:3])}{more}: {reason}")
+
+
+def _cells(row: LedgerRow) -> tuple[object, ...]:
+    size = f"{row.width_l0}x{row.height_l0}" if row.width_l0 else ""
+    scale = f"{row.mpp:.4g}" if row.mpp is not None else ""
+    return row.file, row.status, row.format, size, scale, row.stain, row.expected_tiles
+
+
+def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
+    rows = scanned.rows
+    counts = Counter(row.status for row in rows)
+    tiles = sum(row.expected_tiles or 0 for row in rows)
+    tissue_mm2 = sum(row.tissue_mm2 or 0 for row in rows)
+    lines = [
+        f"{len(rows)} files, {_size(sum(row.bytes or 0 for row in rows))}: "
+        + ", ".join(f"{counts[status]} {status}" for status in ("ok", "warning", "unreadable") if counts[status]),
+        f"{tissue_mm2:,.1f} mm² of tissue: about {tiles:,} tiles of {tile_px} px at {mpp} microns per pixel, "
+        f"{_size(sum(row.expected_mb or 0 for row in rows) * 1e6)} on disk",
+    ]
+    stains = Counter(row.stain for row in rows if row.stain)
+    if len(stains) > 1:
+        lines.append("stains: " + ", ".join(f"{count} {stain}" for stain, count in stains.most_common()))
+    if scanned.ignored:
+        passed = ", ".join(f"{count} {suffix}" for suffix, count in list(scanned.ignored.items())[:6])
+        lines.append(f"not slides, passed by: {passed}")
+    return "\n".join(lines)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

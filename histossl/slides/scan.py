@@ -1,5 +1,463 @@
-"""Stage `scan`: look through an archive before any GPU time is spent on it."""
+"""Stage `scan`: look through an archive before any GPU time is spent on it.
 
-from histossl.slides.files import SlideFile, find_slides
+    histossl scan DIR
 
-__all__ = ["SlideFile", "find_slides"]
+Every file is opened in a worker process with a time limit: one that makes a library crash or hang costs its own row of
+archive.csv, never the run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from histossl import __version__, console
+from histossl.config import ScanConfig, plain
+from histossl.errors import HistosslError, SlideError
+from histossl.slides.files import SlideFile, Walk, find_slides, relative, walk
+from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
+from histossl.slides.reader import Slide, open_slide
+from histossl.slides.regions import find_regions, read_regions
+from histossl.slides.scale import MppTable, read_mpp_csv
+from histossl.slides.stain import OTHER, Stain, stain_of
+from histossl.slides.tissue import TissueMask, tissue_mask, tissue_thumbnail
+from histossl.units import l0_from_px, um_from_l0
+from histossl.workers import Report, run_jobs
+from histossl.workspace import Workspace
+
+__all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
+
+NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how large tiles get
+PREVIEW_PX = 360
+JPEG_QUALITY = 90
+TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the contact sheet shows of a slide: pictures as base64, the grid in shares of the picture's sides."""
+
+    jpeg: str
+    mask_png: str  # tissue, transparent elsewhere
+    side: tuple[float, float]  # a tile's width and height
+    places: tuple[tuple[int, int], ...]  # column and row of the tiles with enough tissue
+    width_px: int
+    height_px: int
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What scan found: this archive's rows, and what it passed by."""
+
+    rows: list[LedgerRow]
+    ignored: dict[str, int]
+    previews: dict[str, Preview] = field(default_factory=dict)  # by file
+
+    @property
+    def num_readable(self) -> int:
+        return sum(row.readable for row in self.rows)
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """One file to look at, with all that another process needs to know."""
+
+    path: Path
+    row: LedgerRow  # what is known of the file before it is opened
+    config: ScanConfig
+    mpp: float | None
+    mpp_source: str
+    note: str = ""
+    regions: Path | None = None
+    preview: bool = False
+
+
+# ---- the stage
+
+
+def scan(
+    directory: Path,
+    workspace: Workspace,
+    config: ScanConfig,
+    num_workers: int | None = None,
+    *,
+    regions: Path | None = None,
+    previews: bool = False,
+    again: bool = False,
+) -> Scanned:
+    """Look at every file and write archive.csv. Rows of files unchanged since the last scan are taken from there.
+
+    `num_workers` processes (default: one per core). `again` opens every file anew. `previews` makes the pictures of
+    the contact sheet. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
+    """
+    directory = Path(directory)
+    walked = walk(directory)
+    if not walked.found:
+        raise HistosslError(f"{directory}: no slides in it or its subfolders{_told(walked)}")
+    table = read_mpp_csv(Path(config.mpp_csv)) if config.mpp_csv else None
+    if table:
+        _tell_unused(table, walked)
+    known = {row.file: row for row in read_ledger(workspace.archive_csv)}
+    rows: dict[str, LedgerRow] = {}
+    jobs: list[ScanJob] = []
+    for one in walked.found:
+        job = _job(one, directory, config, table, regions, previews, known)
+        before = known.get(job.row.file)
+        if one.problem:
+            rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
+        elif before is not None and not again and not previews and _still_speaks(before, job.row):
+            rows[job.row.file] = before
+        else:
+            jobs.append(job)
+    shown: dict[str, Preview] = {}
+    # Slow files first would be better still, but a file's size says little about how long it takes to look at.
+    with console.progress("scanning", len(jobs), "files") as bar:
+        for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
+            rows[row.file] = row
+            if preview is not None:
+                shown[row.file] = preview
+            bar.advance(note=row.file if row.status == UNREADABLE else "")
+    found = _with_duplicates(directory, [rows[relative(one.path, directory)] for one in walked.found])
+    gone = [_gone(row) for file, row in known.items() if file not in rows and row.tile_status]
+    write_ledger(workspace.make().archive_csv, [*found, *gone])
+    return Scanned(found, dict(walked.ignored.most_common()), shown)
+
+
+def _job(
+    one: SlideFile,
+    directory: Path,
+    config: ScanConfig,
+    table: MppTable | None,
+    regions: Path | None,
+    preview: bool,
+    known: dict[str, LedgerRow],
+) -> ScanJob:
+    file = relative(one.path, directory)
+    mpp = table.mpp_of(file, one.slide) if table else None
+    source = "--mpp-csv" if mpp is not None else "--slide-mpp"
+    mpp = config.slide_mpp if mpp is None else mpp
+    region_file = find_regions(one.path, one.slide, regions)
+    size, modified_s = stamp(one.path)
+    told = plain([__version__, asdict(replace(config, slide_mpp=None, mpp_csv=None, time_limit_s=1.0)), mpp, source])
+    told.append([str(region_file), *stamp(region_file)] if region_file else None)
+    before = known.get(file, LedgerRow(file))
+    row = replace(
+        LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s),
+        settings=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12],
+        extra=before.extra,
+        **{name: getattr(before, name) for name in TILE_COLUMNS},
+    )
+    return ScanJob(one.path.absolute(), row, config, mpp, source, one.note, region_file, preview)
+
+
+# What `tile` wrote stays: it knows by tile_settings whether that still speaks of the file.
+TILE_COLUMNS = tuple(
+    name for name in LedgerRow.__dataclass_fields__ if name.startswith(("tile_", "rejected_")) or name == "num_tiles"
+)
+
+
+def _still_speaks(before: LedgerRow, now: LedgerRow) -> bool:
+    """The row is of the same file, under the same settings. What was unreadable is always tried again."""
+    return (
+        before.readable
+        and not before.tile_reason.startswith("damaged")
+        and before.slide == now.slide
+        and before.settings == now.settings
+        and before.bytes == now.bytes
+        and before.modified_s == now.modified_s
+    )
+
+
+def stamp(path: Path) -> tuple[int | None, float | None]:
+    """Size and latest change of a slide: of all its files, where it is made of several."""
+    paths = [path]
+    if path.suffix.lower() == ".mrxs":
+        paths += [one for one in path.with_suffix("").glob("*") if one.is_file()]
+    elif path.suffix.lower() == ".dcm":
+        paths = [one for one in path.parent.glob("*.dcm") if one.is_file()]
+    try:
+        states = [one.stat() for one in paths]
+    except OSError:
+        return None, None
+    return sum(one.st_size for one in states), round(max(one.st_mtime for one in states), 3)
+
+
+def _gone(row: LedgerRow) -> LedgerRow:
+    return replace(row, status=WARNING, reason="not in the folder any more; its tiles are still in the workspace")
+
+
+def _told(walked: Walk) -> str:
+    if not walked.ignored:
+        return ": it is empty; give the folder that holds the slides"
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in walked.ignored.most_common(5))
+    return f" (only {kinds}); give the folder that holds the slides"
+
+
+def _tell_unused(table: MppTable, walked: Walk) -> None:
+    unused = table.unused([(relative(one.path, walked.root), one.slide) for one in walked.found])
+    if unused:
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        console.warn(f"--mpp-csv {table.path}: no slide here answers to {', '.join(unused[:5])}{more}")
+
+
+def _looked_at(
+    jobs: Sequence[ScanJob], num_workers: int | None, time_limit_s: float
+) -> Iterator[tuple[LedgerRow, Preview | None]]:
+    workers = min(len(jobs), num_workers if num_workers is not None else os.cpu_count() or 1)
+    for event in run_jobs(look_at, jobs, max(1, workers), time_limit_s) if jobs else ():
+        if event.kind == "done":
+            yield event.value
+        elif event.kind == "failed":
+            reason = event.value
+            if reason.startswith("hung"):
+                reason = (
+                    f"took longer than {time_limit_s:g} s to look at, and was stopped: a damaged file, a slow disk, or "
+                    "a huge image without smaller levels; --time-limit gives it longer"
+                )
+            yield replace(jobs[event.job].row, status=UNREADABLE, reason=reason), None
+
+
+# ---- one file, in a worker
+
+
+def look_at(job: ScanJob, report: Report) -> tuple[LedgerRow, Preview | None]:
+    """The file's row, complete. A file that cannot be used gets a row with the reason, whatever went wrong."""
+    look = _Look(job)
+    try:
+        preview = look.run()
+    except SlideError as error:
+        return look.failed(_without_name(str(error), job.path)), None
+    except Exception as error:  # one slide's trouble, told in its row
+        said = " ".join(str(error).split())[:200]
+        return look.failed(f"unexpected {type(error).__name__} ({said})"), None
+    report(0)
+    return look.row, preview
+
+
+def _without_name(reason: str, path: Path) -> str:
+    return reason.removeprefix(f"{path.name}: ")
+
+
+class _Look:
+    """Fills a row step by step, so that what was found before a failure stays in it."""
+
+    def __init__(self, job: ScanJob) -> None:
+        self.job, self.row = job, job.row
+        self.warnings = [job.note] if job.note else []
+
+    def failed(self, reason: str) -> LedgerRow:
+        return replace(self.row, status=UNREADABLE, reason=reason)
+
+    def _open(self) -> Slide:
+        return open_slide(self.job.path, self.job.mpp, mpp_source=self.job.mpp_source, need_mpp=False)
+
+    def run(self) -> Preview | None:
+        job, config = self.job, self.job.config
+        with self._open() as slide:
+            self._describe(slide)
+            if slide.mpp_problem:
+                raise SlideError(slide.mpp_problem)
+            thumbnail, downsample = tissue_thumbnail(slide, config.tissue.tissue_um)
+            um_per_px = um_from_l0(downsample, slide.mpp_l0)
+            tissue = TissueMask(tissue_mask(thumbnail, um_per_px, config.tissue), downsample)
+            wanted = tissue
+            if job.regions is not None:
+                regions = read_regions(job.regions, slide.size_l0)
+                wanted = replace(tissue, mask=tissue.mask & regions.mask(tissue.mask.shape, downsample))
+            stain = stain_of(thumbnail, tissue.mask)
+            self._warn_of(slide, tissue, stain)
+            corners, side_l0 = self._places(slide, wanted)
+            tile_bytes = self._probe(slide, corners, side_l0)
+            per_scale = [len(corners)] + [
+                len(_grid(slide, config.tile_px, mpp, wanted, config.tissue.min_tissue)[0])
+                for mpp in config.coarser_mpp
+            ]
+            self.row = replace(
+                self.row,
+                stain=stain.family,
+                stain_figures=stain.figures,
+                tissue_mm2=round(tissue.area_um2(slide.mpp_l0) / 1e6, 3),
+                expected_tiles=sum(per_scale),
+                expected_mb=round(sum(per_scale) * tile_bytes / 1e6, 3),
+            )
+            preview = _preview(thumbnail, wanted, corners, side_l0) if job.preview else None
+        reason = "; ".join(self.warnings)
+        self.row = replace(self.row, status=WARNING if reason else OK, reason=reason)
+        return preview
+
+    def _describe(self, slide: Slide) -> None:
+        self.warnings += slide.warnings
+        native = slide.native_tile
+        self.row = replace(
+            self.row,
+            vendor=slide.vendor,
+            format=slide.format,
+            width_l0=slide.size_l0[0],
+            height_l0=slide.size_l0[1],
+            levels=" ".join(f"{width}x{height}" for width, height in slide.level_sizes),
+            mpp=None if math.isnan(slide.mpp_l0) else slide.mpp_l0,
+            mpp_source=slide.mpp_source or "missing",
+            compression=slide.compression,
+            native_tile=f"{native[0]}x{native[1]}" if native else "",
+        )
+
+    def _warn_of(self, slide: Slide, tissue: TissueMask, stain: Stain) -> None:
+        config = self.job.config
+        if slide.mpp_l0 > TOO_COARSE * config.mpp:
+            self.warnings.append(
+                f"scanned at {slide.mpp_l0:.3g} microns per pixel, coarser than the tiles' {config.mpp:g}; "
+                f"tile it with --mpp {slide.mpp_l0:.2g}"
+            )
+        if stain.family == OTHER:
+            self.warnings.append(
+                "bright on black: fluorescence, or an inverted image; histossl is made for stained slides"
+            )
+        if not tissue.mask.any():
+            self.warnings.append("no tissue found: blank glass, ink only, or tissue smaller than --min-speck-um")
+
+    def _places(self, slide: Slide, wanted: TissueMask) -> tuple[NDArray[np.float64], float]:
+        config = self.job.config
+        corners, side_l0 = _grid(slide, config.tile_px, config.mpp, wanted, config.tissue.min_tissue)
+        if min(slide.size_l0) < side_l0:
+            width_um, height_um = (um_from_l0(side, slide.mpp_l0) for side in slide.size_l0)
+            self.warnings.append(
+                f"smaller than one tile: {width_um:.0f} x {height_um:.0f} microns, a tile of {config.tile_px} px at "
+                f"{config.mpp:g} covers {config.tile_px * config.mpp:.0f}"
+            )
+        elif not len(corners) and wanted.mask.any():
+            self.warnings.append(f"no place has {config.tissue.min_tissue:.0%} tissue (--min-tissue)")
+        return corners, side_l0
+
+    def _probe(self, slide: Slide, corners: NDArray[np.float64], side_l0: float) -> float:
+        """Read a few tiles as tiling would. Bytes per tile; SlideError if none of them can be read."""
+        tile_px = self.job.config.tile_px
+        if not len(corners):
+            middle = [max(0.0, (side - side_l0) / 2) for side in slide.size_l0]
+            corners = np.array([middle])
+        chosen = corners[np.unique(np.linspace(0, len(corners) - 1, NUM_PROBES).astype(int))]
+        sizes: list[int] = []
+        errors: list[str] = []
+        for x_l0, y_l0 in chosen:
+            try:
+                # Anew each time after a failure: OpenSlide answers nothing more once a read went wrong.
+                if errors:
+                    with self._open() as fresh:
+                        pixels = fresh.read_region_l0(x_l0, y_l0, side_l0, side_l0, tile_px, tile_px)
+                else:
+                    pixels = slide.read_region_l0(x_l0, y_l0, side_l0, side_l0, tile_px, tile_px)
+            except SlideError as error:
+                errors.append(_without_name(str(error), self.job.path))
+                continue
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            sizes.append(buffer.tell())
+        if errors and not sizes:
+            raise SlideError(f"damaged: {errors[0]}")
+        if errors:
+            self.warnings.append(
+                f"damaged: {len(errors)} of {len(chosen)} places looked at cannot be read ({errors[0]})"
+            )
+        return float(np.mean(sizes))
+
+
+def _grid(
+    slide: Slide, tile_px: int, mpp: float, tissue: TissueMask, min_tissue: float
+) -> tuple[NDArray[np.float64], float]:
+    """Corners (n, 2) of the grid's tiles with enough tissue, and their side, in level-0 pixels."""
+    side_l0 = l0_from_px(tile_px, mpp, slide.mpp_l0)
+    columns, rows = (int(side // side_l0) for side in slide.size_l0)
+    y, x = np.mgrid[:rows, :columns].reshape(2, -1) * side_l0
+    kept = tissue.share(x, y, side_l0) >= max(min_tissue, 1e-9)
+    return np.stack([x[kept], y[kept]], axis=1), side_l0
+
+
+def _preview(thumbnail: NDArray[np.uint8], tissue: TissueMask, corners: NDArray[np.float64], side_l0: float) -> Preview:
+    shrink = min(1.0, PREVIEW_PX / max(thumbnail.shape[:2]))
+    size = (max(1, round(thumbnail.shape[1] * shrink)), max(1, round(thumbnail.shape[0] * shrink)))
+    picture = io.BytesIO()
+    Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX).save(picture, "JPEG", quality=80)
+    mask = Image.fromarray(tissue.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
+    painted = Image.new("P", size, 0)
+    painted.paste(1, mask=mask.point(lambda level: 255 if level >= 128 else 0).convert("1"))
+    painted.putpalette([0, 0, 0, 0, 160, 70])
+    overlay = io.BytesIO()
+    painted.save(overlay, "PNG", transparency=0, bits=1)
+    places = np.rint(corners / side_l0).astype(int)
+    covered_l0 = [side * tissue.downsample for side in (thumbnail.shape[1], thumbnail.shape[0])]
+    return Preview(
+        base64.b64encode(picture.getvalue()).decode(),
+        base64.b64encode(overlay.getvalue()).decode(),
+        (side_l0 / covered_l0[0], side_l0 / covered_l0[1]),
+        tuple((int(x), int(y)) for x, y in places),
+        *size,
+    )
+
+
+# ---- the same content under two names
+
+
+def _with_duplicates(directory: Path, rows: list[LedgerRow]) -> list[LedgerRow]:
+    """Mark files whose content an earlier one has. Only files of the same size are compared, then byte for byte."""
+    groups = [rows]
+    for key in (
+        lambda row: row.bytes,
+        lambda row: _sample(directory / row.file),
+        lambda row: _digest(directory / row.file),
+    ):
+        groups = [same for group in groups for same in _grouped(group, key)]
+    twins = {row.file: group[0].file for group in groups for row in group[1:]}
+    return [_as_duplicate(row, twins.get(row.file, "")) for row in rows]
+
+
+def _grouped(rows: Sequence[LedgerRow], key: Callable[[LedgerRow], object]) -> list[list[LedgerRow]]:
+    groups: dict[object, list[LedgerRow]] = defaultdict(list)
+    for row in rows:
+        value = key(row)
+        if value:  # nothing is known of a file that cannot be read
+            groups[value].append(row)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _as_duplicate(row: LedgerRow, twin: str) -> LedgerRow:
+    if row.duplicate_of == twin:
+        return row
+    # A row from an earlier scan may still speak of a twin that is gone.
+    reasons = [one for one in row.reason.split("; ") if one and not one.startswith("same content as ")]
+    if twin:
+        reasons.append(f"same content as {twin}")
+    status = row.status if row.status == UNREADABLE else (WARNING if reasons else OK)
+    return replace(row, duplicate_of=twin, reason="; ".join(reasons), status=status)
+
+
+def _sample(path: Path) -> str:
+    """A digest of 16 pieces of a file: enough to tell slides apart without reading them whole."""
+    digest = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for piece in range(16):
+                file.seek((size - min(size, 16384)) * piece // 15)
+                digest.update(file.read(16384))
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,87 @@
+"""The contact sheet: one self-contained page with every slide's thumbnail, its tissue and its tile grid.
+
+For the eyes: a mask that is wrong, ink that was kept, a slide that is upside down show here in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from histossl.slides.ledger import LedgerRow
+from histossl.slides.scan import Preview
+from histossl.workspace import written_aside
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --ok: #1a7f37; --warning: #9a6700; --unreadable: #cf222e; }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5rem; max-width: 120rem; }
+h1 { font-size: 1.3rem; margin: 0 0 .2rem; }
+p.totals { margin: 0 0 1rem; }
+.bar { position: sticky; top: 0; background: Canvas; padding: .5rem 0; z-index: 1; display: flex; gap: 1.2rem;
+       flex-wrap: wrap; border-bottom: 1px solid var(--line); margin-bottom: 1rem; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 1rem; align-items: start; }
+article { border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
+figure { margin: 0; position: relative; background: #fff; aspect-ratio: var(--w) / var(--h); }
+figure > * { position: absolute; inset: 0; width: 100%; height: 100%; }
+.mask { opacity: .38; image-rendering: pixelated; }
+.grid path { fill: none; stroke: #0b5fd6; stroke-width: 1px; vector-effect: non-scaling-stroke; }
+body:has(#show-mask:not(:checked)) .mask, body:has(#show-grid:not(:checked)) .grid { display: none; }
+body:has(#only-trouble:checked) article.ok { display: none; }
+.about { padding: .5rem .7rem; }
+.about h2 { font-size: .95rem; margin: 0; overflow-wrap: anywhere; }
+.about p { margin: .15rem 0 0; overflow-wrap: anywhere; }
+.ok .status { color: var(--ok); }
+.warning .status { color: var(--warning); }
+.unreadable .status { color: var(--unreadable); }
+"""
+
+
+def write_contact_sheet(
+    path: Path, title: str, rows: Sequence[LedgerRow], previews: Mapping[str, Preview], totals: str
+) -> None:
+    """All slides of a scan on one page. Nothing on it is loaded from elsewhere, and every name is escaped."""
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as page:
+        page.write(
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+            f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head><body>\n'
+            f'<h1>{escape(title)}</h1><p class="totals">{escape(totals)}</p>\n<div class="bar">'
+            '<label><input type="checkbox" id="show-mask" checked> tissue (green)</label>'
+            '<label><input type="checkbox" id="show-grid" checked> tiles (blue)</label>'
+            '<label><input type="checkbox" id="only-trouble"> only warnings and unreadable files</label></div>\n'
+            "<main>\n"
+        )
+        for row in rows:
+            page.write(_card(row, previews.get(row.file)))
+        page.write("</main></body></html>\n")
+
+
+def _card(row: LedgerRow, preview: Preview | None) -> str:
+    facts = [
+        row.format,
+        f"{row.width_l0:,} x {row.height_l0:,} px" if row.width_l0 and row.height_l0 else "",
+        f"{row.mpp:.4g} microns per pixel" if row.mpp else "",
+        row.stain,
+        f"{row.tissue_mm2:g} mm² tissue" if row.tissue_mm2 is not None else "",
+        f"{row.expected_tiles:,} tiles" if row.expected_tiles is not None else "",
+    ]
+    told = f'<p><b class="status">{escape(row.status)}</b> {escape(row.reason)}</p>'
+    return (
+        f'<article class="{escape(row.status)}">{_figure(preview) if preview else ""}<div class="about">'
+        f"<h2>{escape(row.file)}</h2><p>{escape(', '.join(fact for fact in facts if fact))}</p>{told}</div></article>\n"
+    )
+
+
+def _figure(preview: Preview) -> str:
+    width, height = preview.width_px, preview.height_px
+    side_x, side_y = preview.side[0] * width, preview.side[1] * height
+    squares = "".join(
+        f"M{column * side_x:.1f} {row * side_y:.1f}h{side_x:.1f}v{side_y:.1f}h-{side_x:.1f}z"
+        for column, row in preview.places
+    )
+    return (
+        f'<figure style="--w:{width};--h:{height}"><img alt="" src="data:image/jpeg;base64,{preview.jpeg}">'
+        f'<img class="mask" alt="" src="data:image/png;base64,{preview.mask_png}">'
+        f'<svg class="grid" viewBox="0 0 {width} {height}" preserveAspectRatio="none"><path d="{squares}"/></svg>'
+        "</figure>"
+    )

@@ -1,0 +1,177 @@
+"""Regions drawn by hand: a GeoJSON as QuPath exports it restricts tiling to its polygons, and names each tile's class.
+
+`A1.geojson` beside A1.svs, or in a folder given with --regions. Coordinates are level-0 pixels. Polygons, also with
+holes and in several parts; points and lines enclose nothing. A class whose name ends in * is QuPath's way of saying
+"ignore": it is cut out of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histossl.errors import SlideError
+
+Ring = NDArray[np.float64]  # (n, 2): x, y in level-0 pixels
+NAMELESS = ""
+MAX_BYTES = 512 << 20
+NOT_DRAWN = ("detection", "cell", "tile", "TMACore", "root")  # what QuPath finds by itself; regions are annotations
+
+
+@dataclass(frozen=True)
+class Region:
+    """One area: all its rings, outer and inner; a point is inside if an odd number of rings surround it."""
+
+    name: str  # its class; empty if it has none
+    rings: tuple[Ring, ...]
+
+    @property
+    def ignored(self) -> bool:
+        return self.name.endswith("*")
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions of one slide."""
+
+    path: Path
+    regions: tuple[Region, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.name for one in self.regions if not one.ignored))
+
+    def mask(self, shape: tuple[int, int], downsample: float) -> NDArray[np.bool_]:
+        """Inside any region and no ignored one; (rows, columns) pixels of `downsample` level-0 pixels each."""
+        masks = self.masks(shape, downsample)
+        inside: NDArray[np.bool_] = np.zeros(shape, dtype=bool)
+        for mask in masks.values():
+            inside |= mask
+        return inside
+
+    def masks(self, shape: tuple[int, int], downsample: float) -> dict[str, NDArray[np.bool_]]:
+        """The same, class by class. Where classes overlap, the one drawn last wins, as QuPath shows it."""
+        label = np.zeros(shape, dtype=np.int32)
+        names = self.classes
+        for one in self.regions:
+            if not one.ignored:
+                label[rasterised(one.rings, shape, downsample)] = names.index(one.name) + 1
+        for one in self.regions:
+            if one.ignored:
+                label[rasterised(one.rings, shape, downsample)] = 0
+        return {name: label == number for number, name in enumerate(names, start=1)}
+
+
+def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path | None:
+    """The GeoJSON of a slide, if there is one: in `directory` (by the slide's id or name), or beside the slide."""
+    if directory is not None:
+        names = (slide, f"{slide}{path.suffix}", PurePosixPath(slide).name, path.stem, path.name)
+        candidates = [directory / f"{name}.geojson" for name in names]
+    else:
+        candidates = [path.with_suffix(".geojson"), path.with_name(f"{path.name}.geojson")]
+    return next((one for one in candidates if one.is_file()), None)
+
+
+def read_regions(path: Path, size_l0: tuple[int, int]) -> Regions:
+    """The regions of a slide of size_l0 (width, height). SlideError if there is nothing to restrict tiling to."""
+    regions = tuple(region for feature in _features(path) for region in _regions(path, feature))
+    drawn = [one for one in regions if not one.ignored]
+    if not drawn:
+        raise SlideError(f"{path.name}: holds no polygon; draw areas as annotations in QuPath and export them again")
+    every = np.concatenate([ring for one in drawn for ring in one.rings])
+    (left, top), (right, bottom) = every.min(axis=0), every.max(axis=0)
+    if right <= 0 or bottom <= 0 or left >= size_l0[0] or top >= size_l0[1]:
+        raise SlideError(
+            f"{path.name}: its regions (x {left:.0f} to {right:.0f}, y {top:.0f} to {bottom:.0f}) lie outside the "
+            f"slide of {size_l0[0]} x {size_l0[1]} px; drawn on another slide, or exported at another resolution?"
+        )
+    return Regions(path, regions)
+
+
+def _features(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SlideError(
+                f"{path.name}: {path.stat().st_size / 1e6:,.0f} MB; export the annotations only, not the cells"
+            )
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SlideError(f"{path.name}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise SlideError(f"{path.name}: not a GeoJSON ({error}); export it from QuPath again") from error
+    if isinstance(content, dict) and isinstance(content.get("features"), list):
+        content = content["features"]
+    elif isinstance(content, dict) and "type" in content:
+        content = [content]
+    if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
+        raise SlideError(f"{path.name}: JSON, but not a GeoJSON (no features); export it from QuPath again")
+    return [one for one in content if _properties(one).get("objectType") not in NOT_DRAWN]
+
+
+def _properties(feature: dict[str, Any]) -> dict[str, Any]:
+    properties = feature.get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
+def _regions(path: Path, feature: dict[str, Any]) -> list[Region]:
+    properties = _properties(feature)
+    classification = properties.get("classification")
+    name = classification.get("name") if isinstance(classification, dict) else classification
+    name = name if isinstance(name, str) else NAMELESS
+    geometry = feature.get("geometry") if "geometry" in feature else feature
+    return [Region(name, rings) for rings in _polygons(path, geometry)]
+
+
+def _polygons(path: Path, geometry: Any) -> list[tuple[Ring, ...]]:
+    if not isinstance(geometry, dict):
+        return []
+    kind, coordinates = geometry.get("type"), geometry.get("coordinates")
+    if kind == "Polygon":
+        return [_rings(path, coordinates)]
+    if kind == "MultiPolygon" and isinstance(coordinates, list):
+        return [_rings(path, one) for one in coordinates]
+    if kind == "GeometryCollection" and isinstance(geometry.get("geometries"), list):
+        return [polygon for one in geometry["geometries"] for polygon in _polygons(path, one)]
+    return []
+
+
+def _rings(path: Path, coordinates: Any) -> tuple[Ring, ...]:
+    rings: list[Ring] = []
+    if not isinstance(coordinates, list) or not coordinates:
+        raise SlideError(f"{path.name}: a polygon without corners")
+    for ring in coordinates:
+        try:
+            points = np.array([(point[0], point[1]) for point in ring], dtype=np.float64)
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            raise SlideError(f"{path.name}: a polygon whose corners are not pairs of numbers") from error
+        if len(points) < 3 or not np.isfinite(points).all():
+            raise SlideError(f"{path.name}: a polygon with {len(points)} corners, or with corners that are not finite")
+        rings.append(points)
+    return tuple(rings)
+
+
+def rasterised(rings: tuple[Ring, ...], shape: tuple[int, int], downsample: float) -> NDArray[np.bool_]:
+    """Pixels whose centre an odd number of rings surround (even-odd rule: holes need no extra care)."""
+    rows, columns = shape
+    crossings = np.zeros((rows, columns + 1), dtype=np.int32)
+    for ring in rings:
+        start = ring / downsample - 0.5  # pixel centres become whole numbers
+        for (x0, y0), (x1, y1) in zip(start, np.roll(start, -1, axis=0), strict=True):
+            if y0 == y1:
+                continue
+            if y0 > y1:
+                x0, y0, x1, y1 = x1, y1, x0, y0
+            first, last = max(0, math.ceil(y0)), min(rows - 1, math.ceil(y1) - 1)
+            if first > last:
+                continue
+            at = np.arange(first, last + 1)
+            x = np.ceil(x0 + (at - y0) * ((x1 - x0) / (y1 - y0)))
+            np.add.at(crossings, (at, np.clip(x, 0, columns).astype(np.int64)), 1)
+    inside: NDArray[np.bool_] = crossings.cumsum(axis=1)[:, :columns] % 2 == 1
+    return inside
