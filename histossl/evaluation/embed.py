@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from histossl import console
 from histossl.backbones import BackboneInfo, weights_digest
@@ -34,6 +33,7 @@ from histossl.errors import StoreError, UsageError, WeightsError
 from histossl.evaluation.colour import NUM_STATISTICS, colour_statistics
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
+from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import Workspace, written_aside
 
 BATCHES_AHEAD = 4
@@ -64,14 +64,12 @@ def backbone_embedder(
     """Eval mode, the backbone's own normalisation, bf16 on CUDA and fp32 on CPU."""
     digest = weights_digest(backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(info.std, device=device).view(1, 3, 1, 1)
     low = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def embed(tiles: Tensor) -> Tensor:
-        x = resized(tiles.float() / 255, input_px)
+        x = clean_view(tiles, input_px)  # the whole tile: nothing of the tissue is cut off
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            features: Tensor = backbone((x - mean) / std)
+            features: Tensor = backbone(normalise(x, info.mean, info.std))
         return features.float()
 
     return Embedder(name, digest, info.feature_dim, input_px, device, embed, info.timm_name)
@@ -80,13 +78,6 @@ def backbone_embedder(
 def colour_embedder(tile_px: int, device: torch.device) -> Embedder:
     digest = hashlib.sha256(f"27 colour statistics, version 1, {tile_px}".encode()).hexdigest()[:16]
     return Embedder(COLOUR, digest, NUM_STATISTICS, tile_px, device, colour_statistics)
-
-
-def resized(x: Tensor, side_px: int) -> Tensor:
-    """The whole tile at another size: nothing of the tissue is cut off. Antialiased when it shrinks."""
-    if x.shape[-1] == side_px:
-        return x
-    return functional.interpolate(x, (side_px, side_px), mode="bilinear", antialias=True, align_corners=False)
 
 
 def device_of(wanted: str) -> torch.device:

@@ -1,0 +1,351 @@
+"""From tiles to curve: it resumes, it repeats, one start does not touch another, and labels are what count."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from synthetic_store import write_synthetic_store
+
+from histossl.backbones import create_backbone, save_backbone
+from histossl.config import EmbedConfig, FinetuneConfig
+from histossl.errors import LabelsError, MismatchError, StoreError, UsageError, WeightsError
+from histossl.evaluation.embed import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
+from histossl.evaluation.finetune import Journal, finetune
+from histossl.evaluation.starts import resolve_starts
+from histossl.evaluation.tables import read_points, read_predictions, read_summary
+from histossl.tiles.index import TileIndex
+from histossl.workspace import Workspace
+
+SLIDES = [f"s{number:02d}" for number in range(24)]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """24 slides of 12 patients: red (the slide's number) separates the first half from the second."""
+    root = tmp_path_factory.mktemp("archive")
+    write_synthetic_store(Workspace(root).make(), SLIDES, tiles_per_slide=5, tile_px=32)
+    lines = ["slide,label,patient"] + [f"s{n:02d}.svs,{'low' if n % 5 < 2 else 'high'},P{n % 12}" for n in range(24)]
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def ready(archive, tmp_path) -> Workspace:
+    shutil.copytree(archive, tmp_path / "w", copy_function=shutil.copy2)
+    return Workspace(tmp_path / "w")
+
+
+def config_of(workspace: Workspace, **options) -> FinetuneConfig:
+    common = {"starts": ("random", "colour"), "backbone": "test_vit", "input_px": 32, "mixed_patients": True}
+    quick = {"draws": 2, "folds": 2, "budgets": (1, 4), "head": "simpleshot"}
+    return FinetuneConfig(labels=str(workspace.root / "labels.csv"), **{**common, **quick, **options})
+
+
+def tables_of(workspace: Workspace, name: str = "a") -> tuple[list, list, list]:
+    run = workspace.finetune(name)
+    return read_points(run.points), read_predictions(run.predictions)[0], read_summary(run.summary)
+
+
+def export(workspace: Workspace, run: str, seed: int, slides: list[str] | None = None) -> Path:
+    backbone, info = create_backbone("test_vit", "random", seed)
+    provenance = {"start_weights": "random"} | ({} if slides is None else {"pretraining_slides": slides})
+    path = workspace.pretrain(run).backbone
+    save_backbone(path, backbone, replace(info, input_px=32, provenance=provenance))
+    return path
+
+
+# ---- embeddings
+
+
+def test_embeddings_are_the_backbones_features_of_the_tiles_in_order(ready):
+    index = TileIndex.open(ready)
+    backbone, info = create_backbone("test_vit", "random", 3)
+    embedder = backbone_embedder("mine", backbone, info, 32, CPU)
+    paths = embed_slides(ready, index, ["s03"], embedder, EmbedConfig(batch_size=2))
+    assert paths["s03"].parent.parent == ready.root / "embeddings"
+    with h5py.File(paths["s03"]) as file:
+        features, coords = file["features"][:], file["coords"][:]
+        np.testing.assert_allclose(file["mean"][:], features.mean(0), atol=1e-6)
+    numbers = slide_tiles(index, "s03")
+    np.testing.assert_array_equal(coords, index.coords_l0(numbers))
+    from histossl.tiles.loading import decode_tiles
+
+    tiles = decode_tiles(index.read_many(numbers), 32)
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.mean, info.std))
+    with torch.no_grad():
+        expected = backbone((tiles / 255 - mean) / std).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+
+
+def test_embeddings_are_made_once_and_made_anew_when_tiles_or_weights_change(ready):
+    index = TileIndex.open(ready)
+    embedder = colour_embedder(32, CPU)
+    counted = []
+    watched = replace(embedder, embed=lambda tiles: counted.append(len(tiles)) or embedder.embed(tiles))
+    slides = ["s00", "s01"]
+    for _ in range(2):
+        embed_slides(ready, index, slides, watched, EmbedConfig())
+    assert sum(counted) == 10
+    with h5py.File(ready.embeddings(embedder.folder) / "s01.h5", "r+") as file:
+        file.attrs["tiles_digest"] = "other"
+    embed_slides(ready, index, slides, watched, EmbedConfig())
+    assert sum(counted) == 15
+    (ready.embeddings(embedder.folder) / "s00.h5").write_bytes(b"cut off")
+    embed_slides(ready, index, slides, watched, EmbedConfig())
+    assert sum(counted) == 20
+
+
+def test_slides_of_one_patient_embed_the_same_alone_and_in_company(ready):
+    index = TileIndex.open(ready)
+    embedder = colour_embedder(32, CPU)
+    paths = embed_slides(ready, index, SLIDES[:4], embedder, EmbedConfig(batch_size=3))
+    together = [Bags([(path, None)]).tiles(0) for path in paths.values()]
+    shutil.rmtree(ready.root / "embeddings")
+    for slide, features in zip(SLIDES[:4], together, strict=True):
+        alone = embed_slides(ready, index, [slide], embedder, EmbedConfig(batch_size=3))
+        np.testing.assert_array_equal(Bags([(alone[slide], None)]).tiles(0), features)
+
+
+def test_features_that_are_not_finite_stop_everything(ready):
+    embedder = replace(colour_embedder(32, CPU), embed=lambda tiles: torch.full((len(tiles), 27), float("nan")))
+    with pytest.raises(WeightsError, match="5 of 5 tiles of s00 give features that are not finite"):
+        embed_slides(ready, TileIndex.open(ready), ["s00"], embedder, EmbedConfig())
+
+
+def test_a_damaged_tile_costs_its_slide_and_no_other(ready):
+    index = TileIndex.open(ready)
+    row = index.rows([slide_tiles(index, "s01")[2]])[0]
+    with ready.zip_of("s01").open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(b"\0" * int(row["length"]))
+    (ready.index).unlink()
+    index = TileIndex.open(ready)
+    embedder = colour_embedder(32, CPU)
+    with pytest.raises(StoreError, match="1 of 3 slides have damaged tiles, the first s01"):
+        embed_slides(ready, index, ["s00", "s01", "s02"], embedder, EmbedConfig())
+    assert sorted(path.stem for path in ready.embeddings(embedder.folder).iterdir()) == ["s00", "s02"]
+
+
+# ---- the curve
+
+
+def test_the_curve_has_every_start_budget_and_draw(ready):
+    finetune(ready, "a", config_of(ready, head="mean", budgets=(1, 2, "all")))
+    points, predictions, summary = tables_of(ready)
+    cells = {(point.start, point.budget, point.draw) for point in points}
+    budgets = {point.budget for point in points}
+    assert cells == {(s, b, d) for s in ("random", "colour") for b in budgets for d in (0, 1)}
+    assert {"auroc", "balanced_accuracy", "f1", "log_loss", "calibration_error"} == {point.metric for point in points}
+    for draw in (0, 1):  # with folds each slide is tested once per draw
+        tested = [p.slide for p in predictions if (p.start, p.budget, p.draw) == ("colour", 1, draw)]
+        assert sorted(tested) == SLIDES
+    assert {row.num_patients for row in summary} == {12}
+    run = json.loads(ready.finetune("a").run_json.read_text())
+    assert run["classes"] == ["high", "low"]
+    assert run["labels"]["num_items"] == 24
+
+
+def test_the_same_command_twice_and_from_scratch_gives_the_same_numbers(ready):
+    finetune(ready, "a", config_of(ready))
+    before = tables_of(ready)
+    finetune(ready, "a", config_of(ready))
+    assert tables_of(ready) == before
+    finetune(ready, "b", config_of(ready))
+    assert tables_of(ready, "b") == before
+
+
+@pytest.mark.parametrize("kept", [0, 0.02, 0.5, 0.99])
+def test_a_run_cut_off_anywhere_ends_with_the_same_numbers(ready, kept):
+    finetune(ready, "a", config_of(ready))
+    before = tables_of(ready)
+    run = ready.finetune("a")
+    for start in ("random", "colour"):
+        whole = run.journal(start).read_bytes()
+        run.journal(start).write_bytes(whole[: int(kept * len(whole))])
+    run.points.unlink()
+    finetune(ready, "a", config_of(ready))
+    assert tables_of(ready) == before
+
+
+def test_one_more_start_changes_nothing_about_the_others(ready):
+    finetune(ready, "a", config_of(ready, starts=("colour",)))
+    before, _, _ = tables_of(ready)
+    finetune(ready, "a", config_of(ready, starts=("random", "colour")))
+    after, _, _ = tables_of(ready)
+    assert [point for point in after if point.start == "colour"] == before
+    assert {point.start for point in after} == {"random", "colour"}
+
+
+def test_the_same_backbone_under_two_names_gives_the_same_points(ready):
+    path = export(ready, "run", seed=3)
+    finetune(ready, "a", config_of(ready, starts=(f"one={path}", f"two={path}"), backbone=""))
+    points, _, _ = tables_of(ready)
+    one, two = ([replace(p, start="") for p in points if p.start == start] for start in ("one", "two"))
+    assert one == two
+    assert one
+
+
+def test_other_settings_labels_or_weights_need_another_name(ready):
+    finetune(ready, "a", config_of(ready))
+    with pytest.raises(MismatchError, match="draws was 2, now 3"):
+        finetune(ready, "a", config_of(ready, draws=3))
+    with pytest.raises(MismatchError, match="seed was 0, now 1"):
+        finetune(ready, "a", config_of(ready, seed=1))
+    labels = ready.root / "labels.csv"
+    labels.write_text(labels.read_text().replace("s00.svs,low", "s00.svs,high"))
+    with pytest.raises(MismatchError, match="other labels"):
+        finetune(ready, "a", config_of(ready))
+
+
+def test_a_start_that_became_another_is_noticed(ready):
+    export(ready, "run", seed=3)
+    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
+    export(ready, "run", seed=4)
+    with pytest.raises(MismatchError, match="'adapted' was measured with other weights"):
+        finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
+
+
+def test_a_dry_run_writes_nothing(ready, cli):
+    before = sorted(ready.root.rglob("*"))
+    code, _, err = cli(
+        "finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--dry-run", "--mixed-patients"
+    )
+    assert code == 0
+    assert "24 slides named, 24 found, 0 missing" in err
+    assert sorted(ready.root.rglob("*")) == before
+
+
+def test_the_pretraining_pool_is_told(ready):
+    export(ready, "run", seed=3, slides=SLIDES[:7])
+    finetune(ready, "a", config_of(ready, starts=("adapted", "random"), backbone=""))
+    leak = json.loads(ready.finetune("a").run_json.read_text())["leak"]
+    assert leak["seen"] == {"adapted": 7}
+    assert "7 of 24 tested slides were in its pretraining pool" in leak["statement"]
+
+
+def test_tiles_and_regions_can_carry_the_labels(ready):
+    finetune(ready, "tiles", config_of(ready, starts=("colour",), unit="tile", tiles_per_slide=3, budgets=(1, 4)))
+    _, predictions, _ = tables_of(ready, "tiles")
+    assert len({p.slide for p in predictions}) == 24 * 3
+    assert all(p.slide.split("@")[0] in SLIDES for p in predictions)
+    side = 64  # 32 px at 0.5 mpp on a slide of 0.25 mpp
+    lines = ["slide,x,y,width,height,label,patient"]
+    for n in range(24):
+        lines += [f"s{n:02d},0,0,{2 * side},{side},left,P{n}", f"s{n:02d},{3 * side},0,{2 * side},{side},right,P{n}"]
+        lines += [f"s{n:02d},9000,9000,9,9,left,P{n}"]
+    (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    result = finetune(ready, "regions", config_of(ready, starts=("colour",)))
+    assert result.table.unit == "region"
+    assert [item.tiles.tolist() for item in result.table.items[:2]] == [[0, 1], [3, 4]]
+    assert any("24 regions hold no tile's centre" in note for note in result.table.notes)
+
+
+# ---- starts
+
+
+def test_without_names_all_starts_that_can_be_made_are_compared(ready):
+    export(ready, "run", seed=3)
+    found = resolve_starts(ready, config_of(ready, starts=(), backbone="", input_px=0))
+    assert [start.name for start in found.chosen] == ["random", "adapted", "colour"]
+    assert found.input_px == 32
+    assert "began from random weights" in found.skipped["imagenet"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"starts": ("adapted",)}, "no finished pretraining run"),
+        ({"starts": ("random",), "backbone": ""}, "of which architecture"),
+        ({"starts": ("randon",)}, "did you mean 'random'"),
+        ({"starts": ("nowhere.safetensors",)}, "neither a file nor one of"),
+        ({"adapted": "nowhere"}, "no such file or run"),
+    ],
+)
+def test_a_start_that_is_missing_is_one_clear_line(ready, options, said):
+    with pytest.raises(UsageError, match=said):
+        resolve_starts(ready, config_of(ready, **options))
+
+
+def test_several_finished_runs_are_not_guessed_between(ready):
+    export(ready, "one", seed=1)
+    export(ready, "two", seed=2)
+    with pytest.raises(UsageError, match="several finished pretraining runs \\(one, two\\)"):
+        resolve_starts(ready, config_of(ready, starts=()))
+    found = resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="two"))
+    assert found.chosen[0].exported == ready.pretrain("two").backbone
+
+
+def test_another_architecture_beside_the_adapted_one_is_refused(ready):
+    export(ready, "run", seed=1)
+    with pytest.raises(UsageError, match="adapted backbone is a test_vit"):
+        resolve_starts(ready, config_of(ready, starts=(), backbone="test_resnet"))
+
+
+# ---- the command line, and the journal
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--budgets", "0"], "--budgets 0: must be"),
+        (["--budgets", "99"], "no class has more than"),
+        (["--head", "meen"], "did you mean 'mean'"),
+        (["--labels", "nowhere.csv"], "nowhere.csv: cannot be read"),
+        (["--classes", "low"], "two classes at least"),
+        (["--group", "site"], "need a column 'site'"),
+        (["--device", "cuda:7"], "CUDA devices"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_line_and_exit_2(ready, cli, options, said):
+    base = ["finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients"]
+    code, _, err = cli(*base, "--starts", "colour", *options)
+    assert code == 2
+    assert said in err
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+
+
+def test_embed_by_itself_leaves_files_as_mil_tools_read_them(ready, cli):
+    code, _, _ = cli("embed", "--start", "random", "--backbone", "test_vit", "--input-px", 32, "-w", ready.root)
+    assert code == 0
+    files = sorted((ready.root / "embeddings").rglob("*.h5"))
+    assert [path.stem for path in files] == SLIDES
+    with h5py.File(files[0]) as file:
+        assert file["features"].shape == (5, 64)
+        assert file["coords"].shape == (5, 2)
+        assert file.attrs["tile_px"] == 32
+
+
+def test_no_tiles_yet_says_how_to_make_them(workspace, cli, tmp_path):
+    (tmp_path / "labels.csv").write_text("slide,label\nA,x\n")
+    code, _, err = cli("finetune", "--labels", tmp_path / "labels.csv", "-w", workspace.root)
+    assert code == 1
+    assert "histossl tile --slides DIR" in err
+
+
+def test_a_journal_drops_the_line_that_was_being_written(tmp_path):
+    path = tmp_path / "start.jsonl"
+    with Journal(path, ["weights"]) as journal:
+        journal.write(("1", 0, None), np.array([[0.25, 0.75]]))
+        journal.write(("2", 0, None), np.array([[0.5, 0.5]]))
+    path.write_bytes(path.read_bytes()[:-7])
+    with Journal(path, ["weights"]) as journal:
+        assert set(journal.done) == {("1", 0, None)}
+        journal.write(("2", 0, None), np.array([[0.125, 0.875]]))
+    again = Journal(path, ["weights"]).done
+    np.testing.assert_array_equal(again[("2", 0, None)], [[0.125, 0.875]])
+    with pytest.raises(MismatchError, match="other weights"):
+        Journal(path, ["others"])
+
+
+def test_labels_of_slides_without_tiles_are_named(ready):
+    labels = ready.root / "labels.csv"
+    labels.write_text("slide,label\nX1,a\nX2,b\n")
+    with pytest.raises(LabelsError, match="none of its 2 slides has tiles"):
+        finetune(ready, "a", config_of(ready))
