@@ -24,8 +24,7 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr
 article { border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
 figure { margin: 0; position: relative; background: #fff; aspect-ratio: var(--w) / var(--h); }
 figure > * { position: absolute; inset: 0; width: 100%; height: 100%; }
-.mask { opacity: .38; image-rendering: pixelated; }
-.grid path { fill: none; stroke: #0b5fd6; stroke-width: 1px; vector-effect: non-scaling-stroke; }
+.grid path { fill: none; stroke: #0b5fd6; stroke-width: 1px; stroke-opacity: .8; vector-effect: non-scaling-stroke; }
 body:has(#show-mask:not(:checked)) .mask, body:has(#show-grid:not(:checked)) .grid { display: none; }
 body:has(#only-trouble:checked) article.ok { display: none; }
 .about { padding: .5rem .7rem; }
@@ -45,8 +44,9 @@ def write_contact_sheet(
         page.write(
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
             f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head><body>\n'
-            f'<h1>{escape(title)}</h1><p class="totals">{escape(totals)}</p>\n<div class="bar">'
-            '<label><input type="checkbox" id="show-mask" checked> tissue (green)</label>'
+            f'<h1>{escape(title)}</h1><p class="totals">{escape(totals).replace(chr(10), "<br>")}</p>\n'
+            '<div class="bar">'
+            '<label><input type="checkbox" id="show-mask" checked> tissue (green line; the rest is veiled)</label>'
             '<label><input type="checkbox" id="show-grid" checked> tiles (blue)</label>'
             '<label><input type="checkbox" id="only-trouble"> only warnings and unreadable files</label></div>\n'
             "<main>\n"

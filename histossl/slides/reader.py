@@ -47,6 +47,7 @@ class Levels(Protocol):
     """A pyramid of pixels: the one thing that differs between the libraries."""
 
     sizes: tuple[tuple[int, int], ...]
+    in_strips: bool  # stored as full rows, so that a wide low box is read at the price of a narrow one
 
     def downsamples(self) -> tuple[float, ...]: ...
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]: ...
@@ -120,7 +121,7 @@ class Slide:
         """Fill `out` with a box of a level, both in the level's pixels; a box too large is halved first."""
         out_height, out_width = out.shape[:2]
         if width * height > MAX_READ_PX and max(out_height, out_width) > 1:
-            if out_height >= out_width:
+            if out_height >= out_width or (self._levels.in_strips and out_height > 1):
                 half = out_height // 2
                 part = height * half / out_height
                 self._read(level, x, y, width, part, out[:half])
@@ -323,6 +324,8 @@ def _plain(path: Path, kind: str) -> Slide:
 
 
 class OpenSlideLevels:
+    in_strips = False
+
     def __init__(self, path: Path, vendor: str) -> None:
         self.path, self.vendor = path, vendor
         self.tiff_scale: Scale | None = None  # the resolution tags, where OpenSlide does not read them (inches)
@@ -373,6 +376,8 @@ class OpenSlideLevels:
 
 class PlainLevels:
     """A PNG or JPEG region: one level, decoded whole on the first read."""
+
+    in_strips = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

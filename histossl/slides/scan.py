@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from histossl import __version__, console
 from histossl.config import ScanConfig, plain
@@ -50,7 +51,7 @@ class Preview:
     """What the contact sheet shows of a slide: pictures as base64, the grid in shares of the picture's sides."""
 
     jpeg: str
-    mask_png: str  # tissue, transparent elsewhere
+    mask_png: str  # veils what is not tissue
     side: tuple[float, float]  # a tile's width and height
     places: tuple[tuple[int, int], ...]  # column and row of the tiles with enough tissue
     width_px: int
@@ -388,12 +389,13 @@ def _preview(thumbnail: NDArray[np.uint8], tissue: TissueMask, corners: NDArray[
     size = (max(1, round(thumbnail.shape[1] * shrink)), max(1, round(thumbnail.shape[0] * shrink)))
     picture = io.BytesIO()
     Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX).save(picture, "JPEG", quality=80)
-    mask = Image.fromarray(tissue.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    painted = Image.new("P", size, 0)
-    painted.paste(1, mask=mask.point(lambda level: 255 if level >= 128 else 0).convert("1"))
-    painted.putpalette([0, 0, 0, 0, 160, 70])
+    shrunk = Image.fromarray(tissue.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
+    inside = np.asarray(shrunk) >= 128
+    rim = inside & ~ndimage.binary_erosion(inside, border_value=1)
+    painted = Image.fromarray(np.where(rim, 2, np.where(inside, 0, 1)).astype(np.uint8), "P")
+    painted.putpalette([0, 0, 0, 90, 90, 110, 0, 190, 80])  # tissue clear, all else veiled, a green line between
     overlay = io.BytesIO()
-    painted.save(overlay, "PNG", transparency=0, bits=1)
+    painted.save(overlay, "PNG", transparency=bytes([0, 150, 255]), bits=2)
     places = np.rint(corners / side_l0).astype(int)
     covered_l0 = [side * tissue.downsample for side in (thumbnail.shape[1], thumbnail.shape[0])]
     return Preview(

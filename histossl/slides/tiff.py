@@ -134,6 +134,7 @@ class TiffLevels:
             int(page.compression), str(getattr(page.compression, "name", page.compression))
         )
         self.tile_size = (int(page.tilewidth), int(page.tilelength)) if page.is_tiled else None
+        self.in_strips = not page.is_tiled
         self.orientation = int(page.tags[274].value) if 274 in page.tags else 1
 
     def downsamples(self) -> tuple[float, ...]:
@@ -190,7 +191,7 @@ class TiffLevels:
         pages = self._levels[level]
         page = pages[0]
         if len(pages) == 1 and _plain_rows(page):
-            box[:] = _as_rgb(page, self._rows(page, top, bottom))[:, left:right]
+            box[:] = _as_rgb(page, self._rows(page, left, top, right, bottom))
             return
         width, height = _segment_size(page)
         across = -(-int(page.imagewidth) // width)
@@ -203,16 +204,20 @@ class TiffLevels:
                 if x0 < x1 and y0 < y1:
                     box[y0 - top : y1 - top, x0 - left : x1 - left] = segment[y0 - y : y1 - y, x0 - x : x1 - x]
 
-    def _rows(self, page: Any, top: int, bottom: int) -> NDArray[Any]:
-        """Rows of an uncompressed image in one piece: read where they lie, without the rest."""
+    def _rows(self, page: Any, left: int, top: int, right: int, bottom: int) -> NDArray[Any]:
+        """A box of an uncompressed image: read where it lies, without the rest of its rows."""
         samples = int(page.samplesperpixel)
         dtype = page.dtype.newbyteorder(self._tiff.byteorder)
-        stride = int(page.imagewidth) * samples * dtype.itemsize
-        self._tiff.filehandle.seek(int(page.dataoffsets[0]) + top * stride)
-        data = self._tiff.filehandle.read((bottom - top) * stride)
-        if len(data) != (bottom - top) * stride:
+        pixel = samples * dtype.itemsize
+        stride = int(page.imagewidth) * pixel
+        file = self._tiff.filehandle
+        data = bytearray()
+        for row in range(top, bottom):
+            file.seek(int(page.dataoffsets[0]) + row * stride + left * pixel)
+            data += file.read((right - left) * pixel)
+        if len(data) != (bottom - top) * (right - left) * pixel:
             raise SlideError(f"{self.path.name}: ends in the middle of its image; copy or download it again")
-        return np.frombuffer(data, dtype).reshape(bottom - top, int(page.imagewidth), samples)
+        return np.frombuffer(data, dtype).reshape(bottom - top, right - left, samples)
 
     def _segment(self, level: int, index: int) -> NDArray[np.uint8]:
         """One tile or strip as RGB, decoded or from the cache. A tile that the file leaves out is white."""
