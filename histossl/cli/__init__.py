@@ -12,7 +12,7 @@ import click
 import typer
 
 from histossl import __version__, console
-from histossl.cli import demo, evaluate, pretrain, slides, tiles
+from histossl.cli import demo, evaluate, pretrain, slides, tiles, views
 from histossl.errors import HistosslError
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def root(
     pass
 
 
-for room in (demo, slides, pretrain, evaluate, tiles):
+for room in (demo, slides, pretrain, evaluate, tiles, views):
     room.register(app)
 
 

@@ -200,7 +200,6 @@ def weighted_rows(x: Tensor, first_BO: Tensor, weights_BOT: Tensor) -> Tensor:
 
 def _by_grid(tiles: Tensor, where: Placement, size_px: int) -> Tensor:
     """Bilinear, once, after a Gaussian of the width by which the view shrinks. Past its edge the tile is mirrored."""
-    height, width = tiles.shape[2:]
     shrink = np.sqrt(where.height * where.width) / size_px
     prefiltered = blurred(tiles, 0.5 * np.sqrt(np.maximum(shrink**2 - 1, 0)))
     to_tile = on(tiles.device, matrices(where, size_px).astype(np.float32))
@@ -208,7 +207,7 @@ def _by_grid(tiles: Tensor, where: Placement, size_px: int) -> Tensor:
     ones = torch.ones(size_px, size_px, device=tiles.device)
     output = torch.stack([centres.expand(size_px, -1), centres[:, None].expand(-1, size_px), ones], -1)  # x, y, 1
     point = torch.einsum("bij,yxj->byxi", to_tile, output)
-    grid = point / point.new_tensor([width, height]) * 2 - 1
+    grid = point * (2 / tiles.shape[2]) - 1  # tiles are square
     return F.grid_sample(prefiltered, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
