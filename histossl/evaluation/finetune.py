@@ -23,17 +23,20 @@ from histossl.config import EmbedConfig, FinetuneConfig, read_run, refuse_other_
 from histossl.errors import LabelsError, MismatchError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
-from histossl.evaluation.embed import Bags, Embedder, device_of, embed_slides, slide_tiles
+from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import head_named
 from histossl.evaluation.labels import LabelTable
+from histossl.evaluation.model import ModelInfo, save_model
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
 from histossl.evaluation.starts import Start, Starts, resolve_starts
 from histossl.evaluation.tables import Budget, Prediction
+from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
 from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
+PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
 DIGITS = 9  # of a probability in the journal
 
 
@@ -98,8 +101,66 @@ def finetune(
     curves.write_summary(run.summary, summary)
     facts["verdict"] = _verdict(measured, table, facts)
     write_run(run.run_json, config, **facts)
+    _save_model(workspace, run, index, table, splits, starts, config, embed, facts)
+    report = write_report(run, workspace)
     _show_curve(summary, facts["verdict"], table)
+    console.say(f"report: {report}")
     return Result(run, table, True)
+
+
+def _save_model(
+    workspace: Workspace,
+    run: FinetuneDir,
+    index: TileIndex,
+    table: LabelTable,
+    splits: Splits,
+    starts: Starts,
+    config: FinetuneConfig,
+    embed: EmbedConfig,
+    facts: Mapping[str, Any],
+) -> None:
+    """The head on everything labelled (a fixed test set stays out), with the backbone of the start that is for use."""
+    start = next((one for name in PREFERRED for one in starts.chosen if one.name == name), None)
+    start = start or next((one for one in starts.chosen if one.name != COLOUR), None)
+    if start is None:
+        return
+    embedder = start.embedder(
+        seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
+    )
+    files = embed_slides(workspace, index, table.slides, embedder, embed)
+    bags = Bags([(files[item.slide], item.tiles) for item in table.items])
+    items = np.arange(len(table.items)) if splits.num_folds else splits.parts[0].pool
+    labels, groups = table.label_numbers(), groups_of(table, splits.group)
+    fitted = head_named(config.head).fit(
+        bags,
+        items,
+        labels[items],
+        pool=items,
+        groups=groups[items],
+        num_classes=len(table.classes),
+        seed=seed_of(config.seed, "model"),
+    )
+    used = [table.items[item] for item in items]
+    info = ModelInfo(
+        classes=table.classes,
+        head=config.head,
+        unit=table.unit,
+        start=start.name,
+        mpp=index.mpp,
+        tile_px=index.tile_px,
+        input_px=starts.input_px,
+        num_items=len(used),
+        num_patients=len({item.patient for item in used}),
+        provenance={
+            "labels_digest": table.digest,
+            "slides": sorted({item.slide for item in used}),
+            "tiling": index.config,
+            "start": facts["starts"][start.name],
+        },
+    )
+    backbone, backbone_info = start.load(config.seed)
+    save_model(run.model, backbone, backbone_info, fitted, bags.pooled[items], info)
+    console.say(f"model for use: {run.model} ({start.name}, {len(used)} {table.unit}s)")
 
 
 def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig = EmbedConfig()) -> Path:
