@@ -6,13 +6,12 @@ Heavy imports (torch, timm, sklearn) happen inside the commands, so that `histos
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from histossl import __version__, console
-from histossl.cli import demo, evaluate, pretrain, slides, tiles, views
+from histossl.cli import demo, evaluate, pretrain, report, slides, tiles, views
 from histossl.errors import HistosslError
 
 app = typer.Typer(
@@ -25,6 +24,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Typer brings its own copy of click in some versions and imports it in others: ask its exceptions for their base.
+CommandLineError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def _version(wanted: bool) -> None:
@@ -42,7 +44,7 @@ def root(
     pass
 
 
-for room in (demo, slides, pretrain, evaluate, tiles, views):
+for room in (demo, slides, pretrain, evaluate, report, tiles, views):
     room.register(app)
 
 
@@ -51,15 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
+    except CommandLineError as error:
         console.fail(error.format_message())
         return error.exit_code
     except HistosslError as error:
         console.fail(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         console.say("interrupted; what is finished is kept, the same command goes on from there")
         return 130
 

@@ -64,12 +64,15 @@ __all__ = [
     "chance_level",
     "compare",
     "in_budget_order",
+    "in_slides",
     "labels_saved",
     "measure",
+    "most_telling",
     "points_from",
     "read_points",
     "read_predictions",
     "read_summary",
+    "signed",
     "summarise",
     "verdict",
     "write_points",
@@ -409,8 +412,8 @@ def verdict(
         sign = -sign
     decided = whole.p < VERDICT_P
     slides = measured.slides[[measured.budgets.index(row.budget) for row in found.budgets if row.budget is not None]]
-    span = f"from {_number(slides.min())} to {_number(slides.max())} labelled {unit}s per class"
-    size = f"{_signed(whole.value)} (95 % interval {_signed(whole.low)} to {_signed(whole.high)})"
+    span = f"from {in_slides(slides.min())} to {in_slides(slides.max())} labelled {unit}s per class"
+    size = f"{signed(whole.value)} (95 % interval {signed(whole.low)} to {signed(whole.high)})"
     sentences = []
     if decided:
         outcome: Outcome = "helped" if sign > 0 else "hurt"
@@ -440,7 +443,7 @@ def _at_budgets(clear: Sequence[Difference], num_tests: int, unit: str, adapted:
     side = "above" if clear[0].value > 0 else "below"
     units = unit if str(clear[-1].budget) == "1" else f"{unit}s"
     return (
-        f"At {budgets} {units} per class {adapted} lies {side} {reference} by {by}, "
+        f"At {budgets} {units} per class {named(adapted)} lies {side} {named(reference)} by {by}, "
         f"clear of chance after correction for {num_tests} comparisons."
     )
 
@@ -449,15 +452,21 @@ def _saved_in_words(rows: Sequence[Saved], unit: str, adapted: str, reference: s
     told = [row for row in rows if not row.reason and row.slides is not None and row.slides < row.reference_slides]
     if not told:
         return []
-    row = max(told, key=lambda one: (not one.at_most, one.reference_slides))
+    row = most_telling(told)
     assert row.slides is not None
-    needs = f"{'at most ' if row.at_most else ''}{_number(row.slides)}"
-    high = "not reached" if row.high is None else _number(row.high)
-    low = "not reached" if row.low is None else _number(row.low)
+    needs = f"{'at most ' if row.at_most else ''}{in_slides(row.slides)}"
+    high = "not reached" if row.high is None else in_slides(row.high)
+    low = "not reached" if row.low is None else in_slides(row.low)
+    units = unit if in_slides(row.slides) == "1" else f"{unit}s"
     return [
-        f"With {needs} labelled {unit}s per class {adapted} reaches what {reference} reaches with "
-        f"{_number(row.reference_slides)} (95 % interval {low} to {high})."
+        f"With {needs} labelled {units} per class {named(adapted)} reaches what {named(reference)} reaches with "
+        f"{in_slides(row.reference_slides)} (95 % interval {low} to {high})."
     ]
+
+
+def most_telling(rows: Sequence[Saved]) -> Saved:
+    """The row to quote: the reference's largest budget whose score the start reaches inside its own curve."""
+    return max(rows, key=lambda one: (not one.at_most, one.reference_slides))
 
 
 def _limits(
@@ -471,10 +480,9 @@ def _limits(
     site_statement: str,
 ) -> list[str]:
     rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
-    limits = [
-        f"All of this rests on {measured.num_patients} tested patients; "
-        f"the rarest class, {_listed(rare[:3])}, has {fewest}."
-    ]
+    even = len(rare) == sum(count > 0 for count in measured.patients_per_class.values())
+    which = f"{fewest} of each class" if even else f"the rarest class, {_listed(rare[:3])}, has {fewest}"
+    limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
     if seen_in_pretraining:
         limits.append(
             f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s were in the pretraining pool, without "
@@ -484,8 +492,8 @@ def _limits(
         floor = compare(measured, metric, adapted, "colour", head).area
         if not (floor.value > 0 and floor.p < 1 - LEVEL):
             limits.append(
-                f"{adapted} does not clear the colour floor ({_signed(floor.value)}, {_signed(floor.low)} to "
-                f"{_signed(floor.high)}): staining alone, without any network, does as well on these slides."
+                f"{_first_upper(named(adapted))} does not clear the colour floor ({signed(floor.value)}, "
+                f"{signed(floor.low)} to {signed(floor.high)}): staining alone, without any network, does as well on these slides."
             )
     if measured.has(adapted, head):
         number = measured.number(adapted, head)
@@ -493,23 +501,35 @@ def _limits(
         low, _ = interval(measured, metric, estimate(measured, metric, _one(measured, number, last)))
         chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
         if chance is not None and metric in BOUNDED and low <= chance:
-            limits.append(f"Even with the largest budget {adapted} is not clearly better than guessing.")
+            limits.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing.")
     if site_statement:
         limits.append(site_statement)
     return limits
+
+
+def named(start: str) -> str:
+    """A start in a sentence."""
+    words = {"imagenet": "the ImageNet start", "random": "the random start", "adapted": "the adapted start"}
+    return words.get(start, start)
+
+
+def _first_upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
-def _number(value: float) -> str:
-    """3, 3.5, 12: as exact as a count of slides can be meant."""
+def in_slides(value: float) -> str:
+    """As words have it, 3, 3.5, 12: as exact as a count of slides can be meant."""
     return f"{value:.0f}" if value >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f}"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")  # noqa: RUF001
+def signed(value: float) -> str:
+    """+0.08, −0.03: a difference of scores."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")  # noqa: RUF001
 
 
 # ---- small helpers

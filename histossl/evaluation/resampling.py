@@ -143,7 +143,8 @@ def measure(
     folds = {row.fold for rows in cells.values() for row in rows} - {None}
     if folds:
         num_classes = len(set(labels))
-        pool = Pool(len(slides) / num_classes, len(patients) / num_classes, max(2, len(folds)))
+        num_patients = len({(row.label, row.patient) for row in first})
+        pool = Pool(len(slides) / num_classes, num_patients / num_classes, max(2, len(folds)))
     else:
         pool = Pool(pool_per_class, pool_patients_per_class or pool_per_class)
 

@@ -1,0 +1,35 @@
+"""report: remake a curve's report from its files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.config import nearest
+from histossl.errors import UsageError
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: histossl report --name default    (then open the report.html that it names)")(report)
+
+
+def report(
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the curve: its files lie in WORKSPACE/finetune/NAME.")
+    ] = "default",
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Remake report.html and the curve's pictures from the files of a finetuning, without computing anything anew."""
+    from histossl.report.html import write_report
+
+    del config  # its values have become the defaults above
+    place = workspace_at(workspace)
+    run = place.finetune(name)
+    if not run.root.is_dir():
+        known = sorted(path.name for path in place.finetune_root.glob("*") if path.is_dir())
+        there = f"; there are: {', '.join(known)}" if known else "; run histossl finetune --labels labels.csv first"
+        raise UsageError(f"--name {name}: no such curve in {place.finetune_root}{nearest(name, known)}{there}")
+    typer.echo(write_report(run, place))

@@ -1,0 +1,356 @@
+"""report.html: one file that opens offline and prints, made from the files of a finetuning alone.
+
+    histossl report                 remakes it, and the curve as PNG and SVG
+
+The verdict first, then the evidence, then what it was measured on and with. A section without data is left out, and
+where a reader would miss it the page says why. Every name is escaped (jinja2's autoescape); there is no script in it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from histossl import __version__
+from histossl.config import read_run
+from histossl.evaluation import curves
+from histossl.evaluation.curves import PLAIN_NAME, VERDICT_P, Comparison, in_budget_order
+from histossl.report import content as contents
+from histossl.report import plots
+from histossl.report.content import Content, read_content
+from histossl.workspace import FinetuneDir, Workspace, written_aside
+
+METRIC = "auroc"  # what the verdict and the first curve are about
+BESIDE = ("balanced_accuracy", "log_loss")
+MOST_LEDGER_ROWS = 200
+
+
+def write_report(run: FinetuneDir, workspace: Workspace) -> Path:
+    """report.html, curve.svg and curve.png in the finetuning's directory. StoreError if there is nothing to report."""
+    content = read_content(run, workspace)
+    figure = _curve(content, METRIC)
+    with written_aside(run.curve_svg) as aside:
+        aside.write_text(_standalone(plots.svg(figure, "curve")), encoding="utf-8")
+    with written_aside(run.curve_png) as aside:
+        aside.write_bytes(plots.png(figure))
+    page = render(content)
+    with written_aside(run.report) as aside:
+        aside.write_text(page, encoding="utf-8")
+    return run.report
+
+
+def render(content: Content) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("histossl.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        score=_score, signed=curves.signed, count=_count, percent=_percent, slides=_slides, shown=plots.shown
+    )
+    environment.globals.update(plain_name=PLAIN_NAME, look=plots.look_of(content.starts), isnan=math.isnan)
+    return environment.get_template("report.html.j2").render(**sections(content))
+
+
+def sections(content: Content) -> dict[str, Any]:
+    """Everything that the template shows, by name."""
+    found = content.measured
+    facts = content.facts
+    verdict, saved, comparison = _verdict(content)
+    tables, rocs = contents.confusion_tables(content), contents.roc_curves(content)
+    return {
+        "content": content,
+        "facts": facts,
+        "measured": found,
+        "metric": METRIC,
+        "verdict": verdict,
+        "key_figures": _key_figures(content, verdict, saved),
+        "curve": _drawn(_curve(content, METRIC), "curve", "Label-efficiency curve"),
+        "curves_beside": [
+            (metric, _drawn(_curve(content, metric, (4.3, 3.2)), f"curve-{metric}", PLAIN_NAME[metric]))
+            for metric in BESIDE
+            if contents.lines(content, metric)
+        ],
+        "saved": saved,
+        "saved_figure": _saved_figure(content, saved),
+        "comparison": comparison,
+        "other_comparisons": _other_comparisons(content),
+        "scores": _scores(content),
+        "all_metrics": _all_metrics(content),
+        "areas": {start: curves.area(found, METRIC, start, content.head) for start in content.starts},
+        "confusion": _confusion_figure(content, tables),
+        "roc": _drawn(plots.roc(rocs), "roc", "ROC curves") if rocs else None,
+        "calibration": _calibration_figure(content),
+        "class_rows": contents.class_rows(content, tables, rocs),
+        "features": None,
+        "pretraining": _pretraining_figure(content),
+        "ledger": _ledger(content),
+        "sources": _sources(content),
+        "settings": _settings(facts.get("config", {})),
+        "versions": {"histossl": facts.get("histossl", __version__), **facts.get("versions", {})},
+        "commands": _commands(content),
+        "measured_on": datetime.date.fromtimestamp(content.run.predictions.stat().st_mtime).isoformat(),
+        "verdict_p": VERDICT_P,
+        "level": f"{100 * curves.LEVEL:.0f} %",
+    }
+
+
+# ---- the verdict and what stands beside it
+
+
+def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved], Comparison | None]:
+    adapted, reference = content.adapted, content.reference
+    if adapted is None or reference is None:
+        return None, [], None
+    seen = content.facts.get("leak", {}).get("seen", {}).get(adapted) or 0
+    verdict = curves.verdict(
+        content.measured,
+        adapted,
+        reference,
+        METRIC,
+        content.head,
+        content.unit,
+        int(seen),
+        str(content.facts.get("site_statement", "")),
+    )
+    if verdict.comparison is None:
+        return verdict, [], None
+    saved = curves.labels_saved(content.measured, METRIC, adapted, reference, content.head)
+    return verdict, saved, verdict.comparison
+
+
+def _key_figures(
+    content: Content, verdict: curves.Verdict | None, saved: Sequence[curves.Saved]
+) -> list[tuple[str, str, str]]:
+    """(what, figure, beneath it): the four numbers a reader takes away."""
+    found = content.measured
+    figures = []
+    if verdict and verdict.comparison:
+        whole = verdict.comparison.area
+        figures.append(
+            (
+                f"difference in {PLAIN_NAME[METRIC]}",
+                curves.signed(whole.value),
+                f"95 % interval {curves.signed(whole.low)} to {curves.signed(whole.high)}",
+            )
+        )
+        told = [row for row in saved if not row.reason and row.slides is not None]
+        if told and verdict.outcome == "helped":
+            row = curves.most_telling(told)
+            figures.append(
+                (
+                    f"labelled {content.unit}s per class needed",
+                    f"{'≤ ' if row.at_most else ''}{_slides(row.slides)} instead of {_slides(row.reference_slides)}",
+                    f"95 % interval {_slides(row.low)} to {_slides(row.high)}",
+                )
+            )
+        else:
+            figures.append(
+                (
+                    "smallest difference that would show",
+                    f"{verdict.comparison.detectable:.2f}",
+                    "found four times in five",
+                )
+            )
+    fewest = min(found.patients_per_class.values(), default=0)
+    figures.append(("patients tested", str(found.num_patients), f"rarest class: {fewest}"))
+    folds = found.pool.num_folds
+    figures.append(
+        (
+            "draws of the labelled slides",
+            str(len(found.draws)),
+            f"each tested in {folds} folds by {content.facts.get('split', {}).get('group', 'patient')}"
+            if folds
+            else "on a fixed test set",
+        )
+    )
+    return figures
+
+
+def _other_comparisons(content: Content) -> list[Comparison]:
+    """Every start but the reference and the adapted one, against the reference."""
+    if content.reference is None:
+        return []
+    others = [name for name in content.starts if name not in (content.reference, content.adapted)]
+    pairs = [(name, content.reference) for name in others]
+    if content.adapted and "colour" in content.starts:
+        pairs.append((content.adapted, "colour"))
+    return [curves.compare(content.measured, METRIC, start, other, content.head) for start, other in pairs]
+
+
+# ---- tables
+
+
+def _scores(content: Content, metric: str = METRIC) -> list[tuple[str, list[curves.SummaryRow | None]]]:
+    """Per budget a row of summaries, in the order of the starts."""
+    by_cell = {
+        (row.start, row.budget): row
+        for row in content.summary
+        if row.head == content.head and row.metric == metric and not math.isnan(row.mean)
+    }
+    names = contents.ticks(content.measured)
+    return [
+        (names[float(slides)], [by_cell.get((start, budget)) for start in content.starts])
+        for budget, slides in zip(content.measured.budgets, content.measured.slides, strict=True)
+    ]
+
+
+def _all_metrics(content: Content) -> list[tuple[str, list[curves.SummaryRow | None]]]:
+    """Per metric a row of summaries at the largest budget."""
+    by_cell = {
+        (row.metric, row.start): row
+        for row in content.summary
+        if row.head == content.head and row.budget == content.largest and not math.isnan(row.mean)
+    }
+    return [
+        (PLAIN_NAME[metric], [by_cell.get((metric, start)) for start in content.starts])
+        for metric in content.measured.values_SBD
+    ]
+
+
+def _ledger(content: Content) -> dict[str, Any] | None:
+    if not content.ledger:
+        return None
+    skipped = [row for row in content.ledger if not row.readable or row.tile_status in ("no tiles", "failed")]
+    warned = [row for row in content.ledger if row not in skipped and row.reason]
+    rows = [(row.file, "not used", row.tile_reason or row.reason) for row in skipped]
+    rows += [(row.file, "used, with a remark", row.reason) for row in warned]
+    return {
+        "num_files": len(content.ledger),
+        "num_skipped": len(skipped),
+        "num_tiles": sum(row.num_tiles or 0 for row in content.ledger),
+        "rows": rows[:MOST_LEDGER_ROWS],
+        "num_more": max(0, len(rows) - MOST_LEDGER_ROWS),
+    }
+
+
+def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name.replace("_", "-"), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in config.items()
+        if value not in (None, "", [])
+    ]
+
+
+def _commands(content: Content) -> list[str]:
+    """How each stage was called, and how to remake this page."""
+    commands = []
+    if content.pretrain is not None and content.pretrain.run_json.exists():
+        commands.append(_command(read_run(content.pretrain.run_json).get("command", [])))
+    commands.append(_command(content.facts.get("command", [])))
+    commands.append(f"histossl report --name {shlex.quote(content.run.root.name)}")
+    return [command for command in dict.fromkeys(commands) if command]
+
+
+def _sources(content: Content) -> dict[str, str]:
+    """Where each start's weights came from; files of this workspace by their place in it."""
+    workspace = content.run.root.parent.parent.resolve()
+    found = {}
+    for start, facts in content.facts.get("starts", {}).items():
+        source = str(facts.get("source") or "")
+        path = Path(source)
+        inside = path.is_absolute() and path.resolve().is_relative_to(workspace)
+        found[start] = str(path.resolve().relative_to(workspace)) if inside else source
+    return found
+
+
+def _command(arguments: Sequence[str]) -> str:
+    if not arguments:
+        return ""
+    program = Path(arguments[0]).name
+    called = ["histossl"] if program.startswith(("histossl", "__main__", "-")) else [program]
+    return shlex.join([*called, *arguments[1:]])
+
+
+# ---- figures
+
+
+def _curve(content: Content, metric: str, size: tuple[float, float] = (7.4, 4.3)) -> Figure:
+    classes = sum(count > 0 for count in content.measured.patients_per_class.values())
+    return plots.curve(
+        contents.lines(content, metric),
+        contents.ticks(content.measured),
+        PLAIN_NAME[metric] + (" (lower is better)" if metric == "log_loss" else ""),
+        content.unit,
+        curves.chance_level(metric, classes),
+        size,
+    )
+
+
+def _saved_figure(content: Content, saved: Sequence[curves.Saved]) -> Markup | None:
+    rows = contents.saved_rows(saved)
+    if not rows or content.adapted is None or content.reference is None:
+        return None
+    figure = plots.saved(rows, contents.ticks(content.measured), content.adapted, content.reference, content.unit)
+    return _drawn(figure, "saved", "Labels saved")
+
+
+def _confusion_figure(content: Content, tables: Mapping[str, contents.Floats]) -> Markup | None:
+    if not tables or len(content.classes) > 20:
+        return None
+    return _drawn(plots.confusion(tables, content.classes), "confusion", "Confusion matrices")
+
+
+def _calibration_figure(content: Content) -> Markup | None:
+    bins = contents.calibration_bins(content)
+    return _drawn(plots.calibration(bins), "calibration", "Calibration") if bins else None
+
+
+def _pretraining_figure(content: Content) -> dict[str, Any] | None:
+    if content.pretrain is None:
+        return None
+    log = contents.pretraining_log(content.pretrain)
+    shown = {
+        key: title for key, title in contents.MONITORS.items() if key in log and np.isfinite(log[key][1]).sum() > 1
+    }
+    if not shown:
+        return None
+    run = read_run(content.pretrain.run_json) if content.pretrain.run_json.exists() else {}
+    return {
+        "name": content.pretrain.root.name,
+        "figure": _drawn(plots.pretraining(log, shown), "pretraining", "Pretraining"),
+        "config": _settings(run.get("config", {})),
+        "steps": int(max(steps[-1] for steps, _ in log.values() if len(steps))),
+    }
+
+
+def _drawn(figure: Figure, name: str, title: str) -> Markup:
+    # matplotlib escapes the names that it writes as text; test_names_are_escaped holds it to that.
+    return Markup(plots.svg(figure, name, title))
+
+
+def _standalone(svg: str) -> str:
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg + "\n"
+
+
+# ---- numbers as they are read
+
+
+def _score(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"  # noqa: RUF001
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.0f}"  # noqa: RUF001
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _slides(value: float | None) -> str:
+    return "not reached" if value is None or math.isinf(value) else curves.in_slides(value)
+
+
+__all__ = ["in_budget_order", "read_content", "render", "write_report"]

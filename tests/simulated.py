@@ -1,0 +1,224 @@
+"""Archives that exist as numbers only: patients with features, a nearest-mean head, and so predictions with a known truth.
+
+A patient's features are its class's mean, plus what all its slides share, plus what one slide has for itself. The head
+is trained and tested as in the real stage (nested budgets, draws, folds by patient), so whatever makes scores of one
+archive depend on each other is in here too: few patients, draws from one pool, patients who are tested and trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from histossl.evaluation.tables import Budget, Prediction, write_predictions
+from histossl.workspace import FinetuneDir, Workspace
+
+DIMENSIONS = 12
+
+
+@dataclass(frozen=True)
+class Archive:
+    patients_per_class: int = 12
+    classes: tuple[str, ...] = ("normal", "adenoma", "carcinoma")
+    # How far apart the classes' means are for each start, in standard deviations of a slide.
+    separation: Mapping[str, float] = field(default_factory=lambda: {"imagenet": 1.5, "adapted": 1.5})
+    slides_per_patient: int = 1
+    patient_share: float = 0.6  # of a slide's variance
+    shared: float = 0.3  # of the variance, by all starts: what is hard for one is hard for the others
+    budgets: tuple[Budget, ...] = (1, 2, 4, 8)
+    num_draws: int = 10
+    num_folds: int = 5
+    test_patients_per_class: int = 0  # of a fixed test set; then there are no folds
+    permuted: bool = False  # labels say nothing
+
+
+def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Prediction]:
+    """One archive drawn from the population, and everything that a finetuning would predict on it."""
+    num_classes = len(archive.classes)
+    fixed = archive.test_patients_per_class
+    label_P = np.repeat(np.arange(num_classes), archive.patients_per_class)
+    test_P = np.repeat(np.arange(num_classes), fixed)
+    every_P = np.concatenate([label_P, test_P])
+    patient_N = np.repeat(np.arange(len(every_P)), archive.slides_per_patient)
+    features = _features(archive, rng, every_P, patient_N)
+    if archive.permuted:
+        every_P = np.concatenate([rng.permutation(label_P), rng.permutation(test_P)])
+    label_N = every_P[patient_N]
+    train_side = np.arange(len(label_P))
+    rows: list[Prediction] = []
+    for draw in range(archive.num_draws):
+        if fixed:
+            parts = [(None, train_side, np.arange(len(label_P), len(every_P)))]
+        else:
+            fold_P = _folds(every_P, archive.num_folds, rng)
+            parts = [(k, np.flatnonzero(fold_P != k), np.flatnonzero(fold_P == k)) for k in range(archive.num_folds)]
+        for fold, train_P, tested_P in parts:
+            order = [
+                _order(train_P[every_P[train_P] == k], archive.slides_per_patient, rng) for k in range(num_classes)
+            ]
+            tested_N = np.flatnonzero(np.isin(patient_N, tested_P))
+            for budget in archive.budgets:
+                taken = [slides[: None if isinstance(budget, str) else budget] for slides in order]
+                for start, x_ND in features.items():
+                    means = np.stack([x_ND[slides].mean(0) for slides in taken])
+                    logits = -((x_ND[tested_N][:, None] - means[None]) ** 2).sum(-1) / 4
+                    shares = np.exp(logits - logits.max(1, keepdims=True))
+                    shares /= shares.sum(1, keepdims=True)
+                    for slide, share in zip(tested_N, shares, strict=True):
+                        rows.append(
+                            Prediction(
+                                start, "mean", budget, draw, fold, f"s{slide:04d}", f"p{patient_N[slide]:04d}",
+                                archive.classes[label_N[slide]], archive.classes[int(share.argmax())], tuple(share),
+                            )
+                        )  # fmt: skip
+    return rows
+
+
+def true_balanced_accuracy(archive: Archive, start: str, budget: int, num_heads: int = 2000) -> float:
+    """On new patients, of heads trained on new patients: what the intervals should hold. Each budget takes new patients."""
+    rng = np.random.default_rng(0)
+    num_classes = len(archive.classes)
+    centres = _centres(num_classes, archive.separation[start])
+    labels = np.repeat(np.arange(num_classes), 120)
+    right = 0.0
+    for _ in range(num_heads):
+        means = centres + rng.standard_normal(centres.shape) / np.sqrt(budget)
+        x = centres[labels] + rng.standard_normal((len(labels), DIMENSIONS))
+        right += float((((x[:, None] - means[None]) ** 2).sum(-1).argmin(1) == labels).mean())
+    return right / num_heads
+
+
+def _centres(num_classes: int, separation: float) -> np.ndarray:
+    centres = np.zeros((num_classes, DIMENSIONS))
+    centres[np.arange(num_classes), np.arange(num_classes)] = separation
+    return centres
+
+
+def _features(
+    archive: Archive, rng: np.random.Generator, label_P: np.ndarray, patient_N: np.ndarray
+) -> dict[str, np.ndarray]:
+    def noise(common: np.ndarray) -> np.ndarray:
+        own = rng.standard_normal(common.shape)
+        return np.sqrt(archive.shared) * common + np.sqrt(1 - archive.shared) * own
+
+    of_patient = rng.standard_normal((len(label_P), DIMENSIONS))
+    of_slide = rng.standard_normal((len(patient_N), DIMENSIONS))
+    return {
+        start: _centres(len(archive.classes), separation)[label_P[patient_N]]
+        + np.sqrt(archive.patient_share) * noise(of_patient)[patient_N]
+        + np.sqrt(1 - archive.patient_share) * noise(of_slide)
+        for start, separation in archive.separation.items()
+    }
+
+
+def _folds(label_P: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
+    fold_P = np.empty(len(label_P), dtype=int)
+    dealt = 0
+    for number in np.unique(label_P):
+        members = rng.permutation(np.flatnonzero(label_P == number))
+        fold_P[members] = (np.arange(len(members)) + dealt) % num_folds
+        dealt += len(members)
+    return fold_P
+
+
+def _order(patients: np.ndarray, slides_per_patient: int, rng: np.random.Generator) -> np.ndarray:
+    """One slide of each patient before a second of any."""
+    shuffled = rng.permutation(patients)
+    return np.concatenate([shuffled * slides_per_patient + number for number in range(slides_per_patient)])
+
+
+# ---- a finetuning's directory
+
+
+def write_finetuning(
+    workspace: Workspace,
+    name: str = "default",
+    archive: Archive | None = None,
+    seed: int = 0,
+    extra_classes: Sequence[str] = (),
+    **facts: object,
+) -> FinetuneDir:
+    """What `histossl finetune` leaves, with a pretraining run and a ledger beside it."""
+    archive = archive or Archive(
+        patients_per_class=11,
+        classes=extra_classes and tuple(extra_classes) or ("normal", "adenoma", "carcinoma"),
+        separation={"random": 0.5, "imagenet": 1.4, "adapted": 2.3, "colour": 0.9},
+        budgets=(1, 2, 4, "all"),
+    )
+    run = workspace.finetune(name)
+    run.root.mkdir(parents=True, exist_ok=True)
+    predictions = predictions_of(archive, np.random.default_rng(seed))
+    write_predictions(run.predictions, predictions, archive.classes)
+    pretrain = workspace.pretrain("default")
+    pretrain.root.mkdir(parents=True, exist_ok=True)
+    steps = np.arange(10, 1010, 10)
+    rng = np.random.default_rng(0)
+    with pretrain.log.open("w") as log:
+        for step in steps:
+            row = {
+                "step": int(step), "loss": 5 + 3 * np.exp(-step / 200) + 0.1 * rng.standard_normal(),
+                "lr": 1e-4 * (1 - step / 1000), "instance_accuracy": 0.9 - 0.8 * np.exp(-step / 300),
+                "loss_ceiling": 8.3, "tiles_per_s": 410.0 + rng.standard_normal(), "data_wait": 0.01,
+                "grad_norm": 2 + rng.standard_normal() ** 2,
+            }  # fmt: skip
+            log.write(json.dumps(row) + "\n")
+            if step % 100 == 0:
+                look = {"step": int(step), "feature_std": 0.98 - step / 1e4, "effective_rank": 140 - step / 40}
+                log.write(json.dumps(look) + "\n")
+    pretrain.run_json.write_text(
+        json.dumps({"config": {"method": "mocov2", "steps": 1000}, "command": ["/usr/bin/histossl", "pretrain"]})
+    )
+    (workspace.root / "archive.csv").write_text(
+        "file,status,reason,slide,num_tiles,tile_status,tile_reason\n"
+        "s0000.tif,ok,,s0000,420,tiled,\n"
+        "s0001.tif,warning,no microns per pixel; taken as 0.5,s0001,380,tiled,\n"
+        "broken.svs,unreadable,not a slide file that OpenSlide or tifffile knows,,,,\n"
+        "blank.tif,ok,,blank,0,no tiles,no tissue found\n"
+    )
+    num_slides = len({one.slide for one in predictions})
+    run.run_json.write_text(
+        json.dumps(
+            {
+                "config": {"labels": "labels.csv", "head": "mean", "draws": archive.num_draws, "seed": 0},
+                "command": ["/usr/bin/histossl", "finetune", "--labels", "labels.csv"],
+                "histossl": "0.1.0",
+                "versions": {"torch": "2.10", "timm": "1.0"},
+                "python": "3.11.2",
+                "platform": "Linux",
+                "classes": list(archive.classes),
+                "unit": "slide",
+                "split": {"group": "patient", "num_folds": archive.num_folds, "notes": []},
+                "labels": {
+                    "missing": [["C-9", "nearest: C-8"]],
+                    "notes": [],
+                    "table": {
+                        "columns": ["class", "slides", "patients"],
+                        "rows": [[label, num_slides // len(archive.classes), 11] for label in archive.classes],
+                    },
+                },
+                "leak": {
+                    "statement": "adapted: none of the tested slides was in its pretraining pool",
+                    "seen": {"adapted": 0},
+                },
+                "starts": {
+                    start: {
+                        "timm_name": "" if start == "colour" else "resnet50",
+                        "feature_dim": 27 if start == "colour" else 2048,
+                        "input_px": 224,
+                        "source": str(pretrain.backbone) if start == "adapted" else start,
+                    }
+                    for start in archive.separation
+                },
+                **facts,
+            }
+        )
+    )
+    return run
+
+
+def at(root: Path) -> Workspace:
+    return Workspace(root)
