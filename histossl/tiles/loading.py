@@ -42,6 +42,7 @@ class Store(Protocol):
     def tile_px(self) -> int: ...
 
     def read(self, number: int) -> bytes: ...
+    def read_many(self, numbers: Ints) -> list[bytes]: ...
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -147,9 +148,12 @@ class TileBatches(Iterator[Batch]):
             return None
         start = step * self._global_batch + self._rank * self._batch
         side = self._index.tile_px
-        store = torch.empty((self._batch, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+        shape = (self._batch, side, side, 3)
+        # NumPy's large arrays come in huge pages: a fresh batch costs far fewer page faults than torch.empty's.
+        store = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self._pin_memory else None
+        pixels = np.empty(shape, dtype=np.uint8) if store is None else store.numpy()
         positions = np.arange(start, start + self._batch, dtype=np.int64)
-        pending = _Pending(store, np.empty(self._batch, dtype=np.int64), positions)
+        pending = _Pending(pixels, self._order.tiles_at(positions), positions, store)
         for first in range(0, self._batch, CHUNK):
             here = slice(first, min(first + CHUNK, self._batch))
             if self._pool is None:
@@ -159,24 +163,29 @@ class TileBatches(Iterator[Batch]):
         return pending
 
     def _fill(self, batch: _Pending, here: slice) -> None:
-        pixels, positions = batch.store.numpy()[here], batch.positions[here]
-        batch.numbers[here] = self._order.tiles_at(positions)
-        for place, number in enumerate(batch.numbers[here]):
-            batch.numbers[here.start + place] = self._read(pixels[place], int(number), int(positions[place]))
+        try:
+            jpegs = self._index.read_many(batch.numbers[here])
+        except StoreError:
+            jpegs = []  # one of them is damaged: each is read by itself, to see which
+        for place in range(here.start, here.stop):
+            jpeg = jpegs[place - here.start] if jpegs else None
+            batch.numbers[place] = self._fill_one(
+                batch.pixels[place], int(batch.numbers[place]), int(batch.positions[place]), jpeg
+            )
 
-    def _read(self, pixels: NDArray[np.uint8], number: int, position: int) -> int:
+    def _fill_one(self, pixels: NDArray[np.uint8], number: int, position: int, jpeg: bytes | None) -> int:
         """Decode the tile, or the first good one of its stand-ins; which one it was."""
         stand_in = position + max(1, self._order.num_tiles // 2)
         for attempt in range(MAX_STAND_INS):
             try:
                 if number not in self.damaged:
-                    decode_into(pixels, self._index.read(number), f"tile {number}")
+                    decode_into(pixels, jpeg or self._index.read(number), f"tile {number}")
                     with self._lock:
                         self.num_read += 1
                     return number
             except StoreError as error:
                 self._note_damage(number, error)
-            number = int(self._order.tile_numbers(stand_in + attempt, 1)[0])
+            number, jpeg = int(self._order.tile_numbers(stand_in + attempt, 1)[0]), None
         raise TooManyDamaged(f"no good tile found in {MAX_STAND_INS} tries: {next(reversed(self.damaged.values()))}")
 
     def _note_damage(self, number: int, error: StoreError) -> None:
@@ -213,11 +222,13 @@ class TooManyDamaged(StoreError):
 class _Pending:
     """A batch on its way."""
 
-    def __init__(self, store: Tensor, numbers: Ints, positions: Ints) -> None:
-        self.store, self.numbers, self.positions = store, numbers, positions
+    def __init__(self, pixels: NDArray[np.uint8], numbers: Ints, positions: Ints, pinned: Tensor | None) -> None:
+        self.pixels, self.numbers, self.positions = pixels, numbers, positions
+        self.pinned = pinned  # the memory of `pixels`, where it is pinned
         self.parts: list[Future[None]] = []
 
     def wait(self) -> Batch:
         for part in self.parts:
             part.result()
-        return self.store.permute(0, 3, 1, 2), torch.from_numpy(self.numbers), torch.from_numpy(self.positions)
+        tiles = torch.from_numpy(self.pixels) if self.pinned is None else self.pinned
+        return tiles.permute(0, 3, 1, 2), torch.from_numpy(self.numbers), torch.from_numpy(self.positions)

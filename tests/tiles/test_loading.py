@@ -30,6 +30,9 @@ class Store:
             raise StoreError(f"A.zip: tile {number} is cut off")
         return jpeg
 
+    def read_many(self, numbers):
+        return [self.read(int(number)) for number in numbers]
+
 
 def batches_of(store, num_workers=2, seed=0, **how):
     how = {"global_batch": 40, "start_step": 0, "num_steps": 5} | how
