@@ -160,16 +160,10 @@ class Slide:
         if isinstance(self._levels, TiffLevels):
             found = self._levels.native
             return found if any(found) else None
-        if self.vendor not in NATIVE_VENDORS:
+        tiff = getattr(self._levels, "tiff", None)
+        if tiff is None:
             return None
-        try:
-            tiff = TiffLevels(self.path)
-        except SlideError:
-            return None  # OpenSlide reads it, tifffile does not: then there is nothing to copy, only to decode
-        try:
-            by_size = {(level.width_px, level.height_px): level for level in tiff.native if level is not None}
-        finally:
-            tiff.close()
+        by_size = {(level.width_px, level.height_px): level for level in tiff.native if level is not None}
         found = tuple(by_size.get(size) for size in self.level_sizes)
         return found if any(found) else None
 
@@ -272,49 +266,54 @@ def _magic(path: Path) -> str:
 
 def _through_openslide(path: Path, vendor: str) -> Slide:
     levels = OpenSlideLevels(path, vendor)
-    tiff: TiffLevels | None = None
-    if _magic(path) == "tiff":
-        try:
-            tiff = TiffLevels(path)
-        except SlideError:
-            tiff = None  # OpenSlide reads it: that is enough
     try:
-        if tiff is not None and vendor == "generic-tiff" and tiff.is_ome:
-            # OpenSlide sees an OME-TIFF's first level alone and not its scale: the rest lies in sub-directories.
-            slide = Slide(path, tiff, "OME-TIFF", "ome")
-            _describe(slide, tiff)
-            tiff = None
+        tiff = TiffLevels(path) if _magic(path) == "tiff" else None
+    except SlideError:
+        tiff = None  # OpenSlide reads it: that is enough
+    try:
+        if tiff is not None and vendor == "generic-tiff" and (tiff.is_ome or tiff.orientation not in (0, 1)):
+            # Of an OME-TIFF OpenSlide sees the first level alone (the rest lies in sub-directories) and no scale; where
+            # a TIFF has an Orientation tag it mirrors each tile by itself.
             levels.close()
-            return slide
+            return _described(Slide(path, tiff, _tiff_format(tiff), "ome" if tiff.is_ome else vendor), tiff)
         slide = Slide(path, levels, FORMATS.get(vendor, vendor), vendor)
         slide.native_tile = levels.tile_size
         if tiff is not None:
-            _describe(slide, tiff)
-            levels.tiff_scale = tiff.scale() if vendor == "generic-tiff" else None
+            _described(slide, tiff)
+            if vendor in NATIVE_VENDORS:
+                levels.stand_by(tiff)
+            else:
+                tiff.close()
         return slide
-    finally:
+    except BaseException:
+        levels.close()
         if tiff is not None:
             tiff.close()
+        raise
 
 
 def _through_tifffile(path: Path) -> Slide:
     tiff = TiffLevels(path)
-    name = "OME-TIFF" if tiff.is_ome else ("BigTIFF" if tiff.is_big else "TIFF")
-    slide = Slide(path, tiff, name, "ome" if tiff.is_ome else "plain-tiff")
-    _describe(slide, tiff)
-    return slide
+    try:
+        return _described(Slide(path, tiff, _tiff_format(tiff), "ome" if tiff.is_ome else "plain-tiff"), tiff)
+    except BaseException:
+        tiff.close()
+        raise
 
 
-def _describe(slide: Slide, tiff: TiffLevels) -> None:
+def _tiff_format(tiff: TiffLevels) -> str:
+    return "OME-TIFF" if tiff.is_ome else ("BigTIFF" if tiff.is_big else "TIFF")
+
+
+def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     slide.compression = tiff.compression
     slide.native_tile = tiff.tile_size or slide.native_tile
     if tiff.orientation not in (0, 1):
-        slide.warnings.append(
-            f"TIFF Orientation tag {tiff.orientation} is not applied: pixels are read as stored, as OpenSlide does"
-        )
+        slide.warnings.append(f"TIFF Orientation tag {tiff.orientation} is not applied: pixels are read as stored")
     cut = tiff.cut_short()
     if cut:
         raise SlideError(f"{slide.path.name}: truncated ({cut}); copy or download it again")
+    return slide
 
 
 def _plain(path: Path, kind: str) -> Slide:
@@ -328,7 +327,8 @@ class OpenSlideLevels:
 
     def __init__(self, path: Path, vendor: str) -> None:
         self.path, self.vendor = path, vendor
-        self.tiff_scale: Scale | None = None  # the resolution tags, where OpenSlide does not read them (inches)
+        self.tiff: TiffLevels | None = None  # the same file's pages, where they are OpenSlide's levels
+        self._exact: dict[int, int] = {}  # levels that tifffile reads in OpenSlide's stead, and their number there
         with blaming(path, "opening it with OpenSlide"):
             self._slide = openslide.OpenSlide(str(path))
             try:
@@ -351,14 +351,29 @@ class OpenSlideLevels:
         snapped = (snapped_downsample(self.sizes[0], size) for size in self.sizes)
         return tuple(one if one == int(one) else its for one, its in zip(snapped, self._downsamples, strict=True))
 
+    def stand_by(self, tiff: TiffLevels) -> None:
+        """Let tifffile read levels whose pixels OpenSlide would shift.
+
+        OpenSlide is asked in level-0 pixels. Where it takes a level's downsample for 4.0007 (rounded sides), a level's
+        whole pixel falls between two of them, and what comes back is interpolated: blurred, up to 1/8 pixel off.
+        """
+        self.tiff = tiff
+        for level, (snapped, its) in enumerate(zip(self.downsamples(), self._downsamples, strict=True)):
+            if snapped != its and self.sizes[level] in tiff.sizes:
+                self._exact[level] = tiff.sizes.index(self.sizes[level])
+
     def scale(self) -> Scale | None:
-        source = "TIFF resolution tag" if self.vendor == "generic-tiff" else f"metadata ({self.vendor})"
+        if self.vendor == "generic-tiff" and self.tiff is not None:
+            return self.tiff.scale()  # tells a measured resolution from 1 pixel per inch, which says nothing
         power = self.properties.get("openslide.objective-power")
         hint = f" (its header says {power}x)" if power else ""
         x_text, y_text = self.properties.get("openslide.mpp-x"), self.properties.get("openslide.mpp-y")
-        return scale_from(x_text, y_text, source, hint) or self.tiff_scale
+        return scale_from(x_text, y_text, f"metadata ({self.vendor})", hint)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        if level in self._exact:
+            assert self.tiff is not None
+            return self.tiff.read_level(self._exact[level], x, y, width, height)
         downsample = self._downsamples[level]
         with blaming(self.path, f"reading level {level} at {x}, {y}"):
             at_l0 = (round(x * downsample), round(y * downsample))
@@ -372,6 +387,8 @@ class OpenSlideLevels:
 
     def close(self) -> None:
         self._slide.close()
+        if self.tiff is not None:
+            self.tiff.close()
 
 
 class PlainLevels:

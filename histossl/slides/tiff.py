@@ -252,7 +252,8 @@ class TiffLevels:
         data = self._tiff.filehandle.read(int(page.databytecounts[index]))
         if len(data) != page.databytecounts[index]:
             raise SlideError(f"{self.path.name}: ends in the middle of a tile; copy or download it again")
-        segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
+        tables, header = getattr(page, "jpegtables", None), getattr(page, "jpegheader", None)
+        segment, _, shape = page.decode(data, index, jpegtables=tables, jpegheader=header)
         if segment is None:
             return None
         array: NDArray[Any] = np.asarray(segment).reshape(segment.shape[-3:])[: shape[-3], : shape[-2]]
