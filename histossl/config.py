@@ -140,6 +140,7 @@ class PretrainConfig:
     weights: str = "imagenet"  # imagenet, random, or a file
     steps: int = 0
     epochs: float = 0.0
+    hours: float = 0.0
     batch_size: int = 256  # tiles per optimizer step, over all processes and micro-batches
     view_px: int = 224
     recipe: str = ""  # '': the method's own with what tissue needs (mocov2-histology)
@@ -160,7 +161,9 @@ class PretrainConfig:
         object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
         require(self.steps >= 0, "steps", self.steps, "1 or more")
         require(self.epochs >= 0, "epochs", self.epochs, "more than 0")
-        require(not (self.steps and self.epochs), "steps", self.steps, "given without --epochs: either sets the length")
+        require(self.hours >= 0, "hours", self.hours, "more than 0")
+        given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
+        require(len(given) < 2, " and --".join(given), "", "only one of them: each sets the length")
         require(self.batch_size >= 2, "batch-size", self.batch_size, "2 or more tiles")
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
         require(self.optimizer in ("", "sgd", "adamw"), "optimizer", self.optimizer, "sgd or adamw")
@@ -191,6 +194,26 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """End-to-end training (`--train last` and `all`), the same for every start."""
+
+    steps: int = 100
+    lr: float = 1e-4  # of the last block; the head learns ten times faster
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    bags_per_step: int = 8
+    tiles_per_bag: int = 16
+    test_tiles: int = 256  # of a slide, when it is tested
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "bags_per_step", "tiles_per_bag", "test_tiles"):
+            require(getattr(self, name) >= 1, f"tune {name}", getattr(self, name), "1 or more")
+        require(self.lr > 0, "tune lr", self.lr, "more than 0")
+        require(0 < self.layer_decay <= 1, "tune layer_decay", self.layer_decay, "between 0 and 1 (1: none)")
+        require(self.weight_decay >= 0, "tune weight_decay", self.weight_decay, "0 or more")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """What defines a label-efficiency curve. '' and 0 mean 'work it out'."""
 
@@ -200,8 +223,9 @@ class FinetuneConfig:
     weights: str = ""  # of the imagenet start; '': what adapted started from
     adapted: str = ""  # a pretraining run or a file; '': the workspace's finished run
     input_px: int = 0  # tiles are shown at this size to every start; 0: the size the adapted backbone learnt at
-    head: str = "mean"
+    head: str = ""  # mean, knn, simpleshot, abmil; '': mean, or abmil when the backbone learns too
     train: str = "head"  # head: frozen features; last, all: end to end
+    tune: TuneConfig = field(default_factory=TuneConfig)
     unit: str = "slide"  # what carries a label: slide, region, tile
     regions: str = ""  # a folder of QuPath GeoJSON files: labels of regions
     tiles_per_slide: int = 100  # with unit tile: at most so many of a slide and label
@@ -216,6 +240,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("starts", "budgets", "classes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.head:
+            object.__setattr__(self, "head", "mean" if self.train == "head" else "abmil")
         for name, known in (
             ("head", ("mean", "knn", "simpleshot", "abmil")),
             ("train", ("head", "last", "all")),
@@ -224,6 +250,8 @@ class FinetuneConfig:
         ):
             value = getattr(self, name)
             require(value in known, name, value, f"one of {', '.join(known)}{nearest(value, known)}")
+        end_to_end = f"abmil with --train {self.train}: only the attention head learns together with a backbone"
+        require(self.train == "head" or self.head == "abmil", "head", self.head, end_to_end)
         for budget in self.budgets:
             right = budget == "all" or (isinstance(budget, int) and budget >= 1)
             require(right, "budgets", budget, "numbers of labelled items per class, or all, like 1,2,4,8,all")

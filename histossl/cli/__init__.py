@@ -48,13 +48,19 @@ for room in (demo, slides, pretrain, evaluate, report, tiles, views):
     room.register(app)
 
 
+INTERRUPTED = 130
+GOES_ON = "interrupted; what is finished is kept, the same command goes on from there"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # how typer says Ctrl-C
+            console.say(GOES_ON)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
-        return stop.exit_code
+        return int(stop.exit_code)
     except CommandLineError as error:
         console.fail(error.format_message())
         return error.exit_code
@@ -62,8 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.fail(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.say("interrupted; what is finished is kept, the same command goes on from there")
-        return 130
+        console.say(GOES_ON)
+        return INTERRUPTED
 
 
 def entry() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import os
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +18,7 @@ from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import PretrainConfig, TileConfig, nearest
 from histossl.errors import UsageError
-from histossl.methods import REGISTRY, entry_of
+from histossl.methods import REGISTRY, classes_of, entry_of
 
 if TYPE_CHECKING:
     from histossl.evaluation.labels import LabelTable
@@ -31,6 +33,7 @@ def register(app: typer.Typer) -> None:
         epilog="Example: histossl pretrain --slides /data/slides --backbone resnet50 --epochs 20   "
         "Offline: histossl pretrain --slides /data/slides --weights resnet50.safetensors"
     )(pretrain)
+    app.command("plan", epilog="Example: histossl plan --backbone vit_small_patch16_224 --gpus 4 --epochs 20")(plan)
     app.command(epilog="Example: histossl methods mocov2")(methods)
 
 
@@ -99,10 +102,23 @@ def pretrain(
     slide_mpp: Annotated[
         float | None, typer.Option(help="Microns per pixel of slides that do not say it themselves.")
     ] = None,
+    hours: Annotated[float, typer.Option(help="Length in hours, instead of --steps.", show_default=False)] = 0.0,
     gpus: Annotated[
         str, typer.Option(help="auto, or how many; on a machine without GPUs that many CPU processes.")
     ] = "auto",
-    accumulate: Annotated[int, typer.Option(help="Micro-batches per step, where memory is short.")] = 1,
+    accumulate: Annotated[
+        int,
+        typer.Option(help="Micro-batches per step. Default: as few as GPU memory allows.", min=0, show_default=False),
+    ] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the networks: minutes at first, faster after.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits every time; slower on GPUs.")
+    ] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Print what would be done, time a few steps, and stop.")
+    ] = False,
     workers: Annotated[
         int, typer.Option(help="Threads that read and decode tiles, per GPU. 0: none.", show_default=False)
     ] = -1,
@@ -124,7 +140,7 @@ def pretrain(
     from histossl.evaluation.probe import probe_of
     from histossl.tiles.index import TileIndex
     from histossl.training.distributed import launch, launched, num_processes_for
-    from histossl.training.pretrain import Operation
+    from histossl.training.pretrain import Operation, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
     del config  # read before any other option, by its callback
@@ -136,6 +152,7 @@ def pretrain(
         weights=weights,
         steps=steps,
         epochs=epochs,
+        hours=hours,
         batch_size=batch_size,
         view_px=view_px,
         recipe=recipe,
@@ -157,22 +174,24 @@ def pretrain(
     index = TileIndex.open(at)
     table = labelled_slides(labels, index) if labels else None
     left_out = excluded_slides(exclude, index) | (test_slides(table) if table else set())
-    result = run_pretrain(
-        index,
-        at.pretrain(name or method),
-        replace(settings, excluded_slides=tuple(left_out)),
-        Operation(
-            num_workers=workers if workers >= 0 else max(1, (os.cpu_count() or 2) - 1),
-            precision=precision,
-            micro_batches=accumulate,
-            log_every=log_every,
-            monitor_every=monitor_every,
-            checkpoint_every_s=every_s,
-            checkpoint_every_steps=every_steps,
-            stop_on_collapse=stop_on_collapse,
-        ),
-        probe_of(index, table, view_px) if table else None,
+    settings = replace(settings, excluded_slides=tuple(left_out))
+    operation = Operation(
+        num_workers=workers if workers >= 0 else max(1, (os.cpu_count() or 2) - 1),
+        precision=precision,
+        micro_batches=accumulate,
+        compiled=compiled,
+        deterministic=deterministic,
+        log_every=log_every,
+        monitor_every=monitor_every,
+        checkpoint_every_s=every_s,
+        checkpoint_every_steps=every_steps,
+        stop_on_collapse=stop_on_collapse,
     )
+    run = at.pretrain(name or method)
+    if only_plan:
+        show_plan(index, run, settings, operation)
+        return 0
+    result = run_pretrain(index, run, settings, operation, probe_of(index, table, view_px) if table else None)
     if int(os.environ.get("RANK", "0")) == 0:
         console.say(result.text)
         if result.finished:
@@ -180,9 +199,35 @@ def pretrain(
     return 0
 
 
-def methods() -> None:
-    """List the self-supervised methods."""
-    console.table("methods", ("name", "learns by"), [(name, entry.summary) for name, entry in sorted(REGISTRY.items())])
+@functools.wraps(pretrain)
+def plan(**options: Any) -> int:
+    return pretrain(**{**options, "only_plan": True})
+
+
+plan.__doc__ = "Print what `histossl pretrain` with the same options would do, how long it would take, and why."
+
+
+def methods(
+    name: Annotated[str, typer.Argument(help="A method, to see its knobs.", show_default=False)] = "",
+) -> None:
+    """List the self-supervised methods, or one method's knobs."""
+    if not name:
+        rows = [(name, entry.summary) for name, entry in sorted(REGISTRY.items())]
+        console.table("methods", ("name", "learns by"), rows)
+        return
+    _, knobs = classes_of(name)
+    comments = comments_of(knobs)
+    console.table(
+        f"{name}: knobs for --set KEY=VALUE",
+        ("key", "default", "meaning"),
+        [(field.name, field.default, comments.get(field.name, "")) for field in fields(knobs)],
+    )
+
+
+def comments_of(kind: type) -> dict[str, str]:
+    """What the comment behind each field of a config class says."""
+    lines = re.findall(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", inspect.getsource(kind), re.MULTILINE)
+    return dict(lines)
 
 
 # ---- what the options say
@@ -193,8 +238,8 @@ def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None
     from histossl.tiles.tiling import stored_config, tile_archive
 
     config = stored_config(at) or TileConfig()
-    asked = {name: value for name, value in (("tile_px", tile_px), ("mpp", mpp)) if value is not None}
-    tile_archive(slides, at, replace(config, **asked), slide_mpp=slide_mpp)
+    config = replace(config, tile_px=tile_px or config.tile_px, mpp=mpp or config.mpp)
+    tile_archive(slides, at, config, slide_mpp=slide_mpp)
 
 
 def labelled_slides(path: Path, index: TileIndex) -> LabelTable:

@@ -38,9 +38,9 @@ class MoCoV2Config:
     """Knobs for `--set key=value`. Defaults of the paper, where continuing has no reason to differ."""
 
     queue_size: int = 65536  # the planner gives what fits the tile set (algorithms: staleness, false negatives)
-    momentum: float = 0.999
-    temperature: float = 0.2
-    embedding_dim: int = 128
+    momentum: float = 0.999  # of the key encoder; the planner gives what fits the run's length (paper: 0.999)
+    temperature: float = 0.2  # MoCo v2; 0.1 is worth a try for queues up to 4,096
+    embedding_dim: int = 128  # of queries and keys, as in the paper
     symmetric: bool = False  # mean of both directions; both views' keys join the queue
     same_slide_weight: float = 1.0  # of a negative from the query's own slide: 1 treats all alike, 0 leaves it out
     batchnorm_group_tiles: int = 32  # tiles per BatchNorm statistic; 0 takes each process's batch as it comes

@@ -94,6 +94,7 @@ def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str]) -> int:
     elif config.epochs:
         num_steps, why = max(1, round(config.epochs * num_tiles / config.batch_size)), f"--epochs {config.epochs:g}"
     else:
+        # (--hours begins here too: its steps follow when a step has been timed)
         presentations = max(num_tiles, min(PRESENTATIONS, EPOCHS_MOST * num_tiles))
         num_steps = max(1, round(presentations / config.batch_size))
         why = f"{presentations:,} tiles shown: at least once each, at most {EPOCHS_MOST} times"
@@ -138,9 +139,10 @@ def _momentum(
     else:
         momentum = 0.99 if num_tiles < 100_000 else 0.996 if num_tiles < 1_000_000 else 0.999
         why = f"{num_tiles:,} tiles"
-        slowest = 1 - 20 / num_steps  # memory of the key encoder: at most a twentieth of the run
-        if momentum > slowest:
-            momentum, why = max(0.9, round(slowest, 3)), f"a twentieth of {num_steps} steps"
+        # The key encoder's memory is 1 / (1 - m) steps: a twentieth of the run at most, but 50 at least, or keys age.
+        horizon = max(50.0, num_steps / 20)
+        if momentum > 1 - 1 / horizon:
+            momentum, why = round(1 - 1 / horizon, 4), f"a memory of {horizon:.0f} steps in a run of {num_steps:,}"
     staleness = queue / batch * (1 - momentum)
     reasons.append(
         f"momentum {momentum:g} ({why}); over the queue's age the key encoder moves {staleness:.2f} of its way"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -54,7 +55,9 @@ class Operation:
 
     num_workers: int = 2
     precision: str = "auto"  # auto, fp32, bf16, fp16
-    micro_batches: int = 1
+    micro_batches: int = 0  # 0: as few as GPU memory allows
+    compiled: bool = False
+    deterministic: bool = False
     log_every: int = 10  # steps
     monitor_every: int = 100  # steps
     checkpoint_every_s: float = 600.0
@@ -104,6 +107,12 @@ def pretrain(
         return _Pretraining(index, run, config, operation, probe, processes).carry_out()
 
 
+def show_plan(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation = Operation()) -> None:
+    """What `pretrain` would do, how long it would take, and why."""
+    with joined() as processes:
+        _Pretraining(index, run, config, operation, None, processes).show_plan()
+
+
 class _Pretraining:
     """One run: what `pretrain` would otherwise pass from hand to hand."""
 
@@ -133,7 +142,7 @@ class _Pretraining:
             self.order.num_slides,
             {name: value for name, value in asdict(knobs).items() if name in by_hand},
             processes.count,
-            operation.micro_batches,
+            operation.micro_batches or 1,
             has_batchnorm(backbone),
         )
         if self.plan.queue_size:
@@ -143,18 +152,31 @@ class _Pretraining:
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
         torch.manual_seed(config.seed)  # of the heads
         self.method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs).to(self.device).train()
+        _tune(self.method, self.device, operation)
         self.optimizer = _optimizer(self.method, self.plan, self.device)
         self.scaler = self.precision.scaler(self.device)
         self.watch = Watch()
         self.best = Best()
-        self.log = _Log(run.log) if processes.writes else None
-        self.waited_s = 0.0
+        self.log: _Log | None = None
 
     # ---- the recipe
 
     def carry_out(self) -> Result:
+        self._fit_memory()
+        if self.config.hours:
+            self._fit_hours(None)
         if self.processes.writes:
+            self.log = _Log(self.run.log)
             self._announce()
+            write_run(
+                self.run.run_json,
+                self.config,
+                plan=asdict(self.plan),
+                knobs=asdict(self.knobs),
+                tiles={"digest": self.index.digest, "num_tiles": self.order.num_tiles, "slides": self.order.num_slides},
+                device=_name_of(self.device),
+                precision=self.precision.name,
+            )
         first = self._resume()
         if first is None:
             self._prefill()
@@ -193,7 +215,7 @@ class _Pretraining:
         waited_s, logged, done = 0.0, first, first
         with tiles, console.progress("pretraining", num_steps, "steps", visible=self.processes.writes) as bar:
             bar.advance(first)
-            for step in steps:
+            for step in self._guarded(steps, first):
                 done = step.number + 1
                 last = done == num_steps
                 if step.skipped and self.processes.writes:
@@ -222,6 +244,24 @@ class _Pretraining:
         for number, what in tiles.damaged.items():
             console.warn(f"tile {number} was left out: {what}")
         return done
+
+    def _guarded(self, steps: Iterator[Step], first: int) -> Iterator[Step]:
+        """Out of memory and too many NaN: the state before the step is whole, so keep it, and say what to change."""
+        done = first
+        try:
+            for step in steps:
+                done = step.number + 1
+                yield step
+        except torch.OutOfMemoryError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._save(done)
+            raise TrainingError(
+                f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass; saved. "
+                f"The same command with --accumulate {2 * self.plan.micro_batches} goes on from there"
+            ) from error
+        except TrainingError:
+            self._save(done)
+            raise
 
     def _finish(self) -> str:
         """Leave the backbone (its presence means finished), and say what came of it."""
@@ -302,6 +342,8 @@ class _Pretraining:
             on_device = pixels.to(self.device, non_blocking=True)
             views = make_views(on_device, recipe, self.config.seed, positions.to(self.device))
             images = [normalise(view, self.info.mean, self.info.std) for view in views]
+            if self.device.type == "cuda":
+                images = [image.contiguous(memory_format=torch.channels_last) for image in images]
             slides = torch.from_numpy(self.index.slide_of(numbers.numpy()).astype(np.int64))
             yield Views(images, numbers.to(self.device), slides.to(self.device), step=0)
 
@@ -328,6 +370,79 @@ class _Pretraining:
                     self.method.prefill(views._replace(step=number))
                 if (number + 1) % self.plan.micro_batches == 0:
                     bar.advance()
+
+    # ---- trying out, before step 0
+
+    def _fit_memory(self) -> None:
+        """On a GPU: halve the tiles of a pass until one fits, on the fullest GPU of all."""
+        if self.device.type != "cuda" or self.operation.micro_batches:
+            return
+        pieces = fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
+        self.plan = replace(
+            self.plan, micro_batches=pieces, tiles_per_pass=self.plan.batch_size // pieces // self.processes.count
+        )
+
+    def _fits(self, tiles_per_pass: int) -> bool:
+        failed = torch.zeros((), device=self.device)
+        with self._unchanged():
+            try:
+                side = self.index.tile_px
+                tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=self.device)
+                numbers = torch.arange(tiles_per_pass)
+                views = make_views(tiles, self.method.views(), 0, numbers)
+                numbers = numbers.to(self.device)
+                self._pass(
+                    Views([normalise(view, self.info.mean, self.info.std) for view in views], numbers, numbers, 0)
+                )
+            except torch.OutOfMemoryError:
+                failed += 1
+        torch.cuda.empty_cache()
+        return not bool(mean_over_processes(failed))
+
+    def _fit_hours(self, step_s: float | None) -> None:
+        """Steps from `--hours`: those of the run's first start, else what the time of a few steps gives."""
+        if self.run.run_json.exists():
+            num_steps = int(read_run(self.run.run_json)["plan"]["num_steps"])
+        else:
+            step_s = float(mean_over_processes(torch.tensor(step_s or self.step_s(), device=self.device)))
+            num_steps = max(1, int(self.config.hours * 3600 / step_s))
+        why = f"steps {num_steps:,} (--hours {self.config.hours:g})"
+        reasons = (why, *(reason for reason in self.plan.reasons if not reason.startswith("steps")))
+        self.plan = replace(
+            self.plan, num_steps=num_steps, warmup_steps=round(self.config.warmup * num_steps), reasons=reasons
+        )
+
+    def step_s(self, num_steps: int = 20, at_most_s: float = 20.0) -> float:
+        """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it."""
+        tiles = self._tile_batches(0, self._order(PREFILL), num_steps + 1)
+        taken: list[float] = []
+        with tiles, self._unchanged():
+            views, began_s = self._views(tiles), time.perf_counter()
+            for _ in range(num_steps + 1):
+                for _ in range(self.plan.micro_batches):
+                    self._pass(next(views))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                now_s = time.perf_counter()
+                taken.append(now_s - began_s)
+                began_s = now_s
+                if sum(taken) > at_most_s:
+                    break
+        return float(np.median(taken[1:] or taken))  # the first one warms up
+
+    def _pass(self, views: Views) -> None:
+        with self.precision.autocast(self.device):
+            loss = self.method(views).loss
+        loss.backward()
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        before = {name: value.detach().clone() for name, value in self.method.state_dict().items()}
+        try:
+            yield
+        finally:
+            self.method.load_state_dict(before)
+            self.optimizer.zero_grad(set_to_none=True)
 
     # ---- looking at the run
 
@@ -421,31 +536,73 @@ class _Pretraining:
             },
         )
 
-    def _announce(self) -> None:
+    def _announce(self, *more: str) -> None:
         planned = self.plan
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         lines = [
             f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~self.keep).sum())} slides left out",
             f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
-            f"process{'es' if planned.num_processes > 1 else ''} ({where}, {self.precision.name}) x "
+            f"process{'es' if planned.num_processes > 1 else ''} ({_name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
             *planned.reasons,
+            *more,
         ]
         console.panel(
             f"{self.config.method}: {self.config.backbone} from {self.config.weights} weights", "\n".join(lines)
         )
-        write_run(
-            self.run.run_json,
-            self.config,
-            plan=asdict(planned),
-            knobs=asdict(self.knobs),
-            tiles={"digest": self.index.digest, "num_tiles": planned.num_tiles, "num_slides": planned.num_slides},
-            device=where,
-            precision=self.precision.name,
+
+    def show_plan(self) -> None:
+        """The plan with the time and disk that it will take, and nothing written."""
+        self._fit_memory()
+        step_s = self.step_s()
+        if self.config.hours:
+            self._fit_hours(step_s)
+        state = list(self.method.state_dict().values())
+        trained = sum(value.numel() * value.element_size() for value in self.method.parameters() if value.requires_grad)
+        held = sum(value.numel() * value.element_size() for value in state)
+        held += trained * (1 if self.plan.optimizer == "sgd" else 2)
+        self._announce(
+            f"{step_s:.3g} s a step, so about {_duration(step_s * self.plan.num_steps)} in all (timed just now)",
+            f"disk: two checkpoints of {held / 2**20:,.0f} MB",
         )
 
 
 # ---- pieces
+
+
+def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: int) -> int:
+    """In how many micro-batches a batch must come so that `fits(tiles of one pass)`. Doubles from one."""
+    pieces = 1
+    while batch_size % (pieces * num_processes) == 0:
+        if fits(batch_size // pieces // num_processes):
+            return pieces
+        pieces *= 2
+    raise TrainingError(
+        f"out of GPU memory even with {2 * batch_size // pieces // num_processes} tiles a pass; "
+        "use a smaller --view-px, a smaller --backbone, or a --batch-size with more factors of two"
+    )
+
+
+def _tune(method: Method, device: torch.device, operation: Operation) -> None:
+    """Switches of torch that change speed, not meaning."""
+    if operation.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = not operation.deterministic
+        method.to(memory_format=torch.channels_last)
+    if operation.compiled:
+        for part in method.children():
+            part.compile()
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), seconds % 3600 / 60
+    return f"{hours} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
 
 
 def _precision(name: str, device: torch.device) -> Precision:

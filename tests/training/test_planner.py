@@ -43,6 +43,7 @@ def test_momentum_fits_the_tiles_and_the_length() -> None:
     assert planned(500_000, steps=10_000).momentum == 0.996
     assert planned(2_000_000, steps=100_000).momentum == 0.999
     assert planned(2_000_000, steps=1000).momentum == 0.98  # memory of 50 steps: a twentieth
+    assert planned(2_000_000, steps=100).momentum == 0.98  # never shorter
 
 
 def test_epochs_become_steps() -> None:

@@ -19,9 +19,11 @@ from synthetic_store import write_synthetic_store
 from histossl.backbones import create_backbone, load_backbone, save_backbone
 from histossl.config import PretrainConfig
 from histossl.errors import MismatchError, TrainingError
+from histossl.methods.method import Outcome, Views
+from histossl.methods.mocov2 import MoCoV2
 from histossl.tiles.index import TileIndex
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.pretrain import Operation, fewest_pieces, pretrain
 from histossl.workspace import PretrainDir, Workspace
 
 TINY = PretrainConfig(
@@ -213,7 +215,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--batch-size", "100"), 2, "only 64 tiles"),
         (("--gpus", "400"), 2, "--gpus 400"),
         (("--gpus", "some"), 2, "must be 'auto' or a whole number"),
-        (("--epochs", "2"), 2, "either sets the length"),
+        (("--epochs", "2"), 2, "only one of them"),
         (("--checkpoint-every", "soon"), 2, "must be like 10m"),
         (("--recipe", "mocov9"), 2, "mocov9"),
         (("--precision", "fp8"), 2, "must be auto"),
@@ -307,3 +309,71 @@ def test_killed_from_outside_and_run_again_equals_the_unbroken_run(index: TileIn
     assert run.backbone.read_bytes() == whole.backbone.read_bytes()
     steps = [row["step"] for row in rows(run) if "loss" in row]
     assert steps == list(range(1, 13))
+
+
+def test_hours_become_steps_once_and_a_resumed_run_keeps_them(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    config = replace(TINY, steps=0, hours=0.0004)  # a second and a half
+    with pytest.raises(Killed):
+        pretrain(index, run, config, replace(QUICK, monitor_every=1, checkpoint_every_steps=1), probe=die_at_look(2))
+    planned = json.loads(run.run_json.read_text())["plan"]["num_steps"]
+    assert planned >= 1
+    pretrain(index, run, config, QUICK)
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, planned + 1))
+
+
+def test_trying_out_changes_nothing_of_the_run(index: TileIndex, tmp_path: Path) -> None:
+    """`--hours` times real passes first; the weights it leaves are those of the same number of --steps."""
+    timed, plain = run_dir(tmp_path, "timed"), run_dir(tmp_path, "plain")
+    pretrain(index, timed, replace(TINY, steps=0, hours=0.0004), QUICK)
+    num_steps = json.loads(timed.run_json.read_text())["plan"]["num_steps"]
+    pretrain(index, plain, replace(TINY, steps=num_steps), QUICK)
+    assert timed.backbone.read_bytes() == plain.backbone.read_bytes()
+
+
+def test_micro_batches_double_until_a_pass_fits() -> None:
+    asked: list[int] = []
+
+    def fits(tiles: int) -> bool:
+        asked.append(tiles)
+        return tiles <= 20
+
+    assert fewest_pieces(fits, 256, 2) == 8
+    assert asked == [128, 64, 32, 16]
+    with pytest.raises(TrainingError, match="out of GPU memory even with 3 tiles a pass"):
+        fewest_pieces(lambda _: False, 12, 2)
+
+
+def test_out_of_memory_keeps_the_run_and_says_what_to_change(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_dir(tmp_path)
+    forward = MoCoV2.forward
+
+    def crowded(self: MoCoV2, views: Views) -> Outcome:
+        if views.step == 3 and len(views.tiles_B) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, views)
+
+    monkeypatch.setattr(MoCoV2, "forward", crowded)
+    with pytest.raises(TrainingError, match=r"step 3: out of GPU memory with 8 tiles a pass; saved.*--accumulate 2"):
+        pretrain(index, run, TINY, QUICK)
+    assert pretrain(index, run, TINY, replace(QUICK, micro_batches=2)).finished
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 9))
+
+
+def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
+    workspace = index.path.parents[1]
+    told = cli("plan", *command(workspace, "--name", "planned")[1:])
+    assert told.code == 0
+    assert "a step, so about" in told.err
+    assert "queue 16 keys" in told.err
+    assert not (workspace / "pretrain" / "planned").exists()
+
+
+def test_methods_lists_each_and_its_knobs(cli) -> None:
+    assert "mocov2" in cli("methods").err
+    told = cli("methods", "mocov2").err
+    for knob in ("queue_size", "momentum", "temperature", "symmetric"):
+        assert knob in told
+    assert cli("methods", "moco").code == 2
