@@ -209,6 +209,8 @@ def dicom_series(path: Path) -> tuple[str, str]:
                     implicit, big = text == "1.2.840.10008.1.2", text == "1.2.840.10008.1.2.2"
                 elif tag in found:
                     found[tag] = text
+                if tag == (0x0020, 0x000E):
+                    break
     except (OSError, struct.error, RecursionError):
         return "", ""
     return found[0x0020, 0x000E], found[0x0008, 0x0008]

@@ -1,0 +1,138 @@
+"""Every file of the archive once, under the right name, whatever the folders look like."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from histossl.errors import UsageError
+from histossl.slides.files import dicom_series, find_slides, walk
+
+TIFF = b"II*\0" + bytes(200)
+
+
+def touch(root: Path, *names: str, content: bytes = b"x") -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+def ids(root: Path) -> list[str]:
+    return [one.slide for one in find_slides(root)]
+
+
+def element(tag: tuple[int, int], kind: bytes, value: bytes) -> bytes:
+    return struct.pack("<HH2sH", *tag, kind, len(value)) + value
+
+
+def dicom(series: bytes, image_type: bytes = b"ORIGINAL\\PRIMARY\\VOLUME\\NONE") -> bytes:
+    """A DICOM header with a sequence in front of the series, whose own series must not be taken for it."""
+    inner = element((0x0020, 0x000E), b"UI", b"9.9.9.9 ")
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + inner + struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
+    sequence = (
+        struct.pack("<HH2sHI", 0x0008, 0x1115, b"SQ", 0, 0xFFFFFFFF) + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    )
+    meta = element((0x0002, 0x0010), b"UI", b"1.2.840.10008.1.2.1\0")
+    kind = element((0x0008, 0x0008), b"CS", image_type + b" " * (len(image_type) % 2))
+    return bytes(128) + b"DICM" + meta + kind + sequence + element((0x0020, 0x000E), b"UI", series) + bytes(64)
+
+
+def test_id_is_the_path_without_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs", "case 1/deep/B.2.ndpi", "case2/C.ome.tif", "d.PNG")
+    assert ids(tmp_path) == ["A1", "case 1/deep/B.2", "case2/C.ome", "d"]
+
+
+def test_those_that_collide_all_keep_their_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs", "A1.tif", "B1.svs", "c/A1.svs", "c/a1.tif")
+    assert ids(tmp_path) == ["A1.svs", "A1.tif", "B1", "c/A1.svs", "c/a1.tif"]
+
+
+def test_other_files_are_counted_not_lost(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs", "notes.txt", "more.txt", "labels.csv", ".hidden.svs", "._A1.svs")
+    walked = walk(tmp_path)
+    assert [one.slide for one in walked.found] == ["A1"]
+    assert walked.ignored == {".txt": 2, ".csv": 1}
+
+
+def test_tiff_under_a_strange_name_is_found(tmp_path: Path) -> None:
+    touch(tmp_path, "slide.dat", "NOSUFFIX", content=TIFF)
+    found = walk(tmp_path).found
+    assert [one.slide for one in found] == ["NOSUFFIX", "slide"]
+    assert "content is a TIFF" in found[1].note
+
+
+def test_links_are_followed_without_going_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path, "archive/case1/A1.svs", "elsewhere/B1.svs")
+    (tmp_path / "archive" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "archive" / "case1" / "up").symlink_to(tmp_path / "archive")
+    (tmp_path / "archive" / "again").symlink_to(tmp_path / "archive" / "case1")
+    (tmp_path / "archive" / "C1.svs").symlink_to(tmp_path / "elsewhere" / "B1.svs")
+    assert ids(tmp_path / "archive") == ["C1", "case1/A1", "linked/B1"]
+
+
+def test_folder_that_cannot_be_listed_has_its_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "A1.svs", "closed/B1.svs")
+    listed = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    problems = {one.path.name: one.problem for one in walk(tmp_path).found}
+    assert not problems["A1.svs"]
+    assert "cannot be listed" in problems["closed"]
+
+
+def test_folder_named_like_a_slide(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs/A1.svs")
+    (tmp_path / "B1.svs").mkdir()
+    found = {one.slide: one.problem for one in walk(tmp_path).found}
+    assert found == {"A1.svs/A1": "", "B1": "a folder named like a slide, and empty"}
+    assert ids(tmp_path) == ["A1.svs/A1"]
+
+
+def test_mirax_and_vms_are_one_slide_each(tmp_path: Path) -> None:
+    touch(tmp_path, "M.mrxs", "M/Data0000.dat", "M/Slidedat.ini", "M/extra.tif", "tile1.jpg", "own.jpg", "macro.jpg")
+    (tmp_path / "V.vms").write_text("[Virtual Microscope Specimen]\nImageFile=tile1.jpg\nMacroImage=macro.jpg\n")
+    assert ids(tmp_path) == ["M", "V", "own"]
+
+
+def test_dicom_series_is_one_slide_and_its_label_is_not_opened(tmp_path: Path) -> None:
+    touch(tmp_path, "S1/1.dcm", content=dicom(b"1.2.1 ", b"ORIGINAL\\PRIMARY\\LABEL\\NONE"))
+    touch(tmp_path, "S1/2.dcm", "S1/3.dcm", content=dicom(b"1.2.1 "))
+    touch(tmp_path, "two/a.dcm", "two/nosuffix", content=dicom(b"1.2.2 "))
+    touch(tmp_path, "two/b.dcm", content=dicom(b"1.2.3 "))
+    touch(tmp_path, "labels/x.dcm", content=dicom(b"1.2.4 ", b"ORIGINAL\\PRIMARY\\LABEL\\NONE"))
+    found = {one.slide: (one.path.name, one.problem) for one in walk(tmp_path).found}
+    assert found["S1"] == ("2.dcm", "")
+    assert found["two/a"] == ("a.dcm", "")
+    assert found["two/b"] == ("b.dcm", "")
+    assert "without a volume image" in found["labels"][1]
+    assert len(found) == 4
+
+
+def test_dicom_header_is_read_past_nested_sequences(tmp_path: Path) -> None:
+    touch(tmp_path, "a.dcm", content=dicom(b"1.2.3.4 "))
+    touch(tmp_path, "cut.dcm", content=dicom(b"1.2.3.4 ")[:180])
+    assert dicom_series(tmp_path / "a.dcm") == ("1.2.3.4", "ORIGINAL\\PRIMARY\\VOLUME\\NONE")
+    assert dicom_series(tmp_path / "cut.dcm") == ("", "")
+
+
+@pytest.mark.data
+def test_real_dicom_instances_are_one_slide(real_data: Path) -> None:
+    found = {one.slide for one in find_slides(real_data / "slides")}
+    assert {"boxes_dicom", "dicom_small", "CMU-1-Small-Region"} <= found
+    assert len(found) == 6
+
+
+def test_wrong_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        walk(tmp_path / "none")
+    touch(tmp_path, "A1.svs")
+    with pytest.raises(UsageError, match="a file, not a folder"):
+        walk(tmp_path / "A1.svs")

@@ -1,0 +1,126 @@
+"""Hand-drawn areas: what is inside is inside, holes are holes, and a file that is no GeoJSON says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from histossl.errors import SlideError
+from histossl.slides.regions import find_regions, rasterised, read_regions
+
+SIZE = (1000, 800)
+
+
+def square(x: float, y: float, side: float) -> list[list[float]]:
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+
+
+def feature(coordinates: Any, name: str | None = None, kind: str = "Polygon", **properties: Any) -> dict[str, Any]:
+    if name is not None:
+        properties["classification"] = {"name": name, "color": [1, 2, 3]}
+    geometry = {"type": kind, "coordinates": coordinates}
+    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": "annotation", **properties}}
+
+
+def write(path: Path, *features: Any) -> Path:
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": list(features)}))
+    return path
+
+
+def test_area_of_a_polygon_is_exact_for_whole_pixels(tmp_path: Path) -> None:
+    regions = read_regions(write(tmp_path / "A1.geojson", feature([square(100, 200, 300)])), SIZE)
+    mask = regions.mask((80, 100), 10)
+    assert mask.sum() == 30 * 30
+    assert mask[20:50, 10:40].all()
+
+
+def test_triangle_has_half_the_area() -> None:
+    triangle = np.array([[0, 0], [1000, 0], [0, 1000]], float)
+    assert rasterised((triangle,), (100, 100), 10).sum() == pytest.approx(5000, rel=0.02)
+
+
+def test_holes_and_parts(tmp_path: Path) -> None:
+    holed = feature([square(0, 0, 400), square(100, 100, 200)], "tumour")
+    parts = feature([[square(500, 0, 100)], [square(700, 0, 100)]], "tumour", "MultiPolygon")
+    mask = read_regions(write(tmp_path / "A1.geojson", holed, parts), SIZE).mask((80, 100), 10)
+    assert mask.sum() == 40 * 40 - 20 * 20 + 2 * 10 * 10
+    assert not mask[15, 15]
+    assert mask[5, 55]
+    assert not mask[5, 65]
+
+
+def test_classes_are_kept_and_the_last_drawn_wins(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "A1.geojson",
+        feature([square(0, 0, 400)], "tumour"),
+        feature([square(200, 0, 400)], "stroma"),
+        feature([square(600, 0, 100)]),
+        feature([square(0, 0, 100)], "Ignore*"),
+    )
+    regions = read_regions(path, SIZE)
+    assert regions.classes == ("tumour", "stroma", "")
+    masks = regions.masks((80, 100), 10)
+    assert masks["tumour"].sum() == 20 * 40 - 10 * 10
+    assert masks["stroma"].sum() == 40 * 40
+    assert masks[""].sum() == 10 * 10
+    assert not regions.mask((80, 100), 10)[5, 5]
+
+
+def test_a_single_feature_a_list_and_a_bare_geometry_are_read_too(tmp_path: Path) -> None:
+    one = feature([square(0, 0, 100)])
+    collection = {
+        "type": "GeometryCollection",
+        "geometries": [one["geometry"], {"type": "Point", "coordinates": [1, 1]}],
+    }
+    for content in (one, [one], one["geometry"], {"type": "Feature", "geometry": collection, "properties": None}):
+        (tmp_path / "A1.geojson").write_text(json.dumps(content))
+        assert read_regions(tmp_path / "A1.geojson", SIZE).mask((80, 100), 10).sum() == 100
+
+
+def test_polygon_partly_outside_is_cut_at_the_edge(tmp_path: Path) -> None:
+    regions = read_regions(write(tmp_path / "A1.geojson", feature([square(900, 700, 500)])), SIZE)
+    assert regions.mask((80, 100), 10).sum() == 10 * 10
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("no json", "not a GeoJSON"),
+        ('{"a": 1}', "no features"),
+        ("[1, 2]", "no features"),
+        ('"text"', "no features"),
+        (json.dumps([feature([1, 1], kind="Point")]), "holds no polygon"),
+        (json.dumps([feature([square(0, 0, 9)], "cell", objectType="detection")]), "holds no polygon"),
+        (json.dumps([feature([square(5000, 5000, 100)])]), "lie outside the slide of 1000 x 800 px"),
+        (json.dumps([feature([[[0, 0], [1, 1]]])]), "2 corners"),
+        (json.dumps([feature([[["a", 0], [1, 1], [2, 2]]])]), "not pairs of numbers"),
+        (json.dumps([feature([])]), "without corners"),
+        (json.dumps([feature([[[0, 0], [1, 1e999], [2, 2]]])]), "not finite"),
+        (json.dumps([{"type": "Feature", "geometry": None}]), "holds no polygon"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_one_line(tmp_path: Path, content: str, told: str) -> None:
+    (tmp_path / "A1.geojson").write_text(content)
+    with pytest.raises(SlideError, match=rf"^A1\.geojson: .*{told}") as caught:
+        read_regions(tmp_path / "A1.geojson", SIZE)
+    assert "\n" not in str(caught.value)
+
+
+def test_found_beside_the_slide_or_in_a_folder(tmp_path: Path) -> None:
+    slide = tmp_path / "case1" / "A1.svs"
+    slide.parent.mkdir()
+    assert find_regions(slide, "case1/A1") is None
+    beside = write(slide.parent / "A1.geojson", feature([square(0, 0, 9)]))
+    assert find_regions(slide, "case1/A1") == beside
+    folder = tmp_path / "regions"
+    folder.mkdir()
+    assert find_regions(slide, "case1/A1", folder) is None
+    flat = write(folder / "A1.geojson", feature([square(0, 0, 9)]))
+    assert find_regions(slide, "case1/A1", folder) == flat
+    (folder / "case1").mkdir()
+    nested = write(folder / "case1" / "A1.geojson", feature([square(0, 0, 9)]))
+    assert find_regions(slide, "case1/A1", folder) == nested
