@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
-from histossl.config import EmbedConfig, FinetuneConfig, nearest
+from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
 
 LabelsOption = Annotated[
@@ -101,9 +101,28 @@ def finetune(
         typer.Option(
             "--head",
             help="mean (pooled features, logistic regression), knn, simpleshot (nearest class mean) "
-            "or abmil (gated attention over tiles).",
+            "or abmil (gated attention over tiles). Default: mean, and abmil with --train last or all.",
+            show_default=False,
         ),
-    ] = "mean",
+    ] = "",
+    train: Annotated[
+        str,
+        typer.Option(
+            "--train",
+            help="What learns: head (on frozen features), last (with the last quarter of the backbone's blocks) "
+            "or all (the whole backbone). The latter two take a GPU, or patience.",
+        ),
+    ] = "head",
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="With --train last or all: steps, lr, layer_decay, weight_decay, bags_per_step, tiles_per_bag, "
+            "test_tiles. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     unit: Annotated[
         str,
         typer.Option(
@@ -156,6 +175,8 @@ def finetune(
     from histossl.evaluation.finetune import finetune as stage
 
     del config  # its values have become the defaults above
+    if tune and train == "head":
+        raise UsageError(f"--set {tune[0]}: is a setting of end-to-end training; add --train last or --train all")
     settings = FinetuneConfig(
         labels=str(labels),
         starts=_listed(starts),
@@ -164,6 +185,8 @@ def finetune(
         adapted=adapted,
         input_px=input_px,
         head=head,
+        train=train,
+        tune=with_overrides(TuneConfig(), tune or ()),
         unit=unit,
         tiles_per_slide=tiles_per_slide,
         budgets=_budgets(budgets),

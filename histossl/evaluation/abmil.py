@@ -28,8 +28,17 @@ LEARNING_RATE, WEIGHT_DECAY, DROPOUT = 1e-3, 0.05, 0.25
 class GatedAttention(nn.Module):
     """Tiles -> one attention-weighted feature per bag -> class logits."""
 
-    def __init__(self, feature_dim: int, num_classes: int, hidden: int = HIDDEN, dropout: float = DROPOUT) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        num_classes: int,
+        hidden: int = HIDDEN,
+        dropout: float = DROPOUT,
+        layer_norm: bool = False,
+    ) -> None:
+        """`layer_norm`: features are brought to one scale tile by tile, where no statistics of them are at hand."""
         super().__init__()
+        self.layer_norm = layer_norm
         self.reduce = nn.Sequential(nn.Dropout(dropout), nn.Linear(feature_dim, hidden), nn.ReLU())
         self.content = nn.Linear(hidden, ATTENTION)
         self.gate = nn.Linear(hidden, ATTENTION)
@@ -38,6 +47,8 @@ class GatedAttention(nn.Module):
 
     def forward(self, x_SND: Tensor, mask_SN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (S, C), and attention (S, N) that sums to one over the tiles that `mask_SN` keeps."""
+        if self.layer_norm:
+            x_SND = functional.layer_norm(x_SND, x_SND.shape[-1:])
         hidden_SNH = self.reduce(x_SND)
         gated = torch.tanh(self.content(hidden_SNH)) * torch.sigmoid(self.gate(hidden_SNH))
         score_SN = self.score(gated).squeeze(-1).float()
@@ -70,6 +81,7 @@ class FittedAbmil:
         state = {f"model.{name}": value.numpy() for name, value in self.model.state_dict().items()}
         return {
             **state,
+            "layer_norm": np.array(self.model.layer_norm),
             "centre": self.centre.numpy(),
             "scale": self.scale.numpy(),
             "present": self.present,
@@ -84,7 +96,7 @@ class FittedAbmil:
             if name.startswith("model.")
         }
         hidden, feature_dim = state["reduce.1.weight"].shape
-        model = GatedAttention(feature_dim, len(arrays["present"]), hidden)
+        model = GatedAttention(feature_dim, len(arrays["present"]), hidden, layer_norm=bool(arrays["layer_norm"]))
         model.load_state_dict(state)
         centre, scale = (torch.from_numpy(arrays[name]) for name in ("centre", "scale"))
         return cls(model, centre, scale, arrays["present"], int(arrays["num_classes"]))

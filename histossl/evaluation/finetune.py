@@ -11,25 +11,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from histossl import console
-from histossl.config import EmbedConfig, FinetuneConfig, read_run, refuse_other_config, write_run
+from histossl.config import EmbedConfig, FinetuneConfig, plain, read_run, refuse_other_config, write_run
 from histossl.errors import LabelsError, MismatchError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
-from histossl.evaluation.heads import head_named
+from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.model import ModelInfo, save_model
+from histossl.evaluation.model import ModelInfo, is_model_of, save_model
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
 from histossl.evaluation.starts import Start, Starts, resolve_starts
 from histossl.evaluation.tables import Budget, Prediction
+from histossl.evaluation.tuning import TileSource, tune
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
@@ -37,6 +39,7 @@ from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
+POOLED = ("mean", "knn", "simpleshot")  # heads that the colour floor may have too
 DIGITS = 9  # of a probability in the journal
 
 
@@ -82,14 +85,19 @@ def finetune(
 
     # ---- every start, one after the other
     device = device_of(embed.device)
+    learners: dict[str, Learner] = {}
     for start in starts.chosen:
         embedder = start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
         _refuse_other_weights(run, start, embedder, facts["starts"])
-        files = embed_slides(workspace, index, table.slides, embedder, embed)
-        bags = Bags([(files[item.slide], item.tiles) for item in table.items])
+        if config.train == "head" or start.name == COLOUR:
+            files = embed_slides(workspace, index, table.slides, embedder, embed)
+            bags = Bags([(files[item.slide], item.tiles) for item in table.items])
+            learners[start.name] = Frozen(start, bags, table, splits, config)
+        else:
+            learners[start.name] = EndToEnd(start, index, table, splits, config, starts.input_px, device)
         facts["starts"][start.name] = _start_facts(start, embedder)
         write_run(run.run_json, config, **facts)
-        _compute(run, start.name, embedder.digest, bags, table, splits, config)
+        _compute(run, start.name, embedder.digest, learners[start.name], table, splits, config)
 
     # ---- from the journals to the tables, the curve and the report
     predictions = list(_predictions(run, _complete(run, facts["starts"], splits), table, splits, config))
@@ -101,7 +109,7 @@ def finetune(
     curves.write_summary(run.summary, summary)
     facts["verdict"] = _verdict(measured, table, facts)
     write_run(run.run_json, config, **facts)
-    _save_model(workspace, run, index, table, splits, starts, config, embed, facts)
+    _save_model(run, learners, index, table, splits, starts, config, facts)
     report = write_report(run, workspace)
     _show_curve(summary, facts["verdict"], table)
     console.say(f"report: {report}")
@@ -109,58 +117,46 @@ def finetune(
 
 
 def _save_model(
-    workspace: Workspace,
     run: FinetuneDir,
+    learners: Mapping[str, Learner],
     index: TileIndex,
     table: LabelTable,
     splits: Splits,
     starts: Starts,
     config: FinetuneConfig,
-    embed: EmbedConfig,
     facts: Mapping[str, Any],
 ) -> None:
-    """The head on everything labelled (a fixed test set stays out), with the backbone of the start that is for use."""
-    start = next((one for name in PREFERRED for one in starts.chosen if one.name == name), None)
-    start = start or next((one for one in starts.chosen if one.name != COLOUR), None)
-    if start is None:
+    """One more fit, on everything labelled (a fixed test set stays out), of the start that is for use."""
+    names = [name for name in learners if name != COLOUR]
+    name = next((name for name in PREFERRED if name in names), names[0] if names else None)
+    if name is None:
         return
-    embedder = start.embedder(
-        seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
-    )
-    files = embed_slides(workspace, index, table.slides, embedder, embed)
-    bags = Bags([(files[item.slide], item.tiles) for item in table.items])
     items = np.arange(len(table.items)) if splits.num_folds else splits.parts[0].pool
-    labels, groups = table.label_numbers(), groups_of(table, splits.group)
-    fitted = head_named(config.head).fit(
-        bags,
-        items,
-        labels[items],
-        pool=items,
-        groups=groups[items],
-        num_classes=len(table.classes),
-        seed=seed_of(config.seed, "model"),
-    )
     used = [table.items[item] for item in items]
+    belongs_to = {
+        "labels_digest": table.digest,
+        "config": plain(asdict(config)),
+        "slides": sorted({item.slide for item in used}),
+        "tiling": index.config,
+        "start": facts["starts"][name],
+    }
     info = ModelInfo(
         classes=table.classes,
-        head=config.head,
+        head="abmil" if config.train != "head" else config.head,
         unit=table.unit,
-        start=start.name,
+        start=name,
         mpp=index.mpp,
         tile_px=index.tile_px,
         input_px=starts.input_px,
         num_items=len(used),
         num_patients=len({item.patient for item in used}),
-        provenance={
-            "labels_digest": table.digest,
-            "slides": sorted({item.slide for item in used}),
-            "tiling": index.config,
-            "start": facts["starts"][start.name],
-        },
+        provenance=belongs_to,
     )
-    backbone, backbone_info = start.load(config.seed)
-    save_model(run.model, backbone, backbone_info, fitted, bags.pooled[items], info)
-    console.say(f"model for use: {run.model} ({start.name}, {len(used)} {table.unit}s)")
+    if is_model_of(run.model, info):
+        return
+    learners[name].fit(items, items, seed_of(config.seed, "model"))
+    learners[name].save(run.model, items, info)
+    console.say(f"model for use: {run.model} ({name}, trained on {len(used)} {table.unit}s)")
 
 
 def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig = EmbedConfig()) -> Path:
@@ -330,39 +326,119 @@ def _refuse_other_weights(
         )
 
 
+class Learner(Protocol):
+    """One start, made to learn from some items and to be asked about others."""
+
+    def fit(self, items: Ints, pool: Ints, seed: int) -> None: ...
+
+    def predict(self, items: Ints) -> Floats:
+        """(items, classes) by the last fit."""
+        ...
+
+    def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
+        """The model folder of the last fit, which was on `items`."""
+        ...
+
+
+class Frozen:
+    """A head on features that stay as they are."""
+
+    def __init__(self, start: Start, bags: Bags, table: LabelTable, splits: Splits, config: FinetuneConfig) -> None:
+        self.start, self.bags, self.num_classes, self.seed = start, bags, len(table.classes), config.seed
+        # The floor is colour alone, told as simply as can be: never attention over tiles, nothing end to end.
+        self.name = "mean" if start.name == COLOUR and head_label(config) not in POOLED else config.head
+        self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
+
+    def fit(self, items: Ints, pool: Ints, seed: int) -> None:
+        self.fitted = head_named(self.name).fit(
+            self.bags,
+            items,
+            self.labels[items],
+            pool=pool,
+            groups=self.groups[items],
+            num_classes=self.num_classes,
+            seed=seed,
+        )
+
+    def predict(self, items: Ints) -> Floats:
+        return self.fitted.predict_proba(self.bags, items)
+
+    def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
+        save_model(folder, *self.start.load(self.seed), self.fitted, self.bags.pooled[items], info)
+
+
+class EndToEnd:
+    """The backbone itself learns, with an attention head."""
+
+    def __init__(
+        self,
+        start: Start,
+        index: TileIndex,
+        table: LabelTable,
+        splits: Splits,
+        config: FinetuneConfig,
+        input_px: int,
+        device: torch.device,
+    ) -> None:
+        self.backbone, self.info = start.load(config.seed)
+        self.config, self.input_px, self.device, self.num_classes = config, input_px, device, len(table.classes)
+        self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
+        of_slide = {slide: slide_tiles(index, slide) for slide in table.slides}
+        numbers = [
+            of_slide[item.slide] if item.tiles is None else of_slide[item.slide][item.tiles] for item in table.items
+        ]
+        self.source = TileSource(index, numbers)
+
+    def fit(self, items: Ints, pool: Ints, seed: int) -> None:
+        del pool
+        self.fitted = tune(
+            self.backbone,
+            self.info,
+            self.source,
+            items,
+            self.labels[items],
+            self.groups[items],
+            num_classes=self.num_classes,
+            part=self.config.train,
+            input_px=self.input_px,
+            config=self.config.tune,
+            device=self.device,
+            seed=seed,
+        )
+
+    def predict(self, items: Ints) -> Floats:
+        return self.fitted.predict_proba(self.source, items)
+
+    def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
+        mean = np.stack([self.fitted.features(self.source, int(item)).mean(0) for item in items])
+        save_model(folder, self.fitted.backbone, self.info, self.fitted.head, mean, info)
+
+
+def head_label(config: FinetuneConfig) -> str:
+    """What stands in the tables' column `head`."""
+    return config.head if config.train == "head" else f"end-to-end ({config.train})"
+
+
 def _compute(
     run: FinetuneDir,
     start: str,
     digest: str,
-    bags: Bags,
+    learner: Learner,
     table: LabelTable,
     splits: Splits,
     config: FinetuneConfig,
 ) -> None:
     """Train and test every head that the journal does not hold yet."""
-    journal = Journal(run.journal(start), [digest, table.digest, config.head])
+    journal = Journal(run.journal(start), [digest, table.digest, head_label(config)])
     work = [(part, budget) for part in splits.parts for budget in splits.budgets]
     todo = [(part, budget) for part, budget in work if _key(part, budget) not in journal.done]
     if not todo:
         return
-    labels = table.label_numbers()
-    groups = groups_of(table, splits.group)
-    head = head_named(config.head)
     with journal, console.progress(f"heads on {start}", len(work), "heads") as bar:
         bar.advance(len(work) - len(todo))
         for part, budget in todo:
-            train = part.taken(budget)
-            fitted = head.fit(
-                bags,
-                train,
-                labels[train],
-                pool=part.pool,
-                groups=groups[train],
-                num_classes=len(table.classes),
-                seed=seed_of(config.seed, part.draw, part.fold, budget),
-            )
-            shares = fitted.predict_proba(bags, np.array(part.test, dtype=np.int64))
-            journal.write(_key(part, budget), shares)
+            learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
+            journal.write(_key(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
             bar.advance()
 
 
@@ -453,7 +529,7 @@ def _predictions(
                     one = table.items[item]
                     yield Prediction(
                         start,
-                        config.head,
+                        head_label(config),
                         budget,
                         part.draw,
                         part.fold,
@@ -495,7 +571,7 @@ def _facts(
     return {
         "classes": list(table.classes),
         "unit": table.unit,
-        "head": config.head,
+        "head": head_label(config),
         "labels": {
             "file": config.labels,
             "digest": table.digest,

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from histossl.backbones import BackboneInfo, load_backbone, save_backbone
+from histossl.config import plain
 from histossl.errors import WeightsError
 from histossl.evaluation.embed import Embedder, backbone_embedder
 from histossl.evaluation.heads import HEADS, Fitted, Floats, load_head
@@ -70,8 +71,8 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
     save_backbone(folder / "backbone.safetensors", backbone, backbone_info)
-    arrays = {name: np.ascontiguousarray(value) for name, value in fitted.arrays().items()}
-    arrays[TRAINING] = np.ascontiguousarray(training_features, dtype=np.float64)
+    arrays = {name: np.array(value, order="C") for name, value in fitted.arrays().items()}  # keeps a scalar a scalar
+    arrays[TRAINING] = np.array(training_features, dtype=np.float64, order="C")
     with written_aside(folder / "head.safetensors") as aside:
         save_file(arrays, aside)
     with written_aside(folder / "model.json") as aside:
@@ -93,6 +94,15 @@ def load_model(folder: Path) -> Model:
         raise WeightsError(f"--model {folder}: was written by another version of histossl (format {info.format})")
     training = arrays.pop(TRAINING)
     return Model(folder, info, load_head(info.head, arrays), training)
+
+
+def is_model_of(folder: Path, info: ModelInfo) -> bool:
+    """Whether the folder already holds the model that `info` describes."""
+    try:
+        stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stored == plain(asdict(info)))
 
 
 def distances(training: Floats, x: Floats) -> tuple[Floats, float]:

@@ -1,0 +1,162 @@
+"""End to end: the backbone learns what a frozen one does not show, the rest stays put, and a run repeats itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from synthetic_store import write_synthetic_store
+
+from histossl.backbones import create_backbone
+from histossl.config import FinetuneConfig, TuneConfig
+from histossl.errors import UsageError
+from histossl.evaluation.embed import slide_tiles
+from histossl.evaluation.finetune import finetune
+from histossl.evaluation.model import load_model
+from histossl.evaluation.tables import read_points
+from histossl.evaluation.tuning import TileSource, Tuned, _kept_for_validation, tune
+from histossl.workspace import Workspace
+
+CPU = torch.device("cpu")
+QUICK = TuneConfig(steps=12, lr=1e-3, bags_per_step=4, tiles_per_bag=2, test_tiles=4)
+
+
+@pytest.fixture
+def ready(tmp_path) -> Workspace:
+    """16 slides whose red grows with their number."""
+    workspace = Workspace(tmp_path / "w").make()
+    slides = [f"s{number:02d}" for number in range(16)]
+    write_synthetic_store(workspace, slides, tiles_per_slide=4, tile_px=32)
+    lines = ["slide,label,patient,split"]
+    lines += [f"s{n:02d},{'low' if n % 5 < 2 else 'high'},P{n},{'test' if n % 4 == 3 else 'train'}" for n in range(16)]
+    (workspace.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return workspace
+
+
+def source_of(workspace: Workspace) -> TileSource:
+    from histossl.tiles.index import TileIndex
+
+    index = TileIndex.open(workspace)
+    return TileSource(index, [slide_tiles(index, slide) for slide in index.slides])
+
+
+def tuned(workspace, part="all", name="test_vit", config=QUICK, items=np.arange(0, 12), seed=0):
+    backbone, info = create_backbone(name, "random", 1)
+    fitted = tune(
+        backbone,
+        info,
+        source_of(workspace),
+        items,
+        (items % 2).astype(np.int64),
+        items,
+        num_classes=3,
+        part=part,
+        input_px=32,
+        config=config,
+        device=CPU,
+        seed=seed,
+    )
+    return backbone, fitted
+
+
+def test_the_start_is_left_as_it_was_and_the_copy_learns(ready):
+    before = {name: value.clone() for name, value in create_backbone("test_vit", "random", 1)[0].state_dict().items()}
+    backbone, fitted = tuned(ready)
+    for name, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    moved = [name for name, value in fitted.backbone.state_dict().items() if not torch.equal(value, before[name])]
+    assert "patch_embed.proj.weight" in moved
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_with_last_only_the_late_blocks_learn(ready, name):
+    before, fitted = tuned(ready, "last", name)
+    same = {n for n, value in fitted.backbone.state_dict().items() if torch.equal(value, before.state_dict()[n])}
+    moved = set(before.state_dict()) - same
+    early, late = ("blocks.0.", "blocks.5.") if name == "test_vit" else ("layer1.", "layer4.")
+    assert any(n.startswith(late) for n in moved)
+    assert not any(n.startswith(early) for n in moved)
+    assert not any("running" in n for n in moved)  # BatchNorm keeps its statistics
+
+
+def test_the_same_seed_gives_the_same_predictions(ready):
+    one, two, other = (
+        tuned(ready, seed=seed)[1].predict_proba(source_of(ready), np.arange(12, 16)) for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, other)
+    np.testing.assert_allclose(one.sum(1), 1)
+    np.testing.assert_array_equal(one[:, 2], 0)  # a class without labels
+
+
+def test_it_learns_what_it_is_shown(ready):
+    items = np.arange(16)
+    backbone, info = create_backbone("test_resnet", "random", 1)
+    labels = np.array([n % 5 >= 2 for n in items], dtype=np.int64)  # the red channel tells, if stain is left alone
+    config = replace(QUICK, steps=60, lr=2e-3, bags_per_step=8)
+    common = {"num_classes": 2, "part": "all", "input_px": 32, "config": config, "device": CPU, "seed": 0}
+    fitted = tune(backbone, info, source_of(ready), items, labels, np.zeros(16, np.int64), **common)
+    shares = fitted.predict_proba(source_of(ready), items)
+    assert (shares.argmax(1) == labels).mean() > 0.8
+
+
+def test_validation_takes_a_quarter_of_each_class_and_whole_patients():
+    position = np.arange(32) % 2
+    groups = np.arange(32) // 4 * 2 + position  # eight patients a class, two items each
+    kept = _kept_for_validation(position, groups, seed=0)
+    assert {label: len(set(groups[kept & (position == label)])) for label in (0, 1)} == {0: 2, 1: 2}
+    assert not set(groups[kept]) & set(groups[~kept])
+    assert not _kept_for_validation(position[:6], groups[:6], seed=0).any()
+
+
+def test_the_loss_is_the_cross_entropy_of_bags(ready):
+    backbone, info = create_backbone("test_vit", "random", 1)
+    from histossl.methods.method import Views
+
+    model = Tuned(backbone, info.feature_dim, 2, torch.tensor([1, 0, 1]), tiles_per_bag=3).eval()
+    images = torch.rand(6, 3, 32, 32)
+    views = Views([images], torch.zeros(6), torch.tensor([2, 2, 2, 1, 1, 1]), step=0)
+    with torch.no_grad():
+        logits = torch.cat([model.head(backbone(images[i : i + 3])[None])[0] for i in (0, 3)])
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0]), label_smoothing=0.05)
+        torch.testing.assert_close(model(views).loss, expected)
+
+
+def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path):
+    config = FinetuneConfig(
+        labels=str(ready.root / "labels.csv"),
+        starts=("random", "colour"),
+        backbone="test_vit",
+        input_px=32,
+        train="last",
+        tune=QUICK,
+        draws=1,
+        budgets=(2,),
+    )
+    finetune(ready, "a", config)
+    points = read_points(ready.finetune("a").points)
+    assert {(point.start, point.head) for point in points} == {
+        ("random", "end-to-end (last)"),
+        ("colour", "end-to-end (last)"),
+    }
+    moved = tmp_path / "elsewhere"
+    ready.finetune("a").model.rename(moved)
+    model = load_model(moved)
+    assert model.info.classes == ("high", "low")
+    assert model.info.head == "abmil"
+    assert model.training_D.shape == (12, 64)
+    tiles = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        features = model.embedder(CPU).embed(tiles).numpy()
+    shares, attention = model.fitted.of_tiles(features)
+    assert shares.sum() == pytest.approx(1)
+    assert attention.shape == (3,)
+
+
+def test_settings_that_would_take_no_effect_are_refused(ready, cli):
+    labels = ready.root / "labels.csv"
+    with pytest.raises(UsageError, match="only the attention head"):
+        FinetuneConfig(labels=str(labels), train="all", head="knn")
+    code, _, err = cli("finetune", "--labels", labels, "-w", ready.root, "--set", "steps=3")
+    assert code == 2
+    assert "add --train last" in err
