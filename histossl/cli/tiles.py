@@ -118,6 +118,8 @@ def tile(
         raise UsageError("--slides DIR: name the folder that holds the slides")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
+    if dask is not None and workers is not None:
+        raise UsageError("--workers and --dask: the Dask cluster has its own workers; give one of the two")
     if time_limit <= 0:
         raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
     at = workspace_at(workspace)

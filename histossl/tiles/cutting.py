@@ -293,21 +293,28 @@ def _why_not_native(slide: Slide, mpp: float, tile_px: int) -> str:
     )
 
 
-def agrees(cutter: Cutter, slide: Slide, places: Ints) -> bool:
+def agrees(cutter: Cutter, open_again: Callable[[], Slide], places: Ints) -> bool:
     """Whether a few of the wanted tiles look as OpenSlide (or tifffile) shows them."""
     if cutter.way == "read" or not len(places):
         return True
-    chosen = places[np.linspace(0, len(places) - 1, min(REFEREE_TILES, len(places))).astype(int)]
+    chosen = np.unique(places[np.linspace(0, len(places) - 1, REFEREE_TILES).astype(int)])
     seen = 0
-    for place in np.unique(chosen).tolist():
-        x_l0, y_l0 = (int(each[0]) for each in cutter.grid.corners_l0(np.array([place])))
-        side = cutter.grid.side_l0
-        try:
-            mine = cutter.pixels(place)
-            theirs = slide.read_region_l0(x_l0, y_l0, side, side, cutter.grid.tile_px, cutter.grid.tile_px)
-        except (DamagedTile, SlideError):
-            continue
-        seen += 1
-        if float(np.abs(mine.astype(np.int16) - theirs).mean()) > REFEREE_LIMIT:
+    for place in chosen.tolist():
+        difference = _difference(cutter, open_again, place)
+        if difference is not None and difference > REFEREE_LIMIT:
             return False
+        seen += difference is not None
     return seen > 0
+
+
+def _difference(cutter: Cutter, open_again: Callable[[], Slide], place: int) -> float | None:
+    """Mean difference of one tile in grey levels; None if either side finds it damaged."""
+    (x_l0,), (y_l0,) = (each.tolist() for each in cutter.grid.corners_l0(np.array([place])))
+    side, px = cutter.grid.side_l0, cutter.grid.tile_px
+    try:
+        mine = cutter.pixels(place)
+        with open_again() as slide:  # each time: after damage an OpenSlide handle reads nothing any more
+            theirs = slide.read_region_l0(x_l0, y_l0, side, side, px, px)
+    except (DamagedTile, SlideError):
+        return None
+    return float(np.abs(mine.astype(np.int16) - theirs).mean())

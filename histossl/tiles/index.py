@@ -55,7 +55,9 @@ class TileIndex:
         self.digest: str = self._info["digest"]
         if expected_digest not in (None, self.digest):
             raise StoreError(f"{path}: the tiles changed while they were in use; start the command again")
-        self._zips: list[dict[str, Any]] = self._info["zips"]
+        self._stamps = [_stamp_of(entry) for entry in self._info["zips"]]
+        # A slide that gave no tile keeps its zip (it says why), and is none to train on.
+        self._zips: list[dict[str, Any]] = [entry for entry in self._info["zips"] if entry["tiles"]]
         self.slides: list[str] = [entry["slide"] for entry in self._zips]
         self.regions: list[str] = self._info["regions"]
         self.config: dict[str, Any] = self._info["config"]
@@ -76,12 +78,17 @@ class TileIndex:
         index = None
         try:
             index = cls(workspace.index)
-            if [_stamp_of(entry) for entry in index._zips] == stamps:
-                return index
+            if index._stamps == stamps:
+                return index._or_none()
         except (StoreError, OSError, ValueError, KeyError, struct.error):
             pass  # absent, damaged or of an older version: built anew from the zips
         _build(workspace.index, zips, stamps, index)
-        return cls(workspace.index)
+        return cls(workspace.index)._or_none()
+
+    def _or_none(self) -> TileIndex:
+        if not len(self):
+            raise StoreError(f"{self.path.parent}: none of its slides gave a tile; archive.csv beside it says why")
+        return self
 
     # ---- whole index
 
@@ -234,13 +241,13 @@ def _stamp_of(entry: dict[str, Any]) -> tuple[str, int, int]:
 
 def _build(path: Path, zips: list[Path], stamps: list[tuple[str, int, int]], before: TileIndex | None) -> None:
     """Write the index of `zips`. Rows of zips that did not change come from the index `before`."""
-    known = {_stamp_of(entry): entry for entry in before._zips} if before else {}
+    known = {_stamp_of(entry): entry for entry in before._info["zips"]} if before else {}
     entries: list[dict[str, Any]] = []
     regions: list[str] = [""]
-    start = 0
+    start = number = 0
     with written_aside(path) as aside, aside.open("wb", buffering=1 << 20) as file:
         _write_header(file, 0)
-        for number, (zip_path, stamp) in enumerate(zip(zips, stamps, strict=True)):
+        for zip_path, stamp in zip(zips, stamps, strict=True):
             old = known.get(stamp)
             if old is not None and before is not None:
                 rows = before.rows(range(old["start"], old["start"] + old["tiles"]))
@@ -254,6 +261,7 @@ def _build(path: Path, zips: list[Path], stamps: list[tuple[str, int, int]], bef
             entry |= {"start": start, "tiles": len(rows)}
             entries.append(entry)
             start += len(rows)
+            number += len(rows) > 0
             file.write(rows.tobytes())
         _refuse_mixed(path.parent, entries)
         footer = json.dumps({**_footer(entries), "regions": regions, "zips": entries}).encode()

@@ -8,6 +8,7 @@ and leaves out whatever else a scanner wrote into it (EXIF, comments, ICC): that
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -29,7 +30,8 @@ GLASS = 255
 _SOI, _EOI, _SOS, _APP0, _APP15, _COM = 0xD8, 0xD9, 0xDA, 0xE0, 0xEF, 0xFE
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what every decoder reads
 _NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # of C0-CF: Huffman tables, reserved, arithmetic conditioning
-_SUSPICIOUS = bytes(64)  # entropy-coded tissue has no such run; a disk's lost sector has
+_STRAY_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # between pixels, only an escaped 0xFF or a restart may stand
+_LOST_SECTOR = bytes(64)  # compressed tissue has no such run of zeros
 
 
 class DamagedTile(ValueError):
@@ -102,10 +104,8 @@ def _kept_segments(data: bytes, start: int) -> tuple[list[bytes], int]:
 
 def _plausible(tile: bytes, scan_start: int, end: int) -> bool:
     """Whether the compressed pixels look like some: 0xFF only where the format allows it, no lost sector of zeros."""
-    scan = tile[scan_start + 2 + int.from_bytes(tile[scan_start + 2 : scan_start + 4], "big") : end - 2]
-    stuffed = scan.count(b"\xff\x00")
-    restarts = sum(scan.count(bytes((0xFF, marker))) for marker in range(0xD0, 0xD8)) if scan[:1] else 0
-    return scan.count(b"\xff") == stuffed + restarts and _SUSPICIOUS not in scan
+    start = scan_start + 2 + int.from_bytes(tile[scan_start + 2 : scan_start + 4], "big")
+    return _STRAY_MARKER.search(tile, start, end - 2) is None and tile.find(_LOST_SECTOR, start, end) < 0
 
 
 def _decoded(jpeg: bytes, size: tuple[int, int], shrink: int) -> Pixels:

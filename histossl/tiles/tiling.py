@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,20 @@ import numpy as np
 import numpy.typing as npt
 
 from histossl import __version__, console
-from histossl.config import TileConfig, TissueConfig, plain
+from histossl.config import TileConfig, TissueConfig, plain, require
 from histossl.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
 from histossl.slides.files import SlideFile, relative, walk
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, read_ledger, write_ledger
 from histossl.slides.quality import saturation, sharpness
 from histossl.slides.reader import Slide, open_slide
-from histossl.slides.scale import read_mpp_csv
-from histossl.slides.tissue import TissueMask, fold_mask, tissue_mask, tissue_thumbnail
+from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
+from histossl.slides.tissue import TissueMask, fold_mask, thumbnail_um, tissue_mask, tissue_thumbnail
 from histossl.tiles.cutting import Cutter, Pixels, agrees, cutter_for, encode, native_side_px
 from histossl.tiles.index import find_zips
 from histossl.tiles.native import NativeTiles
 from histossl.tiles.store import StoreWriter, new_store, read_store, scale_name
 from histossl.tiles.workers import Event, Report, run_jobs
-from histossl.units import um_from_l0
+from histossl.units import l0_from_um, um_from_l0
 from histossl.workspace import Workspace, written_aside
 
 Ints = npt.NDArray[np.int64]
@@ -53,6 +53,7 @@ LEDGER_EVERY_S = 10.0
 TOO_COARSE = 2.0  # enlarging a slide more than this invents most of its pixels
 COARSE = 1.1
 SAMPLE = 32  # tiles looked at, to know how large a blurred one is
+SMALLEST_PIECE_PX = 32  # of a thumbnail, when damage makes reading it piece by piece
 GIVE_UP_DAMAGED = 200  # damaged tiles, when they are also most of what was read
 
 
@@ -114,6 +115,12 @@ def tile_archive(
     `num_workers` processes (default: one per core; 0: none, here), or a Dask cluster's. `retry` tries again what
     failed or was replaced. A store has one config: another one is a MismatchError that names what differs.
     """
+    require(
+        slide_mpp is None or PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1],
+        "slide-mpp",
+        slide_mpp,
+        "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)",
+    )
     directory = Path(directory)
     files = walk(directory).found
     if not files:
@@ -568,8 +575,8 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
         with open_again() as slide:
             warnings = [*slide.warnings, *_too_coarse(slide, job.config)]
             with new_store(job.zip_path, job.config.mpps) as store:
-                made = _Making(job, slide, open_again, store, report)
-                tiling = made.tiling(warnings, fingerprint(job.path, job.key))
+                with closing(_Making(job, slide, open_again, store, report)) as making:
+                    tiling = making.tiling(warnings, fingerprint(job.path, job.key))
                 if _stamp(job.path) != before:
                     raise SlideError(f"{job.path.name}: changed while it was tiled; run the command again")
                 store.finish(tiling)
@@ -613,16 +620,22 @@ class _Making:
     ) -> None:
         self._job, self._slide, self._open_again, self._store = job, slide, open_again, store
         self._report, self._config = report, job.config
+        self._opened: Slide | None = None
         self._counts = Counts()
         self._unreported, self._reported_s = 0, time.monotonic()
-        thumbnail, downsample = tissue_thumbnail(slide, job.config.tissue.tissue_um)
-        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue)
+        thumbnail, downsample, unreadable = _thumbnail(slide, open_again, job.config.tissue.tissue_um)
+        # What the thumbnail could not show counts as tissue: cutting will tell exactly which tiles are damaged.
+        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue) | unreadable
         self._tissue = TissueMask(mask, downsample)
         self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
-        spread = thumbnail.max(axis=2).astype(np.float32) - thumbnail.min(axis=2)
-        pale = spread < 3 * job.config.tissue.min_saturation * np.maximum(thumbnail.max(axis=2), 1)
-        self._pale = TissueMask(pale, downsample)
+        self._pale = TissueMask(_pale(thumbnail, 3 * job.config.tissue.min_saturation), downsample)
+        if unreadable.any():  # an OpenSlide handle that met damage reads nothing any more
+            self._slide = self._opened = open_again()
         self._beat(0, force=True)
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
 
     def tiling(self, warnings: list[str], slide_fingerprint: str) -> dict[str, Any]:
         """Tile all scales; returns what tiling.json says."""
@@ -655,7 +668,7 @@ class _Making:
         cutter = cutter_for(self._slide, mpp, self._config, self._open_again)
         try:
             places, shares = self._wanted(cutter)
-            if not agrees(cutter, self._slide, places):
+            if not agrees(cutter, self._open_again, places):
                 cutter.source.close()
                 cutter = cutter_for(self._slide, mpp, replace(self._config, grid="physical"), self._open_again, "read")
                 places, shares = self._wanted(cutter)
@@ -757,6 +770,56 @@ class _Making:
         if force or now_s - self._reported_s > REPORT_EVERY_S:
             self._report(self._unreported)
             self._unreported, self._reported_s = 0, now_s
+
+
+def _thumbnail(
+    slide: Slide, open_again: Callable[[], Slide], tissue_um: float
+) -> tuple[Pixels, float, npt.NDArray[np.bool_]]:
+    """The thumbnail of `tissue_thumbnail`, its downsample, and where damage left it white."""
+    try:
+        thumbnail, downsample = tissue_thumbnail(slide, tissue_um)
+        return thumbnail, downsample, np.zeros(thumbnail.shape[:2], bool)
+    except SlideError as error:
+        first = error
+    downsample = l0_from_um(thumbnail_um(slide, tissue_um), slide.mpp_l0)
+    width, height = (max(1, math.ceil(side / downsample)) for side in slide.size_l0)
+    thumbnail = np.full((height, width, 3), 255, np.uint8)
+    unreadable = np.zeros((height, width), bool)
+    waiting = [(0, 0, width, height)]
+    failures = 0
+    again = open_again()
+    try:
+        while waiting:
+            x, y, w, h = waiting.pop()
+            box = (x * downsample, y * downsample, w * downsample, h * downsample)
+            try:
+                thumbnail[y : y + h, x : x + w] = again.read_region_l0(*box, w, h)
+                continue
+            except SlideError:
+                failures += 1
+                if failures > GIVE_UP_DAMAGED:
+                    raise SlideError(f"{slide.path.name}: damaged throughout ({first})") from first
+                again.close()
+                again = open_again()
+            if max(w, h) <= SMALLEST_PIECE_PX:
+                unreadable[y : y + h, x : x + w] = True
+            elif w >= h:
+                waiting += [(x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)]
+            else:
+                waiting += [(x, y, w, h // 2), (x, y + h // 2, w, h - h // 2)]
+    finally:
+        again.close()
+    if unreadable.all():
+        raise first
+    return thumbnail, downsample, unreadable
+
+
+def _pale(thumbnail: Pixels, limit: float) -> npt.NDArray[np.bool_]:
+    """Where colour saturation is below a limit."""
+    red, green, blue = (thumbnail[..., channel].astype(np.float32) for channel in range(3))
+    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    pale: npt.NDArray[np.bool_] = high - low < limit * np.maximum(high, 1)
+    return pale
 
 
 # ---- the store's own tile size, for --grid native

@@ -41,14 +41,19 @@ def test_a_row_takes_32_bytes():
     assert ROW.itemsize == 32
 
 
-def test_a_slide_without_tiles_is_kept_and_counted(workspace):
+def test_a_slide_without_tiles_is_none_of_the_slides(workspace):
     index = write_synthetic_store(workspace, ["a", "empty", "z"], [2, 0, 3])
-    assert index.tiles_of("empty") == range(2, 2)
-    assert index.slide_of([0, 1, 2, 4]).tolist() == [0, 0, 2, 2]
+    assert index.slides == ["a", "z"]
+    assert index.slide_of([0, 1, 2, 4]).tolist() == [0, 0, 1, 1]
+    assert index.table["slide"].tolist() == [0, 0, 1, 1, 1]
+    assert index.tiles_of("z") == range(2, 5)
+    with pytest.raises(StoreError, match="'empty' has no tiles"):
+        index.tiles_of("empty")
 
 
-def test_a_store_of_no_tiles_at_all_opens(workspace):
-    assert len(write_synthetic_store(workspace, ["a"], 0)) == 0
+def test_a_store_of_no_tiles_at_all_says_so(workspace):
+    with pytest.raises(StoreError, match="none of its slides gave a tile"):
+        write_synthetic_store(workspace, ["a"], 0)
 
 
 def test_nothing_tiled_says_what_to_do(workspace):

@@ -1,0 +1,604 @@
+"""Stage `tile`: tiles lie where they say, cover what they should, and no slide is lost or doubled."""
+
+import csv
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import openslide
+import pytest
+import simplejpeg
+import tifffile
+from PIL import Image
+
+from histossl.config import TileConfig, TissueConfig
+from histossl.errors import HistosslError, MismatchError, StoreError
+from histossl.slides.ledger import read_ledger
+from histossl.slides.reader import open_slide
+from histossl.tiles import tiling
+from histossl.tiles.index import TileIndex, find_zips
+from histossl.tiles.store import StoreWriter, read_store
+from histossl.tiles.tiling import stored_config, tile_archive
+from histossl.workspace import Workspace
+
+ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)  # no filter takes anything
+
+
+def everything(**settings):
+    return TileConfig(**{"jpeg_quality": 98, "tissue": ALL, **settings})
+
+
+def only_row(rows):
+    assert len(rows) == 1
+    return rows[0]
+
+
+def pixels_of(index, number):
+    return simplejpeg.decode_jpeg(index.read(number)).astype(int)
+
+
+# ---- where tiles lie and what they cover
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.2527, 0.5, 0.43])
+@pytest.mark.parametrize("compression", ["jpeg", "deflate"])
+def test_tile_covers_64_um_whatever_the_scanner_resolution(workspace, paint, mpp, compression):
+    painted = paint("A1.tif", mpp=mpp, compression=compression, pyramid=False, width_px=800, height_px=700)
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(tile_px=128, grid="physical"), 0))
+    index = TileIndex.open(workspace)
+    assert row.tile_way == ("stitched" if compression == "jpeg" else "read")
+    side_l0 = 64 / mpp
+    assert len(index) == row.num_tiles == int(800 / side_l0) * int(700 / side_l0)
+    with open_slide(painted.path) as slide:
+        for number, (x_l0, y_l0) in enumerate(index.coords_l0(range(len(index)))):
+            assert abs(x_l0 - round(x_l0 / side_l0) * side_l0) <= 0.5
+            seen = slide.read_region_l0(int(x_l0), int(y_l0), side_l0, side_l0, 128, 128)
+            assert np.abs(pixels_of(index, number) - seen).mean() < 2
+
+
+def test_coordinates_agree_with_openslide(workspace, painted_slide):
+    tile_archive(painted_slide.path.parent, workspace, everything(tile_px=128, grid="physical"), 0)
+    index = TileIndex.open(workspace)
+    assert len(index) == 64
+    with openslide.OpenSlide(str(painted_slide.path)) as slide:
+        for number, (x_l0, y_l0) in enumerate(index.coords_l0(range(len(index))).tolist()):
+            theirs = np.asarray(slide.read_region((x_l0, y_l0), 0, (128, 128)).convert("RGB")).astype(int)
+            assert np.abs(pixels_of(index, number) - theirs).mean() < 1.5
+
+
+@pytest.mark.parametrize("mpp", [0.5, 1.0, 0.7])
+def test_pyramid_levels_do_not_move_tiles(workspace, painted_slide, mpp):
+    # The painter's pyramid halves twice and more, so these come from different levels.
+    config = everything(tile_px=64, mpp=mpp, grid="physical")
+    tile_archive(painted_slide.path.parent, workspace, config, 0)
+    index = TileIndex.open(workspace)
+    side_l0 = 64 * mpp / 0.5
+    with openslide.OpenSlide(str(painted_slide.path)) as slide:
+        full = Image.fromarray(np.asarray(slide.read_region((0, 0), 0, (1024, 1024)).convert("RGB")))
+    for number, (x, y) in enumerate(index.coords_l0(range(len(index)))):
+        right, shifted = (
+            np.asarray(full.resize((64, 64), Image.Resampling.HAMMING, box=(x + by, y, x + by + side_l0, y + side_l0)))
+            for by in (0, 2 if x == 0 else -2)
+        )
+        off = np.abs(pixels_of(index, number) - right).mean()
+        assert off < 8  # the pyramid was made with another filter
+        assert off < 0.7 * np.abs(pixels_of(index, number) - shifted).mean() or right.std() < 20
+
+
+def test_several_scales_share_a_zip_and_keep_apart(workspace, painted_slide):
+    config = everything(tile_px=128, mpp=0.5, coarser_mpp=(1.0, 2.0), grid="physical")
+    row = only_row(tile_archive(painted_slide.path.parent, workspace, config, 0))
+    index = TileIndex.open(workspace)
+    assert index.mpps == [0.5, 1.0, 2.0]
+    assert np.bincount(index.table["scale"]).tolist() == [64, 16, 4]
+    assert row.num_tiles == 84
+    with open_slide(painted_slide.path) as slide:
+        for number in range(len(index)):
+            scale = int(index.table["scale"][number])
+            (x_l0, y_l0), side_l0 = index.coords_l0([number])[0].tolist(), 128 * 2**scale
+            seen = slide.read_region_l0(x_l0, y_l0, side_l0, side_l0, 128, 128)
+            assert np.abs(pixels_of(index, number) - seen).mean() < 2
+    with zipfile.ZipFile(workspace.zip_of("A1")) as archive:
+        assert {"0.5/0_0.jpg", "1/0_0.jpg", "2/0_0.jpg"} <= set(archive.namelist())
+
+
+def test_slides_of_two_resolutions_give_the_same_tiles_of_the_same_tissue(workspace, paint):
+    paint("fine.tif", mpp=0.25, width_px=2048, height_px=2048, seed=4)
+    paint("coarse.tif", mpp=0.5, width_px=1024, height_px=1024, seed=4)
+    tile_archive(workspace.root.parent / "slides", workspace, everything(grid="physical"), 0)
+    index = TileIndex.open(workspace)
+    assert index.counts.tolist() == [16, 16]
+    assert index.facts("fine")["scales"][0]["side_l0"] == 512
+    assert index.facts("coarse")["scales"][0]["side_l0"] == 256
+
+
+# ---- filters
+
+
+def test_tiles_hold_tissue_and_the_ledger_counts_the_rest(workspace, painted_slide):
+    config = TileConfig(tile_px=64, tissue=TissueConfig(min_sharpness=0, min_saturation=0, max_fold=1))
+    row = only_row(tile_archive(painted_slide.path.parent, workspace, config, 0))
+    index = TileIndex.open(workspace)
+    assert 0 < row.num_tiles < 256
+    assert row.num_tiles + row.rejected_tissue == 256
+    down = painted_slide.mask_downsample
+    for x, y in index.coords_l0(range(len(index))):
+        box = np.s_[y // down : (y + 64) // down, x // down : (x + 64) // down]
+        assert (painted_slide.tissue_mask | painted_slide.fat_mask)[box].mean() > 0.2
+        assert painted_slide.pen_mask[box].mean() < 0.3
+    assert (index.table["tissue"] >= 0.5).all()
+
+
+@pytest.mark.parametrize("grid", ["physical", "auto"])
+def test_tiles_out_of_focus_are_left_out_also_where_tiles_are_copied(workspace, paint, grid):
+    painted = paint("A1.tif", width_px=2048, height_px=2048, num_blurs=2, seed=3)
+    config = TileConfig(grid=grid, tissue=TissueConfig(min_sharpness=0.23, min_saturation=0, max_fold=1))
+    row = only_row(tile_archive(painted.path.parent, workspace, config, 0))
+    assert row.tile_way == ("copied" if grid == "auto" else "stitched")
+    index = TileIndex.open(workspace)
+    down = painted.mask_downsample
+    kept = {tuple(corner) for corner in index.coords_l0(range(len(index))).tolist()}
+    blurred = {
+        (x, y)
+        for x in range(0, 2048, 256)
+        for y in range(0, 2048, 256)
+        if painted.blur_mask[y // down : (y + 256) // down, x // down : (x + 256) // down].mean() > 0.95
+    }
+    assert blurred
+    assert row.rejected_blur >= len(blurred - kept) > 0
+    assert not blurred & kept
+
+
+def test_why_there_are_no_tiles(workspace, paint):
+    paint("small.tif", width_px=200, height_px=200)
+    blank = np.full((1024, 1024, 3), 243, np.uint8)
+    tifffile.imwrite(
+        workspace.root.parent / "slides" / "blank.tif",
+        blank,
+        tile=(256, 256),
+        photometric="rgb",
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )
+    rows = {row.slide: row for row in tile_archive(workspace.root.parent / "slides", workspace, TileConfig(), 0)}
+    assert "smaller than one tile: 100 x 100 microns" in rows["small"].tile_reason
+    assert rows["blank"].tile_reason == "no tiles: of 16 places on the grid 16 have less than 50% tissue"
+    assert rows["blank"].tile_status == "no tiles"
+    assert rows["blank"].status == "warning"
+    with pytest.raises(StoreError, match="none of its slides gave a tile"):
+        TileIndex.open(workspace)
+    again = tile_archive(workspace.root.parent / "slides", workspace, TileConfig(), 0)
+    assert {row.tile_reason for row in again} == {row.tile_reason for row in rows.values()}
+
+
+# ---- going on
+
+
+def stamps(workspace):
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in find_zips(workspace.tiles)}
+
+
+def test_second_run_does_nothing_and_tells_the_same(workspace, painted_archive):
+    first = tile_archive(painted_archive.directory, workspace, TileConfig(), 0)
+    before, ledger = stamps(workspace), workspace.archive_csv.read_text()
+    assert len(before) == 12
+    assert tile_archive(painted_archive.directory, workspace, TileConfig(), 0) == first
+    assert stamps(workspace) == before
+    assert workspace.archive_csv.read_text() == ledger
+    # The ledger is a copy of what the zips say: without it nothing is tiled again, and it is told anew.
+    workspace.archive_csv.unlink()
+    tile_archive(painted_archive.directory, workspace, TileConfig(), 0)
+    assert stamps(workspace) == before
+    assert workspace.archive_csv.read_text() == ledger
+
+
+def test_only_a_new_slide_is_tiled(workspace, paint):
+    directory = paint("A1.tif", width_px=512, height_px=512).path.parent
+    tile_archive(directory, workspace, TileConfig(), 0)
+    before = stamps(workspace)
+    paint("sub/B1.tif", width_px=512, height_px=512)
+    rows = tile_archive(directory, workspace, TileConfig(), 0)
+    assert [row.slide for row in rows] == ["A1", "sub/B1"]
+    assert stamps(workspace)["A1.zip"] == before["A1.zip"]
+    assert TileIndex.open(workspace).slides == ["A1", "sub/B1"]
+
+
+def test_other_settings_are_refused_and_named(workspace, painted_slide):
+    directory = painted_slide.path.parent
+    tile_archive(directory, workspace, TileConfig(), 0)
+    before = stamps(workspace)
+    other = TileConfig(tile_px=128, tissue=TissueConfig(min_tissue=0.3))
+    with pytest.raises(MismatchError, match=r"tile-px was 256, now 128; min-tissue was 0.5, now 0.3.*--workspace"):
+        tile_archive(directory, workspace, other, 0)
+    assert stamps(workspace) == before
+    assert stored_config(workspace) == TileConfig()
+
+
+def test_a_replaced_slide_is_named_and_tiled_anew_on_request(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512, seed=1)
+    directory = painted.path.parent
+    tile_archive(directory, workspace, everything(), 0)
+    digest = TileIndex.open(workspace).digest
+    paint("A1.tif", width_px=512, height_px=512, seed=2)
+    with pytest.raises(MismatchError, match=r"1 slide\(s\) are not what they were.*A1\.tif.*--retry"):
+        tile_archive(directory, workspace, everything(), 0)
+    assert TileIndex.open(workspace).digest == digest
+    tile_archive(directory, workspace, everything(), 0, retry=True)
+    assert TileIndex.open(workspace).digest != digest
+
+
+def test_a_slide_that_was_only_copied_or_touched_is_the_same_slide(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    tile_archive(painted.path.parent, workspace, TileConfig(), 0)
+    before = stamps(workspace)
+    os.utime(painted.path, (1, 1))
+    tile_archive(painted.path.parent, workspace, TileConfig(), 0)
+    assert stamps(workspace) == before
+
+
+def test_other_scale_for_a_slide_is_noticed(workspace, paint):
+    painted = paint("A1.tif", write_mpp=False, width_px=512, height_px=512)
+    tile_archive(painted.path.parent, workspace, TileConfig(), 0, slide_mpp=0.5)
+    tile_archive(painted.path.parent, workspace, TileConfig(), 0)  # without the option: as it was tiled
+    with pytest.raises(MismatchError, match=r"0\.5 microns per pixel then, 0.25 now"):
+        tile_archive(painted.path.parent, workspace, TileConfig(), 0, slide_mpp=0.25)
+
+
+def test_a_damaged_zip_is_made_anew(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    tile_archive(painted.path.parent, workspace, TileConfig(), 0)
+    whole = workspace.zip_of("A1").read_bytes()
+    workspace.zip_of("A1").write_bytes(whole[:1000])
+    tile_archive(painted.path.parent, workspace, TileConfig(), 0)
+    assert workspace.zip_of("A1").read_bytes() == whole
+
+
+def test_two_runs_in_one_workspace_do_not_meet(workspace, painted_slide):
+    with tiling._alone_in(workspace), pytest.raises(StoreError, match=r"another .histossl tile. is at work.*process"):
+        tile_archive(painted_slide.path.parent, workspace, TileConfig(), 0)
+    tile_archive(painted_slide.path.parent, workspace, TileConfig(), 0)
+
+
+# ---- what goes wrong with one slide stays with it
+
+
+def test_no_mpp_is_a_row_with_the_remedy_and_is_tried_again_when_given(workspace, paint):
+    paint("bare.tif", write_mpp=False, width_px=512, height_px=512)
+    directory = paint("good.tif", width_px=512, height_px=512).path.parent
+    rows = {row.slide: row for row in tile_archive(directory, workspace, TileConfig(), 0)}
+    assert rows["good"].num_tiles
+    assert rows["bare"].tile_status == "failed"
+    assert "--slide-mpp" in rows["bare"].reason
+    table = workspace.root / "mpp.csv"
+    table.write_text("slide,mpp\nbare,0.5\n")
+    rows = {row.slide: row for row in tile_archive(directory, workspace, TileConfig(), 0, mpp_csv=table)}
+    assert (rows["bare"].status, rows["bare"].reason, rows["bare"].mpp) == ("ok", "", 0.5)
+    assert rows["bare"].num_tiles
+
+
+def test_what_failed_is_left_alone_until_asked_or_changed(workspace, paint, monkeypatch):
+    good = paint("good.tif", width_px=512, height_px=512).path
+    bad = good.parent / "bad.tif"
+    bad.write_bytes(bytes(5000))
+    tile_archive(good.parent, workspace, TileConfig(), 0)
+    tried = []
+    real = tiling.tile_slide
+    monkeypatch.setattr(tiling, "tile_slide", lambda job, report: tried.append(job.slide) or real(job, report))
+    rows = tile_archive(good.parent, workspace, TileConfig(), 0)
+    assert tried == []
+    assert [row.tile_status for row in rows] == ["failed", "tiled"]
+    tile_archive(good.parent, workspace, TileConfig(), 0, retry=True)
+    assert tried == ["bad"]
+    shutil.copy(good, bad)
+    tile_archive(good.parent, workspace, TileConfig(), 0)
+    assert tried == ["bad", "bad"]
+    assert len(TileIndex.open(workspace).slides) == 2
+
+
+def damage_native_tiles(path, numbers, level=0):
+    """Overwrite the middle of some native tiles with garbage, as a bad disk does."""
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.series[0].levels[level].pages[0]
+        places = [(page.dataoffsets[number], page.databytecounts[number]) for number in numbers]
+    with path.open("r+b") as file:
+        for offset, length in places:
+            file.seek(offset + length // 3)
+            file.write(np.random.default_rng(0).bytes(length // 2))
+
+
+@pytest.mark.parametrize(("way", "settings"), [("copied", {}), ("stitched", {"tile_px": 128})])
+def test_damaged_tiles_are_left_out_and_counted_the_others_are_right(workspace, paint, way, settings):
+    painted = paint("A1.tif", pyramid=False)
+    with open_slide(painted.path) as slide:
+        before = slide.read_region_l0(0, 0, 1024, 1024, 1024, 1024)
+    damage_native_tiles(painted.path, [5, 10])  # at (256, 256) and (512, 512)
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(**settings), 0))
+    assert row.tile_way == way
+    per_native = (256 // settings.get("tile_px", 256)) ** 2
+    assert row.rejected_damaged == 2 * per_native
+    assert row.num_tiles == 14 * per_native
+    assert (row.status, row.tile_status) == ("warning", "tiled")
+    assert f"{2 * per_native} damaged tile(s) left out" in row.reason
+    index = TileIndex.open(workspace)
+    side = index.tile_px
+    for number, (x, y) in enumerate(index.coords_l0(range(len(index)))):
+        assert (x // 256, y // 256) not in [(1, 1), (2, 2)]
+        assert np.abs(pixels_of(index, number) - before[y : y + side, x : x + side]).mean() < 2
+
+
+def test_damage_under_openslide_costs_its_tiles_only(workspace, paint):
+    painted = paint("A1.tif", compression="deflate", pyramid=False)
+    damage_native_tiles(painted.path, [5])
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(tile_px=128), 0))
+    assert row.tile_way == "read"
+    assert (row.rejected_damaged, row.num_tiles) == (4, 60)
+
+
+def test_a_slide_of_nothing_but_damage_fails(workspace, paint):
+    painted = paint("A1.tif", pyramid=False)
+    paint("B1.tif", width_px=512, height_px=512)
+    damage_native_tiles(painted.path, range(16))
+    rows = {row.slide: row for row in tile_archive(painted.path.parent, workspace, everything(), 0)}
+    assert rows["A1"].tile_status == "failed"
+    assert "damaged" in rows["A1"].reason
+    assert not workspace.zip_of("A1").exists()
+    assert rows["B1"].num_tiles == 4
+
+
+def test_a_vanished_slide_costs_its_row(workspace, paint, monkeypatch):
+    gone = paint("A1.tif", width_px=512, height_px=512).path
+    paint("B1.tif", width_px=512, height_px=512)
+    real = tiling.tile_slide
+
+    def tile_slide(job, report):
+        gone.unlink(missing_ok=True)
+        return real(job, report)
+
+    monkeypatch.setattr(tiling, "tile_slide", tile_slide)
+    rows = {row.slide: row for row in tile_archive(gone.parent, workspace, everything(), 0)}
+    assert rows["A1"].tile_status == "failed"
+    assert "vanished" in rows["A1"].reason
+    assert rows["B1"].num_tiles == 4
+
+
+def test_a_slide_that_is_still_being_copied_is_not_taken_for_whole(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    real = StoreWriter.add
+
+    def add(self, *values):
+        os.utime(painted.path)
+        real(self, *values)
+
+    monkeypatch.setattr(StoreWriter, "add", add)
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0))
+    assert "changed while it was tiled" in row.reason
+    assert find_zips(workspace.tiles) == []
+
+
+def test_full_disk_ends_the_run_in_one_line_and_keeps_what_is_finished(workspace, paint, monkeypatch):
+    for name in ("A1.tif", "B1.tif", "C1.tif"):
+        directory = paint(name, width_px=512, height_px=512).path.parent
+    real = StoreWriter.add
+
+    def add(self, *values):
+        if (workspace.tiles / "A1.zip").exists():
+            raise OSError(28, "No space left on device")
+        real(self, *values)
+
+    monkeypatch.setattr(StoreWriter, "add", add)
+    with pytest.raises(HistosslError, match="No space left on device; slides finished so far are kept"):
+        tile_archive(directory, workspace, everything(), 0)
+    monkeypatch.undo()
+    assert [path.name for path in find_zips(workspace.tiles)] == ["A1.zip"]
+    assert [row.tile_status for row in read_ledger(workspace.archive_csv)] == ["tiled", "", ""]
+    assert all(row.num_tiles == 4 for row in tile_archive(directory, workspace, everything(), 0))
+
+
+def test_too_coarse_a_scan_is_an_error_and_a_little_coarse_a_warning(workspace, paint):
+    paint("coarse.tif", mpp=1.2, width_px=512, height_px=512)
+    directory = paint("little.tif", mpp=0.6, width_px=512, height_px=512).path.parent
+    rows = {row.slide: row for row in tile_archive(directory, workspace, everything(), 0)}
+    assert "too coarse for tiles at 0.5" in rows["coarse"].reason
+    assert "enlarged" in rows["little"].reason
+    assert rows["little"].num_tiles == 4
+
+
+def test_real_slides_each_have_a_row_with_a_reason(workspace, real_data):
+    rows = {row.file: row for row in tile_archive(real_data / "slides", workspace, TileConfig(), 0)}
+    assert rows["CMU-1-Small-Region.svs"].num_tiles > 20
+    assert "--slide-mpp" in rows["TCGA-CR-7395-01A-01-TS1.svs"].reason
+    assert all(row.tile_reason for row in rows.values() if not row.num_tiles)
+
+
+def test_damaged_real_slides_each_have_a_row_with_a_reason(workspace, real_data):
+    rows = tile_archive(real_data / "damaged", workspace, TileConfig(), 0)
+    assert len(rows) == 4
+    assert all(row.tile_status == "failed" and row.tile_reason for row in rows)
+
+
+def test_jpeg_2000_slide_is_read_and_labels_are_not(workspace, real_data):
+    rows = {row.slide: row for row in tile_archive(real_data / "slides", workspace, TileConfig(), 0, slide_mpp=0.25)}
+    assert rows["TCGA-CR-7395-01A-01-TS1"].tile_way == "read"
+    assert rows["TCGA-CR-7395-01A-01-TS1"].num_tiles > 20
+
+
+# ---- anonymous stores
+
+
+def test_an_anonymous_store_names_nobody(workspace, paint):
+    for name in ("Doe-John/Doe-John-A1.tif", "Doe-John/Doe-John-A2.tif"):
+        directory = paint(name, width_px=512, height_px=512).path.parent.parent
+    config = everything(anonymize=True)
+    tile_archive(directory, workspace, config, 0)
+    index = TileIndex.open(workspace)
+    assert len(index.slides) == 2
+    for path in workspace.tiles.rglob("*"):
+        assert "Doe" not in path.name
+        assert path.is_dir() or b"Doe" not in path.read_bytes()
+    with workspace.anonymous_names.open() as text:
+        assert "key" in text.readline()
+        names = {row["name"]: row["slide"] for row in csv.DictReader(text)}
+    assert sorted(names) == index.slides
+    assert sorted(names.values()) == ["Doe-John/Doe-John-A1", "Doe-John/Doe-John-A2"]
+    assert workspace.anonymous_names.stat().st_mode & 0o077 == 0
+    before = stamps(workspace)
+    tile_archive(directory, workspace, config, 0)
+    assert stamps(workspace) == before
+    workspace.anonymous_names.unlink()
+    with pytest.raises(StoreError, match="key to the names"):
+        tile_archive(directory, workspace, config, 0)
+
+
+def test_the_same_slide_has_another_name_in_another_anonymous_store(tmp_path, painted_slide):
+    names = []
+    for place in ("one", "two"):
+        at = Workspace(tmp_path / place)
+        tile_archive(painted_slide.path.parent, at, everything(anonymize=True), 0)
+        names += TileIndex.open(at).slides
+    assert names[0] != names[1]
+
+
+# ---- the command
+
+
+def test_command_tiles_in_processes_and_tells_why_not(cli, workspace, paint):
+    paint("bare.tif", write_mpp=False, width_px=512, height_px=512)
+    directory = paint("good.tif", width_px=1024, height_px=1024).path.parent
+    told = cli("tile", "--slides", directory, "-w", workspace.root, "--workers", 2)
+    assert told.code == 0
+    assert "tiles of 1 of 2 slides" in told.err
+    assert "bare.tif: no microns-per-pixel" in told.err
+    assert TileIndex.open(workspace).slides == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--slides DIR"),
+        (["--slides", "nowhere"], "no such folder"),
+        (["--slides", ".", "--mpp", "fine"], "--mpp fine"),
+        (["--slides", ".", "--mpp", "1,0.5"], "finest first"),
+        (["--slides", ".", "--mpp", "0"], "--mpp 0"),
+        (["--slides", ".", "--mpp", "-1"], "--mpp -1"),
+        (["--slides", ".", "--tile-px", "3"], "--tile-px 3"),
+        (["--slides", ".", "--grid", "nativ"], "did you mean 'native'"),
+        (["--slides", ".", "--workers", "0"], "--workers 0"),
+        (["--slides", ".", "--slide-mpp", "0"], "--slide-mpp 0"),
+        (["--slides", ".", "--mpp-csv", "nowhere.csv"], "nowhere.csv"),
+        (["--slides", ".", "--dask", "tcp://127.0.0.1:1", "--workers", "2"], "--workers"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_2(cli, workspace, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slide.tif").write_bytes(b"II*\0" + bytes(100))
+    told = cli("tile", "-w", workspace.root, *arguments)
+    assert told.code == 2
+    assert words in told.err
+    assert told.err.count("error:") == 1
+
+
+def test_no_slides_and_no_tiles_are_exit_1(cli, workspace, tmp_path):
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "notes.txt").write_text("none yet")
+    told = cli("tile", "--slides", tmp_path / "slides", "-w", workspace.root)
+    assert (told.code, "no slides in it" in told.err) == (1, True)
+    (tmp_path / "slides" / "broken.svs").write_bytes(b"garbage" * 100)
+    told = cli("tile", "--slides", tmp_path / "slides", "-w", workspace.root, "--workers", 1)
+    assert told.code == 1
+    assert "broken.svs: not a slide" in told.err
+
+
+def test_settings_may_come_from_a_file(cli, workspace, painted_slide, tmp_path):
+    (tmp_path / "tile.toml").write_text('tile-px = 128\nmpp = "0.5,1"\nmin_tissue = 0.25\n')
+    told = cli("tile", "--slides", painted_slide.path.parent, "-w", workspace.root, "--config", tmp_path / "tile.toml")
+    assert told.code == 0
+    config = stored_config(workspace)
+    assert (config.tile_px, config.mpps, config.tissue.min_tissue) == (128, (0.5, 1.0), 0.25)
+
+
+# ---- killed
+
+
+def start(directory, root):
+    command = [sys.executable, "-m", "histossl", "tile", "--slides", str(directory), "-w", str(root), "--workers", "2"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for(condition, process, limit_s=60):
+    until_s = time.monotonic() + limit_s
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < until_s
+        time.sleep(0.002)
+
+
+def hidden_parts(root):
+    return list(root.rglob("*.part"))
+
+
+def test_killed_at_any_moment_nothing_is_lost_or_doubled(tmp_path, painted_archive):
+    whole = Workspace(tmp_path / "whole")
+    tile_archive(painted_archive.directory, whole, TileConfig(), 0)
+    wanted = {path.name: path.read_bytes() for path in find_zips(whole.tiles)}
+    broken = Workspace(tmp_path / "broken")
+    moments = [
+        lambda: hidden_parts(broken.tiles),  # while the first zip is written
+        lambda: len(find_zips(broken.tiles)) >= 3,
+        lambda: len(find_zips(broken.tiles)) >= 7,
+    ]
+    for moment in moments:
+        process = start(painted_archive.directory, broken.root)
+        wait_for(moment, process)
+        process.kill()  # the parent alone: its workers must notice
+        process.wait()
+        process.stderr.close()
+        for path in find_zips(broken.tiles):
+            assert path.read_bytes() == wanted[path.name]
+    process = start(painted_archive.directory, broken.root)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert {path.name: path.read_bytes() for path in find_zips(broken.tiles)} == wanted
+    assert hidden_parts(broken.tiles) == []
+    assert broken.archive_csv.read_text() == whole.archive_csv.read_text()
+    assert TileIndex.open(broken).digest == TileIndex.open(whole).digest
+
+
+def test_ctrl_c_is_clean_and_the_same_command_goes_on(tmp_path, painted_archive):
+    at = Workspace(tmp_path / "workspace")
+    process = start(painted_archive.directory, at.root)
+    wait_for(lambda: len(find_zips(at.tiles)) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"goes on from there" in told
+    assert b"Traceback" not in told
+    assert hidden_parts(at.tiles) == []
+    assert 2 <= len(find_zips(at.tiles)) < 12
+    rows = tile_archive(painted_archive.directory, at, TileConfig(), 0)
+    assert sum(row.num_tiles or 0 for row in rows) == len(TileIndex.open(at))
+
+
+# ---- no patient data
+
+
+def test_no_label_no_description_no_name_reaches_a_tile(workspace, real_data, tmp_path):
+    shutil.copy(real_data / "slides" / "CMU-1-Small-Region.svs", tmp_path)
+    for grid, settings in {"native": {"tile_px": 240}, "physical": {}}.items():
+        at = Workspace(tmp_path / grid)
+        tile_archive(tmp_path, at, replace(everything(**settings), grid=grid), 0)
+        index = TileIndex.open(at)
+        for number in range(len(index)):
+            jpeg = index.read(number)
+            image = Image.open(io.BytesIO(jpeg))
+            assert not image.getexif()
+            assert not {"icc_profile", "comment", "exif", "xmp"} & set(image.info)
+            assert b"Aperio" not in jpeg
+        for row in read_store(at.zip_of("CMU-1-Small-Region")).table:
+            assert row["x_l0"] + 240 <= 2220
+            assert row["y_l0"] + 240 <= 2967
