@@ -1,0 +1,357 @@
+"""One row per file with a reason in plain words; nothing a file does can stop the others."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from histossl.config import ScanConfig
+from histossl.demo.paint import PaintedSlide
+from histossl.errors import HistosslError, SlideError
+from histossl.slides import scan as scanning
+from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
+from histossl.slides.scan import scan
+from histossl.workers import Event
+from histossl.workspace import Workspace
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at files in this process: quick, and open to monkeypatching."""
+
+    def run_jobs(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
+        for number, job in enumerate(jobs):
+            yield Event(number, "done", function(job, lambda count: None))
+
+    monkeypatch.setattr(scanning, "run_jobs", run_jobs)
+
+
+@pytest.fixture
+def archive(tmp_path: Path, painted_slide: PaintedSlide) -> Path:
+    """One good slide among all that can be wrong with a file."""
+    folder = tmp_path / "archive"
+    (folder / "case1").mkdir(parents=True)
+    whole = painted_slide.path.read_bytes()
+    shutil.copy(painted_slide.path, folder / "case1" / "A1.tif")
+    (folder / "twin.tif").write_bytes(whole)
+    (folder / "cut.tif").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.svs").touch()
+    (folder / "zeros.ndpi").write_bytes(bytes(50_000))
+    (folder / "garbage.scn").write_bytes(bytes(np.random.default_rng(0).integers(0, 256, 50_000, dtype=np.uint8)))
+    (folder / "folder.svs").mkdir()
+    (folder / "dangling.svs").symlink_to(folder / "nowhere.svs")
+    (folder / "notes.txt").write_text("no slide")
+    Image.new("RGB", (600, 600), "white").save(folder / "region.png")
+    glass = np.full((1024, 1024, 3), 243, np.uint8)
+    tifffile.imwrite(folder / "glass.tif", glass, tile=(256, 256), resolution=(20000, 20000), resolutionunit=3)
+    tifffile.imwrite(folder / "screen.tif", glass, tile=(256, 256), resolution=(72, 72), resolutionunit=2)
+    return folder
+
+
+def reasons(rows: list[LedgerRow]) -> dict[str, tuple[str, str]]:
+    return {row.file: (row.status, row.reason) for row in rows}
+
+
+def test_each_file_has_one_row_that_says_what_is_wrong(archive: Path, workspace: Workspace) -> None:
+    """The whole road, with worker processes."""
+    rows = scan(archive, workspace, ScanConfig(), 2).rows
+    found = reasons(rows)
+    wanted = {
+        "case1/A1.tif": ("ok", ""),
+        "cut.tif": ("unreadable", "truncated"),
+        "dangling.svs": ("unreadable", "link to nothing"),
+        "empty.svs": ("unreadable", "0 bytes"),
+        "folder.svs": ("unreadable", "a folder named like a slide"),
+        "garbage.scn": ("unreadable", "not a slide"),
+        "glass.tif": ("warning", "no tissue found"),
+        "region.png": ("unreadable", "no microns-per-pixel in its metadata; pass --slide-mpp"),
+        "screen.tif": ("unreadable", "352.8 microns per pixel, which is implausible"),
+        "twin.tif": ("warning", "same content as case1/A1.tif"),
+        "zeros.ndpi": ("unreadable", "zeros"),
+    }
+    assert set(found) == set(wanted)
+    for file, (status, reason) in wanted.items():
+        assert found[file][0] == status, (file, found[file])
+        assert reason in found[file][1]
+    assert all(row.reason for row in rows if row.status != "ok")
+    with workspace.archive_csv.open(newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == sorted(wanted)
+
+
+@pytest.mark.usefixtures("here")
+def test_row_tells_what_the_slide_is(painted_slide: PaintedSlide, workspace: Workspace) -> None:
+    row = scan(painted_slide.path.parent, workspace, ScanConfig(tile_px=128)).rows[0]
+    assert (row.file, row.slide, row.vendor, row.format) == ("A1.tif", "A1", "generic-tiff", "TIFF")
+    assert (row.width_l0, row.height_l0, row.mpp, row.mpp_source) == (1024, 1024, 0.5, "TIFF resolution tag")
+    assert (row.compression, row.native_tile, row.stain) == ("JPEG", "256x256", "H&E")
+    assert row.levels.startswith("1024x1024 ")
+    assert row.bytes == painted_slide.path.stat().st_size
+    true_mm2 = painted_slide.tissue_mask.sum() * (painted_slide.mask_downsample * 0.5e-3) ** 2
+    assert row.tissue_mm2 == pytest.approx(true_mm2, rel=0.1)
+    # 64 places of 128 px; those with half tissue, by the painter's own mask (16 px a cell, 8 cells a tile)
+    share = painted_slide.tissue_mask.reshape(8, 8, 8, 8).mean(axis=(1, 3))
+    assert row.expected_tiles == pytest.approx((share >= 0.5).sum(), abs=4)
+    assert row.expected_mb is not None
+    assert 0.001 < row.expected_mb / row.expected_tiles < 0.05
+
+
+@pytest.mark.usefixtures("here")
+def test_expected_tiles_follow_the_scale(painted_slide: PaintedSlide, workspace: Workspace) -> None:
+    def tiles(**options: Any) -> int:
+        count = scan(painted_slide.path.parent, workspace, ScanConfig(**options)).rows[0].expected_tiles
+        assert count is not None
+        return count
+
+    assert tiles(tile_px=64) > 3 * tiles(tile_px=128) > 0
+    assert tiles(tile_px=64, coarser_mpp=(1.0,)) == tiles(tile_px=64) + tiles(tile_px=64, mpp=1.0)
+
+
+@pytest.mark.usefixtures("here")
+def test_given_scales_count_and_say_so(archive: Path, workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "mpp.csv").write_text("slide,mpp\nregion,0.25\n")
+    config = ScanConfig(slide_mpp=0.5, mpp_csv=str(tmp_path / "mpp.csv"))
+    rows = {row.file: row for row in scan(archive, workspace, config).rows}
+    assert (rows["region.png"].mpp, rows["region.png"].mpp_source) == (0.25, "--mpp-csv")
+    assert (rows["screen.tif"].mpp, rows["screen.tif"].mpp_source) == (0.5, "--slide-mpp")
+
+
+@pytest.mark.usefixtures("here")
+def test_known_rows_are_kept_until_the_file_or_the_settings_change(
+    tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    shutil.copy(painted_slide.path, folder / "A1.tif")
+    (folder / "B1.svs").touch()
+    looked: list[str] = []
+    look_at = scanning.look_at
+    monkeypatch.setattr(scanning, "look_at", lambda job, report: (looked.append(job.row.file), look_at(job, report))[1])
+
+    def looked_at(config: ScanConfig = ScanConfig(), **options: Any) -> list[str]:
+        looked.clear()
+        scan(folder, workspace, config, **options)
+        return sorted(looked)
+
+    assert looked_at() == ["A1.tif", "B1.svs"]
+    assert looked_at() == ["B1.svs"], "what was unreadable may have been mended"
+    assert looked_at(again=True) == ["A1.tif", "B1.svs"]
+    assert looked_at(ScanConfig(tile_px=128)) == ["A1.tif", "B1.svs"]
+    assert looked_at(ScanConfig(tile_px=128, slide_mpp=0.4)) == ["A1.tif", "B1.svs"]
+    assert looked_at(ScanConfig(tile_px=128, slide_mpp=0.4)) == ["B1.svs"]
+    os.utime(folder / "A1.tif", (time.time(), time.time() + 5))
+    assert looked_at(ScanConfig(tile_px=128, slide_mpp=0.4)) == ["A1.tif", "B1.svs"]
+
+
+@pytest.mark.usefixtures("here")
+def test_what_tiling_wrote_survives_a_scan(painted_slide: PaintedSlide, workspace: Workspace) -> None:
+    rows = [
+        LedgerRow("A1.tif", slide="A1", num_tiles=7, tile_status="tiled", rejected_blur=3, extra={"block": "B7"}),
+        LedgerRow("gone.svs", slide="gone", num_tiles=5, tile_status="tiled"),
+        LedgerRow("never.svs", "unreadable", "empty", slide="never"),
+    ]
+    write_ledger(workspace.archive_csv, rows)
+    scan(painted_slide.path.parent, workspace, ScanConfig())
+    after = {row.file: row for row in read_ledger(workspace.archive_csv)}
+    assert (after["A1.tif"].num_tiles, after["A1.tif"].rejected_blur, after["A1.tif"].extra) == (7, 3, {"block": "B7"})
+    assert after["A1.tif"].width_l0 == 1024
+    assert "not in the folder any more" in after["gone.svs"].reason
+    assert "never.svs" not in after
+
+
+@pytest.mark.usefixtures("here")
+def test_duplicates_are_forgotten_when_the_twin_goes(
+    tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace
+) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    for name in ("A1.tif", "B1.tif"):
+        shutil.copy(painted_slide.path, folder / name)
+    changed = bytearray(painted_slide.path.read_bytes())
+    changed[-1] ^= 1
+    (folder / "C1.tif").write_bytes(changed)
+    rows = {row.file: row for row in scan(folder, workspace, ScanConfig()).rows}
+    assert (rows["A1.tif"].duplicate_of, rows["B1.tif"].duplicate_of) == ("", "A1.tif")
+    assert rows["C1.tif"].duplicate_of == "", "one byte differs"
+    (folder / "A1.tif").unlink()
+    rows = {row.file: row for row in scan(folder, workspace, ScanConfig()).rows}
+    assert (rows["B1.tif"].status, rows["B1.tif"].reason, rows["B1.tif"].duplicate_of) == ("ok", "", "")
+
+
+@pytest.mark.usefixtures("here")
+def test_damage_inside_is_found(tmp_path: Path, paint: Callable[..., PaintedSlide], workspace: Workspace) -> None:
+    """Level 0 is overwritten here and there; the thumbnail, made from smaller levels, looks perfect."""
+    path = paint("A1.tif").path
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        for offset, count in zip(tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts, strict=True):
+            content[offset : offset + count] = bytes(count)
+    path.write_bytes(content)
+    row = scan(path.parent, workspace, ScanConfig()).rows[0]
+    assert row.status == "unreadable"
+    assert row.reason.startswith("damaged")
+    assert row.width_l0 == 1024, "what was found before the damage stays in the row"
+
+
+def test_a_crash_and_a_hang_cost_their_own_row(
+    archive: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from histossl import workers
+
+    def answers(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
+        real = workers.run_jobs(sabotaged, jobs, num_workers, silence_s)
+        yield from real
+
+    monkeypatch.setattr(scanning, "run_jobs", answers)
+    found = reasons(scan(archive, workspace, ScanConfig(time_limit_s=4), 2).rows)
+    assert found["case1/A1.tif"] == ("ok", "")
+    assert found["glass.tif"][0] == "unreadable"
+    assert "crashed" in found["glass.tif"][1]
+    assert found["screen.tif"][0] == "unreadable"
+    assert "longer than 4 s" in found["screen.tif"][1]
+
+
+def sabotaged(job: Any, report: Any) -> Any:
+    if job.row.file == "glass.tif":
+        os.kill(os.getpid(), 11)
+    if job.row.file == "screen.tif":
+        time.sleep(600)
+    return scanning.look_at(job, report)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_slide_that_vanishes_has_a_reason(
+    archive: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = scanning.walk
+
+    def then_delete(directory: Path) -> Any:
+        found = walk(directory)
+        (archive / "glass.tif").unlink()
+        return found
+
+    monkeypatch.setattr(scanning, "walk", then_delete)
+    found = reasons(scan(archive, workspace, ScanConfig()).rows)
+    assert found["glass.tif"][0] == "unreadable"
+    assert "no such file" in found["glass.tif"][1]
+
+
+@pytest.mark.usefixtures("here")
+def test_regions_limit_what_is_expected(tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    shutil.copy(painted_slide.path, folder / "A1.tif")
+    everything = scan(folder, workspace, ScanConfig(tile_px=64)).rows[0]
+    (folder / "A1.geojson").write_text(
+        '{"type": "Polygon", "coordinates": [[[0, 0], [512, 0], [512, 1024], [0, 1024], [0, 0]]]}'
+    )
+    half = scan(folder, workspace, ScanConfig(tile_px=64)).rows[0]
+    assert everything.expected_tiles is not None
+    assert half.expected_tiles == pytest.approx(everything.expected_tiles / 2, rel=0.25)
+    (folder / "A1.geojson").write_text("not json")
+    assert "not a GeoJSON" in scan(folder, workspace, ScanConfig(tile_px=64)).rows[0].reason
+
+
+@pytest.mark.usefixtures("here")
+def test_an_unforeseen_error_stays_in_its_row(
+    archive: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stain_of(*_: object) -> object:
+        raise ZeroDivisionError("odd slide")
+
+    monkeypatch.setattr(scanning, "stain_of", stain_of)
+    found = reasons(scan(archive, workspace, ScanConfig()).rows)
+    assert found["case1/A1.tif"] == ("unreadable", "unexpected ZeroDivisionError (odd slide)")
+    assert found["empty.svs"][0] == "unreadable"
+
+
+def test_empty_folder_is_told(tmp_path: Path, workspace: Workspace) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(HistosslError, match="no slides in it or its subfolders: it is empty"):
+        scan(tmp_path / "none", workspace, ScanConfig())
+    (tmp_path / "none" / "notes.txt").touch()
+    with pytest.raises(HistosslError, match=r"only 1 \.txt"):
+        scan(tmp_path / "none", workspace, ScanConfig())
+
+
+@pytest.mark.data
+@pytest.mark.usefixtures("here")
+def test_real_slides(real_data: Path, workspace: Workspace) -> None:
+    rows = {row.slide: row for row in scan(real_data / "slides", workspace, ScanConfig()).rows}
+    assert len(rows) == 6
+    small = rows["CMU-1-Small-Region"]
+    assert (small.status, small.vendor, small.stain, small.mpp, small.native_tile) == (
+        "ok",
+        "aperio",
+        "H&E",
+        0.499,
+        "240x240",
+    )
+    assert "no microns-per-pixel" in rows["TCGA-CR-7395-01A-01-TS1"].reason
+    assert "smaller than one tile" in rows["boxes_dicom"].reason
+    rows = {row.slide: row for row in scan(real_data / "slides", workspace, ScanConfig(slide_mpp=0.25)).rows}
+    assert (rows["TCGA-CR-7395-01A-01-TS1"].status, rows["TCGA-CR-7395-01A-01-TS1"].stain) == ("ok", "H&E")
+    assert "Orientation tag 6" in rows["test_orient6"].reason
+
+
+# ---- the command
+
+
+def test_command_prints_rows_reasons_and_totals(archive: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    told = cli("scan", archive, "-w", tmp_path / "ws", "--workers", 1, "--contact-sheet")
+    assert told.code == 0
+    for words in (
+        "case1/A1.tif",
+        "11 files",
+        "1 ok, 2 warning, 8 unreadable",
+        "no microns-per-pixel",
+        "archive.csv",
+        "1 .txt",
+    ):
+        assert words in told.err
+    page = (tmp_path / "ws" / "contact-sheet.html").read_text()
+    assert page.count("<article") == 11
+
+
+def test_command_fails_when_nothing_can_be_read(archive: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    for name in ("case1/A1.tif", "twin.tif", "glass.tif"):
+        (archive / name).unlink()
+    told = cli("scan", archive, "-w", tmp_path / "ws", "--workers", 1)
+    assert told.code == 1
+    assert "none of its" in told.err
+    assert len(read_ledger(tmp_path / "ws" / "archive.csv")) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--mpp", "fine"], "--mpp fine"),
+        (["--mpp", "0"], "--mpp 0"),
+        (["--slide-mpp", "-1"], "--slide-mpp -1"),
+        (["--slide-mpp", "0"], "--slide-mpp 0"),
+        (["--slide-mpp", "text"], "--slide-mpp"),
+        (["--tile-px", "3"], "--tile-px 3"),
+        (["--workers", "0"], "--workers 0"),
+        (["--time-limit", "0"], "--time-limit 0"),
+        (["--regions", "nowhere"], "--regions nowhere"),
+        (["--mpp-csv", "nowhere.csv"], "--mpp-csv nowhere.csv"),
+    ],
+)
+def test_wrong_options_are_told(archive: Path, tmp_path: Path, cli: Any, options: list[str], told: str) -> None:
+    answer = cli("scan", archive, "-w", tmp_path / "ws", *options)
+    assert answer.code == 2
+    assert told in answer.err
+
+
+def test_name_in_the_reason_is_not_repeated() -> None:
+    assert scanning._without_name("A1.svs: no", Path("x/A1.svs")) == "no"
+    assert str(SlideError("A1.svs: no")) == "A1.svs: no"
