@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from histossl import console
 from histossl.backbones import BackboneInfo, create_backbone, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
-from histossl.errors import MismatchError, TrainingError, UsageError
+from histossl.errors import MismatchError, TrainingError
 from histossl.methods import classes_of, entry_of
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import mean_over_processes
@@ -34,12 +28,15 @@ from histossl.tiles.loading import TileBatches, decode_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, joined
-from histossl.training.loop import Precision, Step, train
+from histossl.training.log import RunLog
+from histossl.training.loop import Step, train
 from histossl.training.monitor import Health, Watch, weight_change
 from histossl.training.planner import Plan, plan
 from histossl.training.schedules import warmup_cosine
+from histossl.training.setup import name_of, optimizer_for, precision_for, tune
+from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
-from histossl.workspace import PretrainDir, written_aside
+from histossl.workspace import PretrainDir
 
 MONITOR_TILES = 512
 BATCHNORM_TILES = 10_000
@@ -128,7 +125,7 @@ class _Pretraining:
         self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
         self.probe = probe if processes.writes else None
         self.device = processes.device
-        self.precision = _precision(operation.precision, self.device)
+        self.precision = precision_for(operation.precision, self.device)
         excluded = set(config.excluded_slides)
         self.keep = np.array([slide not in excluded for slide in index.slides])
         self.order = self._order(0)
@@ -152,12 +149,12 @@ class _Pretraining:
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
         torch.manual_seed(config.seed)  # of the heads
         self.method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs).to(self.device).train()
-        _tune(self.method, self.device, operation)
-        self.optimizer = _optimizer(self.method, self.plan, self.device)
+        tune(self.method, self.device, operation.compiled, operation.deterministic)
+        self.optimizer = optimizer_for(self.method, self.plan, self.device)
         self.scaler = self.precision.scaler(self.device)
         self.watch = Watch()
         self.best = Best()
-        self.log: _Log | None = None
+        self.log: RunLog | None = None
 
     # ---- the recipe
 
@@ -166,7 +163,7 @@ class _Pretraining:
         if self.config.hours:
             self._fit_hours(None)
         if self.processes.writes:
-            self.log = _Log(self.run.log)
+            self.log = RunLog(self.run)
             self._announce()
             write_run(
                 self.run.run_json,
@@ -174,7 +171,7 @@ class _Pretraining:
                 plan=asdict(self.plan),
                 knobs=asdict(self.knobs),
                 tiles={"digest": self.index.digest, "num_tiles": self.order.num_tiles, "slides": self.order.num_slides},
-                device=_name_of(self.device),
+                device=name_of(self.device),
                 precision=self.precision.name,
             )
         first = self._resume()
@@ -182,7 +179,7 @@ class _Pretraining:
             self._prefill()
             self._look(0)
             first = 0
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             done = self._train(first, stop)
         if done < self.plan.num_steps:
             return Result(
@@ -541,7 +538,7 @@ class _Pretraining:
         lines = [
             f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~self.keep).sum())} slides left out",
             f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
-            f"process{'es' if planned.num_processes > 1 else ''} ({_name_of(self.device)}, {self.precision.name}) x "
+            f"process{'es' if planned.num_processes > 1 else ''} ({name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
             *planned.reasons,
             *more,
@@ -582,60 +579,9 @@ def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: i
     )
 
 
-def _tune(method: Method, device: torch.device, operation: Operation) -> None:
-    """Switches of torch that change speed, not meaning."""
-    if operation.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = not operation.deterministic
-        method.to(memory_format=torch.channels_last)
-    if operation.compiled:
-        for part in method.children():
-            part.compile()
-
-
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def _duration(seconds: float) -> str:
     hours, minutes = int(seconds // 3600), seconds % 3600 / 60
     return f"{hours} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
-
-
-def _precision(name: str, device: torch.device) -> Precision:
-    if name == "auto":
-        if device.type != "cuda":
-            return Precision("fp32")
-        return Precision("bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    if name not in ("fp32", "bf16", "fp16"):
-        raise UsageError(f"--precision {name}: must be auto, fp32, bf16 or fp16")
-    if name == "fp16" and device.type != "cuda":
-        raise UsageError("--precision fp16: needs a GPU; use --precision fp32 or bf16")
-    return Precision(name)
-
-
-def _optimizer(method: Method, planned: Plan, device: torch.device) -> torch.optim.Optimizer:
-    """Backbone blocks with layer decay, heads at the full rate; biases and norms without weight decay under AdamW."""
-    decays_all = planned.optimizer == "sgd"  # as MoCo's official code
-    groups = param_groups_layer_decay(
-        method.backbone,
-        weight_decay=planned.weight_decay,
-        weight_decay_exclude_1d=not decays_all,
-        layer_decay=planned.layer_decay,
-    )
-    inside = {id(parameter) for parameter in method.backbone.parameters()}
-    heads = [parameter for parameter in method.parameters() if parameter.requires_grad and id(parameter) not in inside]
-    for flat, decay in ((False, planned.weight_decay), (True, planned.weight_decay if decays_all else 0.0)):
-        chosen = [parameter for parameter in heads if (parameter.ndim <= 1) == flat]
-        if chosen:
-            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": 1.0})
-    fused = device.type == "cuda"
-    if planned.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=planned.lr, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, lr=planned.lr, betas=(0.9, 0.999), fused=fused)
 
 
 def _lr_at(planned: Plan, step: int) -> float:
@@ -678,56 +624,3 @@ def _probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:
         f"On the labelled training slides the probe rose from {best.at_start:.3f} to {best.score:.3f} "
         f"(step {best.step} of {num_steps}){kept}"
     )
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning) set the event; a second SIGINT interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        console.say("saving before stopping ...")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Log:
-    """log.jsonl, one object a line, and the same for TensorBoard. A resumed run drops what it will write again."""
-
-    def __init__(self, path: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = path
-        self._board = SummaryWriter(str(path.parent / "tensorboard"))
-
-    def forget_from(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a killed run
-        with written_aside(self.path) as aside:
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] < step]
-            aside.write_text("".join(kept), encoding="utf-8")
-
-    def write(self, row: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
-        self._board.flush()

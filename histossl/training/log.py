@@ -1,0 +1,38 @@
+"""log.jsonl: one JSON object a line for each logged step, appended across resumes; the same for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from histossl.workspace import PretrainDir, written_aside
+
+
+class RunLog:
+    def __init__(self, run: PretrainDir) -> None:
+        self.path: Path = run.log
+        self._board = SummaryWriter(str(run.tensorboard))
+
+    def forget_from(self, step: int) -> None:
+        """Drop what a resumed run will write again."""
+        if not self.path.exists():
+            return
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a killed run
+        with written_aside(self.path) as aside:
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] < step]
+            aside.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(row["step"]))
+        self._board.flush()
