@@ -1,0 +1,207 @@
+"""The embedded default: paint a small archive and take it the whole road, so that a new install shows what it does.
+
+    histossl demo                              everything, into ./histossl-demo
+    histossl demo --only-paint my-archive      the slides and labels.csv alone
+
+Each stage is the same plain function that its command calls, and prints that command. What a stage has finished is
+never done twice, so the same command goes on after a kill. Every figure shown is computed here and now.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from histossl import console
+from histossl.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    ScanConfig,
+    TileConfig,
+    plain,
+    read_run,
+    require,
+    write_run,
+)
+from histossl.demo.paint import CLASSES, paint_archive
+from histossl.errors import MismatchError, UsageError
+from histossl.workspace import Workspace, written_aside
+
+SLIDES_PER_PATIENT = 2
+SIDE_PX, SLIDE_MPP = 2048, 0.5  # of a painted slide
+NAME = "demo"  # of the pretraining run and of the curve
+
+# Small enough for two cores, large enough to learn from: a tile of 96 um holds about one gland.
+TILE_PX, MPP, VIEW_PX = 96, 1.0, 64
+BACKBONE = "resnet18"
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    slides: int = 36
+    seed: int = 0
+    steps: int = 200
+    weights: str = "random"
+
+    def __post_init__(self) -> None:
+        least = 2 * SLIDES_PER_PATIENT * len(CLASSES)
+        wanted = f"{least} or more: {len(CLASSES)} classes, two patients each, {SLIDES_PER_PATIENT} slides a patient"
+        require(self.slides >= least, "slides", self.slides, wanted)
+        require(self.steps >= 1, "steps", self.steps, "1 or more")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+@dataclass(frozen=True)
+class DemoDir:
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "demo.json"
+
+    @property
+    def slides(self) -> Path:
+        return self.root / "slides"
+
+    @property
+    def labels(self) -> Path:
+        return self.slides / "labels.csv"
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.root / "workspace")
+
+
+def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
+    """Paint, scan, tile, pretrain, finetune. The path of the report; None if a signal stopped it on the way."""
+    # These bring torch and scikit-learn, which painting alone does not need.
+    from histossl.evaluation.finetune import finetune
+    from histossl.slides.scan import scan
+    from histossl.tiles.index import TileIndex
+    from histossl.tiles.tiling import tile_archive
+    from histossl.training.pretrain import Operation, pretrain
+
+    started_s = time.monotonic()
+    at = DemoDir(output)
+    workspace = at.workspace.make()
+    _refuse_other_demo(at.run_json, config)
+    write_run(at.run_json, config)
+    where = f"-w {workspace.root}"
+    grid = f"--tile-px {TILE_PX} --mpp {MPP:g}"
+
+    # ---- an archive
+    _heading(1, "paint", f"demo --only-paint {at.slides} --slides {config.slides} --seed {config.seed}")
+    paint_into(at.slides, config.slides, config.seed)
+
+    _heading(2, "scan", f"scan {at.slides} {grid} {where}")
+    rows = scan(at.slides, workspace, ScanConfig(tile_px=TILE_PX, mpp=MPP)).rows
+    statuses = sorted({row.status for row in rows})
+    told = ", ".join(f"{sum(row.status == status for row in rows)} {status}" for status in statuses)
+    console.say(f"{len(rows)} files: {told}; one row each in {workspace.archive_csv}")
+
+    _heading(3, "tile", f"tile --slides {at.slides} {grid} {where}")
+    tile_archive(at.slides, workspace, TileConfig(tile_px=TILE_PX, mpp=MPP))
+    index = TileIndex.open(workspace)
+    console.say(f"{len(index):,} tiles of {TILE_PX * MPP:g} um in {workspace.tiles}")
+
+    # ---- without labels
+    settings = PretrainConfig(
+        backbone=BACKBONE,
+        weights=config.weights,
+        steps=config.steps,
+        batch_size=BATCH_SIZE,
+        view_px=VIEW_PX,
+        seed=config.seed,
+    )
+    _heading(4, "pretrain", f"pretrain --name {NAME} {_options(settings)} {where}")
+    if config.weights == "random":
+        console.say(
+            "The start is random weights, so that nothing is downloaded: the curve compares random with adapted. "
+            "On your own slides the start is ImageNet weights unless you say otherwise (here too: --weights imagenet)."
+        )
+    trained = pretrain(index, workspace.pretrain(NAME), settings, Operation(num_workers=1, checkpoint_every_s=30))
+    console.say(trained.text)
+    if not trained.finished:
+        return None
+
+    # ---- with labels
+    _heading(5, "finetune", f"finetune --labels {at.labels} --name {NAME} --seed {config.seed} {where}")
+    finetune(workspace, NAME, FinetuneConfig(labels=str(at.labels), seed=config.seed))
+    report = workspace.finetune(NAME).report.resolve()
+    console.say(
+        "\nThe slides are painted: this shows that the whole road works here, and says nothing about your tissue.\n"
+        f"{(time.monotonic() - started_s) / 60:.1f} minutes. The report: {report}"
+    )
+    return report
+
+
+def _heading(number: int, stage: str, command: str) -> None:
+    console.say(f"\n[{number}/5] {stage}: histossl {command}")
+
+
+def _options(settings: PretrainConfig) -> str:
+    """The options of `histossl pretrain` that give these settings: those that are not its defaults."""
+    default = PretrainConfig()
+    given = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(default, field.name):
+            given.append(f"--{field.name.replace('_', '-')} {value}")
+    return " ".join(given)
+
+
+def _refuse_other_demo(path: Path, config: DemoConfig) -> None:
+    if not path.exists():
+        return
+    before, now = read_run(path)["config"], plain(vars(config))
+    differ = [
+        f"--{name} was {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
+    ]
+    if differ:
+        raise MismatchError(
+            f"{path.parent} holds a demo made otherwise: {'; '.join(differ)}. "
+            "Use the same options to go on, or another --output"
+        )
+
+
+# ---- painting, also alone
+
+
+def paint_into(directory: Path, slides: int, seed: int) -> None:
+    """Paint the demo's archive into `directory`, unless it is there whole; never over anything else."""
+    settings = {"slides": slides, "seed": seed, "side_px": SIDE_PX, "mpp": SLIDE_MPP}
+    claim = directory / "painted.json"
+    if claim.exists():
+        before = _read_claim(claim)
+        differ = [
+            f"{name} was {before.get(name)}, now {now}" for name, now in settings.items() if before.get(name) != now
+        ]
+        if differ:
+            raise MismatchError(
+                f"{directory} holds slides painted otherwise: {'; '.join(differ)}. Name another folder, or remove it"
+            )
+        if (directory / "labels.csv").exists():  # written last
+            console.say(f"{directory}: painted before")
+            return
+    elif directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(f"{directory}: neither empty nor painted by histossl; name a new folder")
+    try:
+        with written_aside(claim) as aside:
+            aside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{directory}: cannot be made ({error.strerror}); name another folder") from error
+    with console.progress("painting", slides, "slides") as bar:
+        paint_archive(directory, slides, seed, SIDE_PX, SLIDE_MPP, on_painted=lambda _: bar.advance())
+    console.say(f"{slides} slides of {-(-slides // SLIDES_PER_PATIENT)} patients, with labels.csv, in {directory}")
+
+
+def _read_claim(claim: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(claim.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{claim}: cannot be read ({error}); name another folder") from error
+    return found if isinstance(found, dict) else {}
