@@ -61,11 +61,13 @@ def greyscale(matrices: Floats, chosen: Ints) -> Floats:
     return out
 
 
-def recoloured(x: Tensor, matrices: Tensor) -> Tensor:
-    """x (B, 3, H, W) under matrices (B, 2, 3, 3); clamped to [0, 1]."""
+def recoloured(x: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (B, 3, H, W) under matrices (B, 2, 3, 3); clamped to [0, 1]. Written to `out`, where given."""
     flat = x.reshape(len(x), 3, -1)
     offset = matrices[:, 1] @ flat.mean(2, keepdim=True)
-    return torch.baddbmm(offset, matrices[:, 0], flat).clamp_(0, 1).view_as(x)
+    out = torch.empty_like(x) if out is None else out
+    torch.baddbmm(offset, matrices[:, 0], flat, out=out.view(len(x), 3, -1))
+    return out.clamp_(0, 1)
 
 
 # ---- stain

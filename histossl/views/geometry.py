@@ -1,9 +1,10 @@
 """Where a view looks on its tile, and one resampling that brings it there.
 
 A view's geometry is a box on the tile, mirrored, turned by quarters, and perhaps rotated freely: one 2x3 matrix a tile
-(`matrices`). Boxes that keep to the pixel axes, nearly all, are resampled by rows and then by columns with the weights
-of an antialiasing triangle or cubic filter, exactly those of Pillow and of torchvision's `resize(antialias=True)`; free
-rotations go through a bilinear grid after a Gaussian prefilter that stands for the antialiasing.
+(`matrices`). There are two ways along it. Views that shrink, and all bicubic ones, are resampled by rows and then by
+columns with the weights of an antialiasing triangle or cubic filter; the others bilinearly, where the matrix points.
+Both are what Pillow, and torchvision's `resized_crop(antialias=True)`, make of the same box, to a hundredth of a grey
+level; only views that are both rotated and smaller use a Gaussian in place of the triangle.
 
 Shapes: B tiles, H W tile pixels, O output pixels, T taps of a filter.
 """
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 
 from histossl.tiles.sampling import Ints
 from histossl.views.draws import Draws, Floats
+
+Complex = NDArray[np.complex64]
 
 ATTEMPTS = 10  # of a random crop, as torchvision
 FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
@@ -93,16 +96,20 @@ def matrices(where: Placement, size_px: int) -> Floats:
 
 def resampled(tiles: Tensor, where: Placement, size_px: int, interpolation: str = "bilinear") -> Tensor:
     """tiles (B, 3, H, W) float -> views (B, 3, O, O) float. Bicubic overshoots: the caller clamps."""
-    free = where.angle != 0
-    if not free.any():
-        return _by_rows_and_columns(tiles, where, size_px, interpolation)
-    if free.all():
+    by_grid = where.angle != 0
+    if interpolation == "bilinear":
+        by_grid |= (where.height <= size_px) & (where.width <= size_px)
+    if by_grid.all():
         return _by_grid(tiles, where, size_px)
+    if not by_grid.any():
+        return _by_rows_and_columns(tiles, where, size_px, interpolation)
     out = tiles.new_empty((len(tiles), 3, size_px, size_px))
-    for rows, way in ((np.flatnonzero(free), True), (np.flatnonzero(~free), False)):
-        part, place = on(tiles.device, rows), where.of(rows)
-        some = tiles.index_select(0, part)
-        out[part] = _by_grid(some, place, size_px) if way else _by_rows_and_columns(some, place, size_px, interpolation)
+    rows = np.flatnonzero(by_grid)
+    part = on(tiles.device, rows)
+    out[part] = _by_grid(tiles[part], where.of(rows), size_px)
+    rows = np.flatnonzero(~by_grid)
+    part = on(tiles.device, rows)
+    out[part] = _by_rows_and_columns(tiles[part], where.of(rows), size_px, interpolation)
     return out
 
 
@@ -112,7 +119,45 @@ def on(device: torch.device, values: NDArray[np.generic]) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-# ---- boxes along the axes
+# ---- along the matrix
+
+
+def _by_grid(tiles: Tensor, where: Placement, size_px: int) -> Tensor:
+    """Bilinear, each output pixel from the four nearest: right for views that do not shrink, and for rotated ones.
+
+    A view along the axes sees nothing past its box, as if that had been cut out first. A rotated one sees past it, and
+    past the tile's edge the tile mirrored; where it shrinks, a Gaussian beforehand stands for the antialiasing.
+    """
+    free = where.angle != 0
+    if free.any():
+        shrink = np.sqrt(where.height * where.width) / size_px
+        tiles = blurred(tiles, 0.5 * np.sqrt(np.maximum(shrink**2 - 1, 0)) * free)
+    along_x, along_y = (on(tiles.device, half) for half in _half_points(where, size_px, tiles.shape[2]))
+    grid = torch.view_as_real(along_x[:, None, :] + along_y[:, :, None])
+    return F.grid_sample(tiles, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _half_points(where: Placement, size_px: int, tile_px: int) -> tuple[Complex, Complex]:
+    """What an output pixel's column and row add to its point x + iy on the tile, in -1..1: (B, O) each.
+
+    Along the axes either column or row decides on x, and the other on y, so each is held inside its box here.
+    """
+    m = matrices(where, size_px)
+    place = np.arange(size_px) + 0.5
+    free = where.angle[:, None] != 0
+    halves = [np.zeros((len(m), size_px), np.complex128) for _ in range(2)]
+    for axis, start, length in ((0, where.left, where.width), (1, where.top, where.height)):
+        low, high = start[:, None] + 0.5, (start + length)[:, None] - 0.5
+        by_column = np.abs(m[:, axis, :1]) >= np.abs(m[:, axis, 1:2])  # it takes the matrix's shift too
+        for half, slope, whole in ((0, m[:, axis, :1], by_column), (1, m[:, axis, 1:2], ~by_column)):
+            point = slope * place + m[:, axis, 2:] * whole
+            held = np.where(whole, np.clip(point, low, high), 0)
+            part = np.where(free, point, held) * (2 / tile_px) - whole
+            halves[half] += part * (1, 1j)[axis]
+    return halves[0].astype(np.complex64), halves[1].astype(np.complex64)
+
+
+# ---- by rows and by columns
 
 
 def _by_rows_and_columns(tiles: Tensor, where: Placement, size_px: int, interpolation: str) -> Tensor:
@@ -195,36 +240,21 @@ def weighted_rows(x: Tensor, first_BO: Tensor, weights_BOT: Tensor) -> Tensor:
     return out.view(batch, channels, size, width)
 
 
-# ---- free rotation
-
-
-def _by_grid(tiles: Tensor, where: Placement, size_px: int) -> Tensor:
-    """Bilinear, once, after a Gaussian of the width by which the view shrinks. Past its edge the tile is mirrored."""
-    shrink = np.sqrt(where.height * where.width) / size_px
-    prefiltered = blurred(tiles, 0.5 * np.sqrt(np.maximum(shrink**2 - 1, 0)))
-    to_tile = on(tiles.device, matrices(where, size_px).astype(np.float32))
-    centres = torch.arange(size_px, device=tiles.device, dtype=torch.float32) + 0.5
-    ones = torch.ones(size_px, size_px, device=tiles.device)
-    output = torch.stack([centres.expand(size_px, -1), centres[:, None].expand(-1, size_px), ones], -1)  # x, y, 1
-    point = torch.einsum("bij,yxj->byxi", to_tile, output)
-    grid = point * (2 / tiles.shape[2]) - 1  # tiles are square
-    return F.grid_sample(prefiltered, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-
-
 # ---- Gaussian blur
 
 
 def blurred(x: Tensor, sigma: Floats) -> Tensor:
     """Gaussian of each sample's own sigma (pixels; 0 leaves it as it is), mirrored at the edges: x (B, 3, H, W).
 
-    Cut off at 4 sigma: the rest weighs 0.006 %. torchvision's `gaussian_blur` with a kernel that wide is the same.
+    Cut off at 3 sigma and a half pixel: the rest weighs 0.1 %. torchvision's `gaussian_blur` with a kernel that wide is
+    the same.
     """
     if not len(x) or not sigma.any():
         return x
-    reach = min(int(np.ceil(4 * sigma.max())), min(x.shape[2:]) - 1)
+    reach = min(int(np.ceil(3 * sigma.max())), min(x.shape[2:]) - 1)
     offset = np.abs(np.arange(-reach, reach + 1))
     kernel = np.exp(-0.5 * (offset / np.maximum(sigma, 1e-3)[:, None]) ** 2)  # 1e-3: all weight in the middle
-    kernel *= offset <= np.ceil(4 * sigma)[:, None]  # each by its own reach, whoever else is in the batch
+    kernel *= offset <= np.ceil(3 * sigma)[:, None]  # each by its own reach, whoever else is in the batch
     kernel_BT = on(x.device, (kernel / kernel.sum(1, keepdims=True)).astype(np.float32))
     for _ in range(2):  # rows, then columns: the second transposition undoes the first
         x = _blurred_rows(x, kernel_BT, reach).transpose(2, 3).contiguous()

@@ -30,7 +30,7 @@ from histossl.errors import UsageError
 from histossl.views import colour, geometry
 from histossl.views.draws import Draws, Floats
 
-CPU_PIXELS = 2**20  # of tiles at a time on the CPU (16 of 256 px): what they become stays in its caches
+CPU_PIXELS = 2**18  # of a view at a time on the CPU (5 tiles at 224 px): what they become stays in its caches
 
 
 @dataclass(frozen=True)
@@ -220,15 +220,22 @@ def make_views(tiles: Tensor, recipe: ViewRecipe, seed: int, positions: Tensor) 
         raise ValueError(f"tiles must be uint8 (B, 3, H, H), not {tiles.dtype} {tuple(tiles.shape)}")
     place = positions.cpu().numpy()
     plans = [planned(view, Draws(seed, place, number), tiles.shape[2]) for number, view in enumerate(recipe.views)]
-    chunk = max(1, CPU_PIXELS // tiles.shape[2] ** 2 if tiles.device.type == "cpu" else len(tiles))
-    made: list[list[Tensor]] = [[] for _ in plans]
+    on_cpu = tiles.device.type == "cpu"
+    made = [_room((len(tiles), 3, view.size_px, view.size_px), tiles.device) for view in recipe.views]
+    chunk = max(4, CPU_PIXELS // max(view.size_px for view in recipe.views) ** 2) if on_cpu else max(1, len(tiles))
     for first in range(0, len(tiles), chunk):
         rows = slice(first, first + chunk)
-        some = tiles[rows]
-        pixels = _as_float(some)
+        pixels = _as_float(tiles[rows])
         for views, plan in zip(made, plans, strict=True):
-            views.append(_made(some, pixels, plan.of(rows)))
-    return [views[0] if len(views) == 1 else torch.cat(views) for views in made]
+            _make(tiles[rows], pixels, plan.of(rows), views[rows])
+    return made
+
+
+def _room(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        # NumPy's large arrays come in huge pages: filling a fresh torch.empty costs as much in page faults as a view.
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -308,26 +315,25 @@ def planned(view: ViewSpec, draws: Draws, tile_px: int) -> Plan:
     )
 
 
-def _made(tiles: Tensor, pixels: Tensor, plan: Plan) -> Tensor:
-    """One view of each tile: tiles (B, 3, H, H) uint8 and the same as float `pixels`."""
-    view = plan.view
+def _make(tiles: Tensor, pixels: Tensor, plan: Plan, out: Tensor) -> None:
+    """One view of each tile, into `out`: tiles (B, 3, H, H) uint8, and the same as float `pixels`."""
+    view, device = plan.view, tiles.device
     if (again := np.flatnonzero(plan.jpeg_quality)).size:
-        part = geometry.on(tiles.device, again)
+        part = geometry.on(device, again)
         pixels = pixels.index_copy(0, part, _as_float(colour.recompressed(tiles[part], plan.jpeg_quality[again])))
-    x = geometry.resampled(pixels, plan.where, view.size_px, view.interpolation).clamp_(0, 1)
-    if (stained := np.flatnonzero(plan.stain.any((1, 2)))).size:
-        part = geometry.on(x.device, stained)
-        A, b = colour.stain_matrices(plan.stain[stained, 0], plan.stain[stained, 1])
-        on_device = (geometry.on(x.device, array.astype(np.float32)) for array in (A, b))
-        x[part] = colour.restained(x[part], *on_device)
-    x = colour.recoloured(x, geometry.on(x.device, plan.colour.astype(np.float32)))
+    x = geometry.resampled(pixels, plan.where, view.size_px, view.interpolation)
+    if view.interpolation == "bicubic":
+        x.clamp_(0, 1)  # it overshoots at edges
+    if view.stain_p:  # for those that it leaves alone the identity: picking out the others costs as much
+        A, b = colour.stain_matrices(plan.stain[:, 0], plan.stain[:, 1])
+        x = colour.restained(x, geometry.on(device, A.astype(np.float32)), geometry.on(device, b.astype(np.float32)))
+    colour.recoloured(x, geometry.on(device, plan.colour.astype(np.float32)), out)
     if (soft := np.flatnonzero(plan.blur_sigma)).size:
-        part = geometry.on(x.device, soft)
-        x[part] = geometry.blurred(x[part], plan.blur_sigma[soft]).clamp_(0, 1)
+        part = geometry.on(device, soft)
+        out[part] = geometry.blurred(out[part], plan.blur_sigma[soft]).clamp_(0, 1)
     if (bright := np.flatnonzero(plan.solarize)).size:
-        part = geometry.on(x.device, bright)
-        x[part] = colour.solarized(x[part], view.solarize_threshold)
-    return x
+        part = geometry.on(device, bright)
+        out[part] = colour.solarized(out[part], view.solarize_threshold)
 
 
 def _as_float(tiles: Tensor) -> Tensor:

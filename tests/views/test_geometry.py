@@ -90,12 +90,12 @@ def test_each_sample_of_a_mixed_batch_is_what_it_is_alone():
 
 
 def test_the_matrix_says_where_each_output_pixel_lies():
-    """The rows-and-columns path and the grid that follows the matrix are two ways to the same picture."""
-    tiles = texture(1, grain=8)
+    """Rows and columns, and the grid that follows the matrix, are two ways to the same picture."""
+    tiles = texture(1, grain=2)
     for mirror, flip, turns in itertools.product((False, True), (False, True), range(4)):
         where = placed(1, 8, 4, 40, 48, mirror, flip, turns)
-        apart = (resampled(tiles, where, 64) - geometry._by_grid(tiles, where, 64)).abs()
-        assert apart[..., 4:-4, 4:-4].max() < 1e-5, (mirror, flip, turns)  # at the edge the grid sees past the box
+        one, other = geometry._by_rows_and_columns(tiles, where, 64, "bilinear"), geometry._by_grid(tiles, where, 64)
+        assert (one - other).abs().max() < 1e-4, (mirror, flip, turns)
     corner = matrices(placed(1, 8, 4, 40, 48), 64)[0] @ [0, 0, 1]
     assert corner == pytest.approx([4, 8])
     corner = matrices(placed(1, 8, 4, 40, 48, turns=1), 64)[0] @ [0, 0, 1]  # turned left: top right comes first
@@ -139,7 +139,7 @@ def test_blur_is_torchvisions_at_each_samples_own_width():
     x, sigma = texture(5), np.array([0.1, 0.4, 1.0, 2.0, 0.0])
     ours = blurred(x, sigma)
     for number, width in enumerate(sigma[:4]):
-        wide = TF.gaussian_blur(x[number], 2 * math.ceil(4 * width) + 1, float(width))
+        wide = TF.gaussian_blur(x[number], 2 * math.ceil(3 * width) + 1, float(width))
         assert (ours[number] - wide).abs().max() < 1e-5
         as_simclr = TF.gaussian_blur(x[number], 23, float(width))  # a tenth of 224 px
         assert (ours[number] - as_simclr).abs().mean() < 0.1 * LEVEL
