@@ -13,6 +13,7 @@ import typer
 from histossl import __version__, console
 from histossl.cli import demo, evaluate, pretrain, report, slides, tiles, views
 from histossl.errors import HistosslError
+from histossl.launched import failed_before, tell_launcher
 
 app = typer.Typer(
     name="histossl",
@@ -54,6 +55,8 @@ GOES_ON = "interrupted; what is finished is kept, the same command goes on from 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    if failed_before():
+        return 0
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # how typer says Ctrl-C
@@ -63,9 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         return int(stop.exit_code)
     except CommandLineError as error:
         console.fail(error.format_message())
-        return error.exit_code
+        return int(error.exit_code)
     except HistosslError as error:
-        console.fail(str(error))
+        if not tell_launcher(error):
+            console.fail(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         console.say(GOES_ON)

@@ -82,6 +82,15 @@ def tile(
     min_saturation: Annotated[
         float, typer.Option(help="Mean colour saturation that a tile must have. 0: not looked at.")
     ] = TISSUE.min_saturation,
+    regions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with QuPath GeoJSON files (A1.geojson for A1.svs) that restrict tiling to their areas. "
+            "Default: those beside the slides.",
+            show_default=False,
+        ),
+    ] = None,
     anonymize: Annotated[
         bool,
         typer.Option(
@@ -122,6 +131,8 @@ def tile(
         raise UsageError("--workers and --dask: the Dask cluster has its own workers; give one of the two")
     if time_limit <= 0:
         raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
+    if regions is not None and not regions.is_dir():
+        raise UsageError(f"--regions {regions}: no such folder")
     at = workspace_at(workspace)
     finest, *coarser = _scales(mpp)
     if tile_px is None and grid == "native":
@@ -153,6 +164,7 @@ def tile(
         workers,
         slide_mpp=slide_mpp,
         mpp_csv=mpp_csv,
+        regions=regions,
         retry=retry,
         dask=dask,
         silence_s=time_limit,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from histossl.errors import HistosslError, UsageError
-from histossl.tiles.workers import Event, Job, unexpected
+from histossl.workers import Event, Job, unexpected
 
 CONNECT_S = 20
 

@@ -34,19 +34,21 @@ from histossl.slides.files import SlideFile, relative, walk
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, read_ledger, write_ledger
 from histossl.slides.quality import saturation, sharpness
 from histossl.slides.reader import Slide, open_slide
+from histossl.slides.regions import find_regions, read_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
 from histossl.slides.tissue import TissueMask, fold_mask, thumbnail_um, tissue_mask, tissue_thumbnail
 from histossl.tiles.cutting import Cutter, Pixels, agrees, cutter_for, encode, native_side_px
 from histossl.tiles.index import find_zips
 from histossl.tiles.native import NativeTiles
 from histossl.tiles.store import StoreWriter, new_store, read_store, scale_name
-from histossl.tiles.workers import Event, Report, run_jobs
 from histossl.units import l0_from_um, um_from_l0
+from histossl.workers import Event, Report, run_jobs
 from histossl.workspace import Workspace, written_aside
 
 Ints = npt.NDArray[np.int64]
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
+MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 REPORT_EVERY_S = 0.5
 LEDGER_EVERY_S = 10.0
@@ -69,6 +71,7 @@ class TileJob:
     slide_mpp: float | None = None
     mpp_source: str = "--slide-mpp"
     key: bytes = b""  # of an anonymous store
+    regions: Path | None = None  # a GeoJSON that restricts tiling
     version: str = __version__
 
 
@@ -106,6 +109,7 @@ def tile_archive(
     *,
     slide_mpp: float | None = None,
     mpp_csv: Path | None = None,
+    regions: Path | None = None,
     retry: bool = False,
     dask: str | None = None,
     silence_s: float = SILENCE_S,
@@ -113,7 +117,8 @@ def tile_archive(
     """Tile what is not tiled yet; returns this archive's rows of the ledger, one per file.
 
     `num_workers` processes (default: one per core; 0: none, here), or a Dask cluster's. `retry` tries again what
-    failed or was replaced. A store has one config: another one is a MismatchError that names what differs.
+    failed or was replaced. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
+    A store has one config: another one is a MismatchError that names what differs.
     """
     require(
         slide_mpp is None or PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1],
@@ -127,7 +132,7 @@ def tile_archive(
         raise HistosslError(f"{directory}: no slides in it or its subfolders; give the folder that holds the slides")
     with _alone_in(workspace):
         refuse_other_settings(workspace, config)
-        plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, retry)
+        plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry)
         ledger = _Ledger(workspace.archive_csv, plan.rows)
         try:
             if plan.jobs:
@@ -190,6 +195,7 @@ def _plan(
     config: TileConfig,
     slide_mpp: float | None,
     mpp_csv: Path | None,
+    regions: Path | None,
     retry: bool,
 ) -> _Plan:
     """Which slides are done, which are to do, and which failed before and are left alone."""
@@ -220,6 +226,7 @@ def _plan(
             slide_mpp=mpp if mpp is not None else slide_mpp,
             mpp_source=source,
             key=names.key,
+            regions=find_regions(each.path.absolute(), each.slide, regions),
         )
         plan.rows.append(row)
     names.write()
@@ -270,6 +277,8 @@ def _state(job: TileJob, row: LedgerRow | None) -> _State:
         return _State(outcome)  # same size and time as then: its content need not be read
     try:
         same = fingerprint(job.path, job.key) == facts["fingerprint"]
+        if _regions_fingerprint(job) != facts["regions"]:
+            return _State(outcome, f"its regions {'changed' if job.regions and facts['regions'] else 'came or went'}")
         size = job.path.stat().st_size
     except OSError as error:
         return _State(outcome, f"cannot be read now: {error.strerror}")
@@ -306,14 +315,19 @@ def fingerprint(path: Path, key: bytes = b"") -> str:
     return digest.hexdigest()[:32]
 
 
+def _regions_fingerprint(job: TileJob) -> str | None:
+    return None if job.regions is None else fingerprint(job.regions, job.key)
+
+
 def _identity(job: TileJob) -> str:
     """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
-    try:
-        status = job.path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-    except OSError:
-        stamp = []
-    parts = [str(job.path.name), stamp, job.slide_mpp, plain(asdict(job.config))]
+    stamps = []
+    for path in (job.path, job.regions):
+        try:
+            stamps.append(_stamp(path) if path else None)
+        except OSError:
+            stamps.append(None)
+    parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -612,6 +626,18 @@ def _too_coarse(slide: Slide, config: TileConfig) -> list[str]:
     return []
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Places of a grid to be cut (columns of equal length), and how many others each filter turned down."""
+
+    places: Ints
+    x_l0: Ints
+    y_l0: Ints
+    tissue: npt.NDArray[np.float64]
+    regions: npt.NDArray[np.uint16]
+    rejected: dict[str, int]
+
+
 class _Making:
     """Fills one zip: for each scale the grid, the filters, the tiles."""
 
@@ -629,6 +655,12 @@ class _Making:
         self._tissue = TissueMask(mask, downsample)
         self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
         self._pale = TissueMask(_pale(thumbnail, 3 * job.config.tissue.min_saturation), downsample)
+        self._region_names: list[str] = []
+        self._regions: list[TissueMask] = []
+        if job.regions is not None:
+            drawn = read_regions(job.regions, slide.size_l0).masks(mask.shape, downsample)
+            self._regions = [TissueMask(each, downsample) for each in drawn.values()]
+            self._region_names = list(drawn)
         if unreadable.any():  # an OpenSlide handle that met damage reads nothing any more
             self._slide = self._opened = open_again()
         self._beat(0, force=True)
@@ -647,12 +679,13 @@ class _Making:
         return {
             "tile_px": self._config.tile_px,
             "scales": scales,
-            "regions": [],
+            "regions": self._region_names,
             "counts": asdict(self._counts),
             "warnings": warnings,
             "slide": {
                 "file": job.file,
                 "fingerprint": slide_fingerprint,
+                "regions": _regions_fingerprint(job),
                 "bytes": job.path.stat().st_size,
                 "mpp_l0": slide.mpp_l0,
                 "mpp_source": slide.mpp_source,
@@ -667,38 +700,55 @@ class _Making:
     def _one_scale(self, number: int, mpp: float) -> dict[str, Any]:
         cutter = cutter_for(self._slide, mpp, self._config, self._open_again)
         try:
-            places, shares = self._wanted(cutter)
-            if not agrees(cutter, self._open_again, places):
+            wanted = self._wanted(cutter)
+            if not agrees(cutter, self._open_again, wanted.places):
                 cutter.source.close()
                 cutter = cutter_for(self._slide, mpp, replace(self._config, grid="physical"), self._open_again, "read")
-                places, shares = self._wanted(cutter)
-            self._counts.places += cutter.grid.num_places
-            self._fill(number, cutter, places, shares)
+                wanted = self._wanted(cutter)
+            self._fill(number, cutter, wanted)
         finally:
             cutter.source.close()
         grid = cutter.grid
         return {"name": scale_name(mpp), "mpp": grid.mpp, "side_l0": grid.side_l0, "way": cutter.way}
 
-    def _wanted(self, cutter: Cutter) -> tuple[Ints, dict[int, float]]:
-        """Places that the filters of the thumbnail leave, and their tissue shares."""
-        limits = self._config.tissue
+    def _wanted(self, cutter: Cutter) -> _Wanted:
+        """What the filters of the thumbnail leave."""
+        limits, side_l0 = self._config.tissue, cutter.grid.side_l0
         places = np.arange(cutter.grid.num_places)
         x_l0, y_l0 = cutter.grid.corners_l0(places)
-        side_l0 = cutter.grid.side_l0
-        share = self._tissue.share(x_l0, y_l0, side_l0)
-        enough = share >= limits.min_tissue
+        tissue = self._tissue.share(x_l0, y_l0, side_l0)
+        regions = np.zeros(len(places), np.uint16)
+        inside = np.ones(len(places), bool)
+        if self._regions:
+            shares = np.stack([each.share(x_l0, y_l0, side_l0) for each in self._regions])
+            inside = shares.sum(axis=0) >= MIN_INSIDE
+            regions = np.where(inside, shares.argmax(axis=0) + 1, 0).astype(np.uint16)
+        enough = tissue >= limits.min_tissue
         flat = self._folds.share(x_l0, y_l0, side_l0) <= limits.max_fold
-        kept = enough & flat
-        self._first = {"tissue": int((~enough).sum()), "fold": int((enough & ~flat).sum())}
-        return places[kept], dict(zip(places[kept].tolist(), share[kept].tolist(), strict=True))
+        kept = inside & enough & flat
+        return _Wanted(
+            places=places[kept],
+            x_l0=x_l0[kept],
+            y_l0=y_l0[kept],
+            tissue=tissue[kept],
+            regions=regions[kept],
+            rejected={
+                "region": int((~inside).sum()),
+                "tissue": int((inside & ~enough).sum()),
+                "fold": int((inside & enough & ~flat).sum()),
+            },
+        )
 
-    def _fill(self, scale: int, cutter: Cutter, places: Ints, shares: Mapping[int, float]) -> None:
-        counts = self._counts
-        counts.tissue += self._first["tissue"]
-        counts.fold += self._first["fold"]
+    def _fill(self, scale: int, cutter: Cutter, wanted: _Wanted) -> None:
+        """Cut, judge, encode and store the wanted tiles."""
+        counts, places = self._counts, wanted.places
+        counts.places += cutter.grid.num_places
+        counts.region += wanted.rejected["region"]
+        counts.tissue += wanted.rejected["tissue"]
+        counts.fold += wanted.rejected["fold"]
         damaged = seen = 0
-        xs, ys = cutter.grid.corners_l0(places)
-        corners = dict(zip(places.tolist(), zip(xs.tolist(), ys.tolist(), strict=True), strict=True))
+        columns = (wanted.x_l0, wanted.y_l0, wanted.tissue, wanted.regions)
+        facts = dict(zip(places.tolist(), zip(*(each.tolist() for each in columns), strict=True), strict=True))
         doubtful = self._doubtful(cutter, places)
         for tile in cutter.tiles(places):
             seen += 1
@@ -719,8 +769,8 @@ class _Making:
             if jpeg is None:
                 assert pixels is not None
                 jpeg = encode(pixels, self._config.jpeg_quality)
-            x_l0, y_l0 = corners[tile.place]
-            self._store.add(x_l0, y_l0, jpeg, shares[tile.place], scale)
+            x_l0, y_l0, tissue, region = facts[tile.place]
+            self._store.add(x_l0, y_l0, jpeg, tissue, scale, region)
             counts.tiles += 1
             self._beat(1)
         if seen and damaged == seen:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 import signal
@@ -154,6 +155,46 @@ def test_tiles_out_of_focus_are_left_out_also_where_tiles_are_copied(workspace, 
     assert blurred
     assert row.rejected_blur >= len(blurred - kept) > 0
     assert not blurred & kept
+
+
+def write_regions(path, **boxes):
+    def feature(name, box):
+        left, top, right, bottom = box
+        ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+        properties = {"objectType": "annotation", "classification": {"name": name}}
+        return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+
+    features = [feature(name, box) for name, box in boxes.items()]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def test_regions_restrict_tiling_and_name_the_tiles(workspace, paint):
+    painted = paint("A1.tif")
+    write_regions(painted.path.with_suffix(".geojson"), tumour=(0, 0, 512, 512), stroma=(512, 0, 1024, 256))
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(tile_px=128), 0))
+    index = TileIndex.open(workspace)
+    named = {
+        (int(tile["x_l0"]), int(tile["y_l0"])): index.regions[tile["region"]] for tile in index.rows(range(len(index)))
+    }
+    assert set(named) == {
+        (x, y) for x in range(0, 1024, 128) for y in range(0, 1024, 128) if (y < 512 and x < 512) or y < 256
+    }
+    assert all(name == ("tumour" if corner[0] < 512 else "stroma") for corner, name in named.items())
+    assert row.rejected_region == 64 - len(named)
+    write_regions(painted.path.with_suffix(".geojson"), tumour=(0, 0, 1024, 512))
+    with pytest.raises(MismatchError, match="its regions changed"):
+        tile_archive(painted.path.parent, workspace, everything(tile_px=128), 0)
+
+
+def test_a_bad_geojson_costs_its_slide_only(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    paint("B1.tif", width_px=512, height_px=512)
+    folder = workspace.root / "regions"
+    folder.mkdir()
+    (folder / "A1.geojson").write_text("not json")
+    rows = tile_archive(painted.path.parent, workspace, everything(), 0, regions=folder)
+    assert [row.tile_status for row in rows] == ["failed", "tiled"]
+    assert "A1.geojson" in rows[0].reason
 
 
 def test_why_there_are_no_tiles(workspace, paint):
