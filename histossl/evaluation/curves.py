@@ -82,8 +82,8 @@ __all__ = [
 
 LEVEL = 0.95
 BOUNDED = ("auroc", "balanced_accuracy", "f1")
-# A verdict is given at 1 in 40, not 1 in 20: where nothing changed it must say so in at least 95 of 100 archives.
-VERDICT_P = 0.025
+# A verdict is given at 1 in 50, not 1 in 20: where nothing changed it must say so in at least 95 of 100 archives.
+VERDICT_P = 0.02
 POWER = 0.8
 FEWEST_PATIENTS = 8  # in all; and two in each class
 PLAIN_NAME = {
@@ -390,7 +390,7 @@ def verdict(
 ) -> Verdict:
     """Helped, hurt, or no measurable difference, with the evidence and its limits, for a reader who is no statistician.
 
-    It rests on one test, of the area between the two curves over log2(budget), at p < 0.025; budgets are named only
+    It rests on one test, of the area between the two curves over log2(budget), at p < 0.02; budgets are named only
     where they hold after Holm's correction. `seen_in_pretraining`: tested slides that the adapted backbone was shown.
     """
     name = PLAIN_NAME.get(metric, metric)
@@ -493,7 +493,8 @@ def _limits(
         if not (floor.value > 0 and floor.p < 1 - LEVEL):
             limits.append(
                 f"{_first_upper(named(adapted))} does not clear the colour floor ({signed(floor.value)}, "
-                f"{signed(floor.low)} to {signed(floor.high)}): staining alone, without any network, does as well on these slides."
+                f"{signed(floor.low)} to {signed(floor.high)}): staining alone, without any network, does as well on "
+                "these slides."
             )
     if measured.has(adapted, head):
         number = measured.number(adapted, head)

@@ -163,7 +163,8 @@ def curve(
         ends.append((float(line.mean[-1]), shown(line.start), colour, main))
     if chance is not None:
         ends.append((chance, "guessing", SOFT, False))
-    everything = np.concatenate([np.concatenate([line.low, line.high]) for line in lines if line.start != "colour"])
+    framed = [line for line in lines if line.start != "colour"] or lines  # the floor alone must be in the picture
+    everything = np.concatenate([np.concatenate([line.low, line.high]) for line in framed])
     bottom, top = float(np.nanmin(everything)), float(np.nanmax(everything))
     if chance is not None:
         bottom = min(bottom, chance)
