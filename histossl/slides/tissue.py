@@ -17,10 +17,9 @@ from histossl.config import TissueConfig
 from histossl.slides.reader import Slide
 from histossl.units import l0_from_um, um_from_l0
 
-# Otsu divides whatever it is given, also glass from glass, or nuclei from stroma. It is believed only between these.
-# Below 0.02 lies the unevenness of empty glass; above 0.05 even the palest stroma of a faded slide.
-OTSU_BOUNDS = (0.02, 0.05)
-OTSU_TOP = 0.3  # denser pixels are tissue anyway; counting them as denser still would only pull the threshold up
+# Otsu divides whatever it is given, also glass from glass, or nuclei from stroma. It is believed only between these:
+# below 0.012 lies the unevenness of empty glass, above 0.05 even the palest stroma of a faded slide.
+OTSU_BOUNDS = (0.012, 0.05)
 MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
@@ -137,10 +136,14 @@ def tissue_score(density: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def otsu_within(values: NDArray[np.float32], low: float, high: float) -> float:
-    """Otsu's threshold of values between 0 and OTSU_TOP (denser ones count as OTSU_TOP), kept between low and high."""
+    """Otsu's threshold on the logarithm of values, kept between low and high.
+
+    On a logarithmic scale glass and the palest stroma lie further apart than stroma and nuclei, so that the deepest
+    cut falls between glass and tissue and not within the tissue.
+    """
     if not values.size:
         return low
-    counts, edges = np.histogram(np.clip(values, 0, OTSU_TOP), bins=256, range=(0, OTSU_TOP))
+    counts, edges = np.histogram(np.log10(np.clip(values, low / 4, high * 10)), bins=256)
     centres = (edges[:-1] + edges[1:]) / 2
     weight = counts.cumsum()
     total = (counts * centres).cumsum()
@@ -148,7 +151,9 @@ def otsu_within(values: NDArray[np.float32], low: float, high: float) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = weight * other * (total / weight - (total[-1] - total) / other) ** 2
     between = np.nan_to_num(between[:-1], nan=0.0, posinf=0.0)
-    return float(np.clip(edges[int(between.argmax()) + 1], low, high))
+    # Between two separate peaks every cut is equally deep: take the middle of them, not the first.
+    deepest = np.flatnonzero(between >= between.max() * 0.999)
+    return float(np.clip(10 ** edges[int(deepest.mean()) + 1], low, high))
 
 
 def is_grey(thumbnail: Image) -> bool:
@@ -182,15 +187,16 @@ def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
     mean = density.mean(axis=2)
     low, high = density.min(axis=2), density.max(axis=2)
     sure = (
-        ((red > 0.35) & (red > 1.25 * green) & (green > blue))
-        | ((mean > 0.25) & (green < 0.85 * red) & (green < 0.85 * blue))
+        ((red > 0.35) & (red > 1.2 * green))  # blue and green
+        | ((mean > 0.25) & (green < 0.85 * red) & (green < 0.85 * blue))  # green
         | ((green > 0.5) & (blue > 0.75 * green) & (blue < 1.15 * green) & (red < 0.16 * green))
         | ((low > 0.75) & (high < 1.35 * low))
     )
     likely = (
         ((red > 0.6) & (red > 0.85 * green) & (green > blue))
+        | ((red > 0.45) & (red > 1.1 * green))
         | ((green > 0.55) & (blue > 0.6 * green) & (blue < 1.15 * green) & (red < 0.25 * green))
-        | ((green > 0.7) & (blue > 0.62 * green) & (blue < 1.15 * green) & (red < 0.4 * green))
+        | ((green > 0.9) & (blue > 0.52 * green) & (blue < 1.15 * green) & (red < 0.5 * green))
         | ((low > 0.7) & (high < 1.6 * low))
     )
     # Blood and the darkest nuclei look likely too, but only in grains; a pen leaves a stroke.
