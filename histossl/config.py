@@ -226,7 +226,7 @@ class FinetuneConfig:
     head: str = ""  # mean, knn, simpleshot, abmil; '': mean, or abmil when the backbone learns too
     train: str = "head"  # head: frozen features; last, all: end to end
     tune: TuneConfig = field(default_factory=TuneConfig)
-    unit: str = "slide"  # what carries a label: slide, region, tile
+    unit: str = ""  # what carries a label: slide, region, tile; '': what the labels are of
     regions: str = ""  # a folder of QuPath GeoJSON files: labels of regions
     tiles_per_slide: int = 100  # with unit tile: at most so many of a slide and label
     budgets: tuple[int | str, ...] = ()
@@ -245,7 +245,7 @@ class FinetuneConfig:
         for name, known in (
             ("head", ("mean", "knn", "simpleshot", "abmil")),
             ("train", ("head", "last", "all")),
-            ("unit", ("slide", "region", "tile")),
+            ("unit", ("", "slide", "region", "tile")),
             ("group", ("patient", "site")),
         ):
             value = getattr(self, name)

@@ -15,9 +15,9 @@ LabelsOption = Annotated[
     Path,
     typer.Option(
         "--labels",
-        metavar="FILE.csv",
+        metavar="FILE.csv|DIR",
         help="Columns slide,label and, where known, patient, site, split (train or test); "
-        "x,y,width,height (level-0 pixels) label regions instead of slides.",
+        "x,y,width,height (level-0 pixels) label regions instead of slides. Or a folder of QuPath GeoJSON files.",
         show_default=False,
     ),
 ]
@@ -126,9 +126,21 @@ def finetune(
     unit: Annotated[
         str,
         typer.Option(
-            "--unit", help="What carries a label and is counted in budgets: slide, region or tile. Regions need a CSV."
+            "--unit",
+            help="What carries a label and is counted in budgets: slide, region or tile. "
+            "Default: what the labels are of. tile: each tile of a labelled slide or region by itself.",
+            show_default=False,
         ),
-    ] = "slide",
+    ] = "",
+    regions: Annotated[
+        Path | None,
+        typer.Option(
+            "--regions",
+            metavar="DIR",
+            help="The labels are the annotations in this folder (QuPath GeoJSON); --labels gives patient, site, split.",
+            show_default=False,
+        ),
+    ] = None,
     tiles_per_slide: Annotated[
         int, typer.Option("--tiles-per-slide", help="With --unit tile: at most so many tiles of one slide and label.")
     ] = 100,
@@ -188,6 +200,7 @@ def finetune(
         train=train,
         tune=with_overrides(TuneConfig(), tune or ()),
         unit=unit,
+        regions=str(regions or ""),
         tiles_per_slide=tiles_per_slide,
         budgets=_budgets(budgets),
         draws=draws,

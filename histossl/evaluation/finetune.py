@@ -24,6 +24,7 @@ from histossl.config import EmbedConfig, FinetuneConfig, plain, read_run, refuse
 from histossl.errors import LabelsError, MismatchError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
+from histossl.evaluation.drawn import drawn_items
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
@@ -228,6 +229,12 @@ def _show_curve(
 def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfig) -> LabelTable:
     """The labels of `config` on the tiles of `index`, in the unit asked for."""
     path = Path(config.labels)
+    if config.regions or path.is_dir():
+        rows = [] if path.is_dir() else labelling.read_rows(path, needs_label=False)
+        table = drawn_items(index, Path(config.regions) if config.regions else path, rows, config.classes)
+        if config.unit == "slide":
+            raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
+        return _in_unit(table, index, config)
     reasons = {
         row.slide: row.tile_reason or row.reason or "not tiled yet"
         for row in read_ledger(workspace.archive_csv)
@@ -238,13 +245,21 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
         index.slides,
         reasons=reasons,
         classes=config.classes,
-        mixed_patients=config.mixed_patients or config.unit != "slide",
+        mixed_patients=config.mixed_patients or config.unit == "tile",
         source=path.name,
     )
     if table.unit == "region":
+        if config.unit == "slide":
+            raise LabelsError(f"--unit slide: {path.name} labels regions (x,y,width,height); leave --unit out")
         table = _regions_on_tiles(table, index)
     elif config.unit == "region":
-        raise LabelsError(f"--unit region: {path.name} labels whole slides; add columns x,y,width,height")
+        raise LabelsError(
+            f"--unit region: {path.name} labels whole slides; add columns x,y,width,height, or --regions DIR"
+        )
+    return _in_unit(table, index, config)
+
+
+def _in_unit(table: LabelTable, index: TileIndex, config: FinetuneConfig) -> LabelTable:
     if config.unit == "tile":
         counts = {slide: len(slide_tiles(index, slide)) for slide in table.slides}
         table = labelling.one_item_per_tile(table, counts, at_most=config.tiles_per_slide, seed=config.seed)

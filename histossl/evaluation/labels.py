@@ -109,7 +109,7 @@ class LabelTable:
 # ---- the file
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
     """The lines of labels.csv. Refuses a file that a spreadsheet has saved as something else."""
     try:
         raw = path.read_bytes()
@@ -125,7 +125,7 @@ def read_rows(path: Path) -> list[Row]:
         raise LabelsError(f"{path}: is not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
     lines = csv.reader(text.splitlines())
     header = [name.strip().lower() for name in next(lines, [])]
-    _check_header(path, header)
+    _check_header(path, header, ("slide", "label") if needs_label else ("slide",))
     rows = []
     for cells in lines:
         if not any(cell.strip() for cell in cells):
@@ -141,7 +141,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _check_header(path: Path, header: Sequence[str]) -> None:
+def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
     wanted = "the first line must name the columns, like: slide,label,patient"
     if not any(header):
         raise LabelsError(f"{path}: is empty; {wanted}")
@@ -149,7 +149,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
             if mark in header[0]:
                 raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
-    for column in ("slide", "label"):
+    for column in needed:
         if column not in header:
             named = ", ".join(repr(name) for name in header)
             raise LabelsError(f"{path}: no column '{column}' among {named}{nearest(column, header)}; {wanted}")
@@ -166,10 +166,11 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
     where = f"{path}, line {line}"
     if not cells["slide"]:
         raise LabelsError(f"{where}: the slide's name is empty")
-    if "patient" in cells and not cells["patient"] and cells["label"]:
+    labelled = bool(cells.get("label", "-"))
+    if "patient" in cells and not cells["patient"] and labelled:
         raise LabelsError(f"{where}: {cells['slide']} has no patient; fill it in, or remove the whole column")
     split = cells.get("split", "").lower()
-    if "split" in cells and cells["label"] and split not in ("train", "test"):
+    if "split" in cells and labelled and split not in ("train", "test"):
         raise LabelsError(f"{where}: split {cells['split']!r} must be train or test")
     box = None
     if "x" in cells:
@@ -179,7 +180,9 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
             raise LabelsError(f"{where}: x,y,width,height must be numbers in level-0 pixels ({error})") from error
         if not (box.width_l0 > 0 and box.height_l0 > 0):
             raise LabelsError(f"{where}: a region of {box.width_l0:g} x {box.height_l0:g} pixels holds nothing")
-    return Row(line, cells["slide"], cells["label"], cells.get("patient", ""), cells.get("site", ""), split, box)
+    return Row(
+        line, cells["slide"], cells.get("label", ""), cells.get("patient", ""), cells.get("site", ""), split, box
+    )
 
 
 # ---- names to slides
@@ -297,7 +300,7 @@ def match_labels(
         raise LabelsError(
             f"{source}: every labelled slide that was found is {present[0]!r}; two classes at least are needed"
         )
-    _refuse_split_patients(source, items)
+    refuse_split_patients(source, items)
     if not regions and not mixed_patients:
         _refuse_mixed_patients(source, items)
     if patients_from != "the patient column" and "own patient" in patients_from:
@@ -331,14 +334,19 @@ def _patients(found: Mapping[str, Sequence[Row]]) -> tuple[dict[str, str], str]:
     """Each slide's patient, and where it comes from."""
     if any(row.patient for rows in found.values() for row in rows):
         return {slide: rows[0].patient for slide, rows in found.items()}, "the patient column"
+    return patients_by_name(found)
+
+
+def patients_by_name(slides: Iterable[str]) -> tuple[dict[str, str], str]:
+    """Patients by TCGA barcode where slides have one, else each slide its own; and where that comes from, in words."""
     patients = {}
-    for slide in found:
+    for slide in slides:
         barcode = TCGA_CASE.search(PurePosixPath(slide).name)
         patients[slide] = barcode.group().upper() if barcode else slide
-    own = sum(patients[slide] == slide for slide in found)
+    own = sum(patients[slide] == slide for slide in patients)
     if own == 0:
         return patients, "TCGA barcodes"
-    if own == len(found):
+    if own == len(patients):
         return patients, "nothing: each slide is its own patient"
     return patients, f"TCGA barcodes; {own} slides without one are each their own patient"
 
@@ -367,7 +375,7 @@ def _items_of(
     return items
 
 
-def _refuse_split_patients(source: str, items: Sequence[Item]) -> None:
+def refuse_split_patients(source: str, items: Sequence[Item]) -> None:
     sides: dict[str, dict[str, str]] = defaultdict(dict)
     for item in items:
         sides[item.patient].setdefault(item.split, item.slide)

@@ -1,0 +1,122 @@
+"""Labels drawn on slides: a folder of QuPath GeoJSON files, one per slide, whose annotations' classes are the labels.
+
+    histossl finetune --labels annotations/                              patients from barcodes, else slide by slide
+    histossl finetune --labels patients.csv --regions annotations/       patients, sites and split from a CSV
+
+Each annotation is an item; its tiles are those whose centre it surrounds and no annotation "Ignore*" does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histossl.errors import LabelsError, SlideError
+from histossl.evaluation.embed import slide_tiles
+from histossl.evaluation.labels import (
+    Item,
+    LabelTable,
+    Row,
+    SlideNames,
+    natural,
+    patients_by_name,
+    refuse_split_patients,
+)
+from histossl.slides.regions import Ring, find_regions, read_regions
+from histossl.tiles.index import TileIndex
+
+
+def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), classes: Sequence[str] = ()) -> LabelTable:
+    """Items of every annotation with a class, on the slides of `index`. `rows` say whose slide it is, and its side."""
+    if not directory.is_dir():
+        raise LabelsError(f"--regions {directory}: no such folder")
+    files = sorted(directory.rglob("*.geojson"))
+    if not files:
+        raise LabelsError(f"--regions {directory}: holds no .geojson file; export annotations from QuPath as GeoJSON")
+    about = _rows_of_slides(rows, index.slides)
+    notes: list[str] = []
+    unread: list[tuple[str, str]] = []
+    found: list[Item] = []
+    used: set[Path] = set()
+    without_class = empty = 0
+    own_patient, patients_from = patients_by_name(index.slides)
+    for slide in index.slides:
+        path = find_regions(Path(str(index.facts(slide).get("file", slide))), slide, directory)
+        if path is None:
+            continue
+        used.add(path)
+        if rows and slide not in about:
+            unread.append((slide, "has annotations, but no line in the labels file"))
+            continue
+        try:
+            facts = index.facts(slide)
+            regions = read_regions(path, (facts.get("width_l0", 2**31), facts.get("height_l0", 2**31)))
+        except SlideError as error:
+            unread.append((slide, str(error)))
+            continue
+        row = about.get(slide)
+        centres = _centres_l0(index, slide)
+        ignored = np.zeros(len(centres), dtype=bool)
+        for region in regions.regions:
+            if region.ignored:
+                ignored |= surrounded(region.rings, centres)
+        for number, region in enumerate(regions.regions, start=1):
+            if region.ignored or (classes and region.name not in classes):
+                continue
+            if not region.name:
+                without_class += 1
+                continue
+            tiles = np.flatnonzero(surrounded(region.rings, centres) & ~ignored).astype(np.int64)
+            empty += not len(tiles)
+            if len(tiles):
+                patient = row.patient if row and row.patient else own_patient[slide]
+                site, split = (row.site, row.split) if row else ("", "")
+                found.append(Item(f"{slide}#{number}", slide, region.name, patient, site, split, tiles))
+    unread += [(path.name, "no tiled slide of this name") for path in files if path not in used]
+    if without_class:
+        notes.append(f"{without_class} annotations have no class; they are left out")
+    if empty:
+        notes.append(f"{empty} annotations hold no tile's centre; they are left out")
+    present = tuple(sorted({item.label for item in found}, key=natural))
+    if len(present) < 2:
+        only = f"only {present[0]!r}" if present else "no class"
+        why = f" ({unread[0][0]}: {unread[0][1]})" if unread else ""
+        raise LabelsError(f"--regions {directory}: tiles lie in {only}; two classes at least are needed{why}")
+    refuse_split_patients(directory.name, found)
+    from_rows = any(row.patient for row in about.values())
+    labelled = {item.slide for item in found}
+    return LabelTable(
+        items=tuple(found),
+        classes=present,
+        unit="region",
+        num_named=len(labelled) + len(unread),
+        missing=tuple(sorted(unread)),
+        unlabelled=tuple(sorted(set(index.slides) - labelled)),
+        patients_from="the patient column" if from_rows else patients_from,
+        notes=tuple(notes),
+    )
+
+
+def _rows_of_slides(rows: Sequence[Row], slides: Sequence[str]) -> dict[str, Row]:
+    names = SlideNames(slides)
+    return {slide: row for row in rows for slide in names.find(row.slide)}
+
+
+def _centres_l0(index: TileIndex, slide: str) -> NDArray[np.float64]:
+    side_l0 = index.facts(slide)["scales"][0]["side_l0"]
+    return np.asarray(index.coords_l0(slide_tiles(index, slide)) + side_l0 / 2, dtype=np.float64)
+
+
+def surrounded(rings: Sequence[Ring], points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which points an odd number of rings surround (even-odd rule: a ring inside a ring is a hole)."""
+    inside = np.zeros(len(points), dtype=bool)
+    x, y = points[:, 0], points[:, 1]
+    for ring in rings:
+        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            if y0 != y1:
+                crosses = (y0 > y) != (y1 > y)
+                inside ^= crosses & (x < x0 + (y - y0) * ((x1 - x0) / (y1 - y0)))
+    return inside
