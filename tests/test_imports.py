@@ -16,7 +16,7 @@ FLOORS = [
     {"methods"},
     {"views", "backbones", "tiles"},
     {"slides", "demo"},
-    {"units", "config", "errors", "workspace", "console", "workers", "__init__"},
+    {"units", "config", "errors", "workspace", "console", "launched", "workers", "__init__"},
 ]
 
 

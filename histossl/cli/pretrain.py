@@ -83,6 +83,9 @@ def pretrain(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A knob of the method; repeat as needed.")
     ] = None,
+    clip_norm: Annotated[
+        float, typer.Option(help="Gradients longer than this are shortened to it.")
+    ] = DEFAULTS.clip_norm,
     seed: Annotated[int, typer.Option(help="Of tile order, views and heads.")] = DEFAULTS.seed,
     labels: Annotated[
         Path | None,
@@ -139,8 +142,8 @@ def pretrain(
     """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
     from histossl.evaluation.probe import probe_of
     from histossl.tiles.index import TileIndex
-    from histossl.training.distributed import launch, launched, num_processes_for
-    from histossl.training.pretrain import Operation, show_plan
+    from histossl.training.distributed import is_worker, launch, num_processes_for
+    from histossl.training.pretrain import Operation, check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
     del config  # read before any other option, by its callback
@@ -161,16 +164,15 @@ def pretrain(
         weight_decay=weight_decay,
         layer_decay=layer_decay,
         warmup=warmup,
+        clip_norm=clip_norm,
         slide_balance=slide_balance,
         seed=seed,
         set=tuple(set_ or ()),
     )
     entry_of(method)
-    num_processes = 1 if launched() else num_processes_for(gpus)
-    if slides is not None and not launched():
+    num_processes = 1 if is_worker() else num_processes_for(gpus)
+    if slides is not None and not is_worker():
         tile_for(at, slides, tile_px, mpp, slide_mpp)
-    if num_processes > 1:
-        return launch(num_processes, sys.argv[1:], max_restarts)
     index = TileIndex.open(at)
     table = labelled_slides(labels, index) if labels else None
     left_out = excluded_slides(exclude, index) | (test_slides(table) if table else set())
@@ -191,6 +193,9 @@ def pretrain(
     if only_plan:
         show_plan(index, run, settings, operation)
         return 0
+    if num_processes > 1:
+        check(index, run, settings, operation, num_processes)
+        return launch(num_processes, sys.argv[1:], max_restarts)
     result = run_pretrain(index, run, settings, operation, probe_of(index, table, view_px) if table else None)
     if int(os.environ.get("RANK", "0")) == 0:
         console.say(result.text)

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from histossl.errors import UsageError
+from histossl import console, launched
+from histossl.errors import TrainingError, UsageError
 
 # Longer than a checkpoint to a slow disk takes, short enough that a dead neighbour is noticed and all are restarted.
 TIMEOUT = timedelta(minutes=5)
@@ -35,9 +40,25 @@ class Processes:
         return self.rank == 0
 
 
-def launched() -> bool:
-    """Whether torchrun (or something that speaks like it) has started this process."""
+def is_worker() -> bool:
+    """Whether torchrun, SLURM or our own launcher has started this process beside others."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        _speak_as_torchrun()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _speak_as_torchrun() -> None:
+    """`srun histossl pretrain ...`: SLURM's names for what torch wants to know."""
+    slurm = os.environ
+    hosts = ["scontrol", "show", "hostnames", slurm.get("SLURM_JOB_NODELIST", "localhost")]
+    try:
+        first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        first = slurm.get("SLURM_LAUNCH_NODE_IPADDR", "localhost")
+    slurm["RANK"], slurm["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_NTASKS"]
+    slurm["LOCAL_RANK"] = slurm.get("SLURM_LOCALID", "0")
+    slurm.setdefault("MASTER_ADDR", first)
+    slurm.setdefault("MASTER_PORT", str(20_000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20_000))
 
 
 def num_processes_for(gpus: str) -> int:
@@ -64,10 +85,10 @@ def num_processes_for(gpus: str) -> int:
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the other processes where there are any; leave them at the end."""
-    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not is_worker() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Processes(0, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UsageError(f"process {local_rank} of this machine has no GPU: it shows {torch.cuda.device_count()}")
@@ -84,27 +105,48 @@ def joined() -> Iterator[Processes]:
 
 def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
     """Run `histossl ARGUMENTS` in `count` processes; a worker that dies is restarted with the others. The exit code."""
-    environment = {
-        **os.environ,
-        # Without it a restarted worker may read the addresses of the round before (seen in 3 of 7 restarts).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-        f"--max-restarts={max_restarts}",
-        "--monitor-interval=1",
-        "-m",
-        "histossl",
-        *arguments,
-    ]
-    process = subprocess.Popen(command, env=environment)
-    while True:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Without it a restarted worker may read the addresses of the round before (seen in 3 of 7 restarts).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="histossl-") as directory:
+        note = Path(directory) / "failure.json"
+        os.environ[launched.NOTE] = str(note)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=f"histossl-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            monitor_interval=0.5,
+        )
         try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the workers got the signal too: they save and stop by themselves
+            elastic_launch(config, sys.executable)("-u", "-m", "histossl", *arguments)
+            code = 0
+        except ChildFailedError as error:
+            rank, failure = next(iter(error.failures.items()))
+            code = 1
+            if not note.exists():
+                raise TrainingError(
+                    f"process {rank} ended with {_how(failure.exitcode)} and {max_restarts} restarts did not help; its "
+                    "own words are above. The same command goes on from the last checkpoint"
+                ) from error
+        except SignalException:
+            return 0  # the workers got the signal too: they have saved and stopped by themselves
+        finally:
+            del os.environ[launched.NOTE]
+        told = launched.read_note(note)
+    if told is not None:
+        code, text = told
+        console.fail(text)
+    return code
+
+
+def _how(exitcode: int) -> str:
+    return f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"

@@ -90,6 +90,14 @@ def pretrain(
     `probe` scores a backbone on labelled training slides (higher is better); asked at step 0 and at every look.
     Raises MismatchError when `run` belongs to other settings or other tiles, TrainingError when the run goes wrong.
     """
+    _refuse_other_run(index, run, config)
+    if run.backbone.exists():
+        return Result(run, True, f"finished before: {run.backbone}")
+    with joined() as processes:
+        return _Pretraining(index, run, config, operation, probe, processes).carry_out()
+
+
+def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
     refuse_other_config(run.run_json, config)
     if run.run_json.exists():
         before = read_run(run.run_json).get("tiles", {}).get("digest")
@@ -98,10 +106,12 @@ def pretrain(
                 f"{run.root} was begun on other tiles (set {before}, now {index.digest}); "
                 "use another --name, or another --workspace for other tiles"
             )
-    if run.backbone.exists():
-        return Result(run, True, f"finished before: {run.backbone}")
-    with joined() as processes:
-        return _Pretraining(index, run, config, operation, probe, processes).carry_out()
+
+
+def check(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_processes: int) -> None:
+    """Refuse what no process could carry out, before any is started."""
+    _refuse_other_run(index, run, config)
+    _Pretraining(index, run, config, operation, None, Processes(0, 0, num_processes, torch.device("cpu")))
 
 
 def show_plan(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation = Operation()) -> None:

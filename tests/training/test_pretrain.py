@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -283,6 +284,69 @@ def test_two_processes_compute_the_run_of_one(index: TileIndex) -> None:
     first, second = load_file(one.backbone), load_file(two.backbone)
     for key, value in first.items():
         torch.testing.assert_close(value, second[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children(recursive=True) if "histossl" in child.cmdline()]
+
+
+def test_a_worker_that_dies_is_replaced_and_the_run_is_the_unbroken_one(index: TileIndex) -> None:
+    workspace = index.path.parents[1]
+    line = [sys.executable, "-m", "histossl"]
+    options = ("--gpus", "2", "--checkpoint-every", "1", "--name")
+    process = subprocess.Popen(
+        [*line, *command(workspace, *options, "wounded", steps=16)], stderr=subprocess.PIPE, text=True
+    )
+    run = PretrainDir(workspace / "pretrain" / "wounded")
+    deadline_s = time.monotonic() + 200
+    while not run.previous_checkpoint.exists() and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    workers_of(psutil.Process(process.pid))[-1].kill()
+    _, said = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert "going on from step" in said
+    unbroken = [*line, *command(workspace, *options, "whole-2", steps=16)]
+    assert subprocess.run(unbroken, capture_output=True, timeout=400, check=False).returncode == 0
+    whole = PretrainDir(workspace / "pretrain" / "whole-2")
+    for (key, one), two in zip(load_file(run.backbone).items(), load_file(whole.backbone).values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=key)
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 17))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(index: TileIndex, tmp_path: Path) -> None:
+    """One process up to step 4, two from there: the tiles, and so the losses, of one process all the way."""
+    workspace = index.path.parents[1]
+    config = replace(TINY, steps=8)
+    one, run = PretrainDir(workspace / "pretrain" / "alone"), PretrainDir(workspace / "pretrain" / "joined")
+    pretrain(index, one, config, replace(QUICK, monitor_every=50))
+    with pytest.raises(Killed):
+        pretrain(index, run, config, replace(QUICK, monitor_every=5, checkpoint_every_steps=4), probe=die_at_look(1))
+    line = [sys.executable, "-m", "histossl", *command(workspace, "--name", "joined", "--gpus", "2", steps=8)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 4 of 8" in done.stderr
+    losses = [[row["loss"] for row in rows(each) if "loss" in row] for each in (one, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_mistake_with_two_processes_is_told_once(index: TileIndex) -> None:
+    line = [sys.executable, "-m", "histossl", *command(index.path.parents[1], "--gpus", "2", "--batch-size", "9")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "cannot be shared by 2 processes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failure_in_the_workers_is_told_once(index: TileIndex) -> None:
+    """Collapse is found by both processes at once; no restart would help, and none is tried."""
+    more = ("--gpus", "2", "--lr", "1e30", "--warmup", "0", "--clip-norm", "1e30", "--name", "burnt")
+    line = [sys.executable, "-m", "histossl", *command(index.path.parents[1], *more, steps=40)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert "not finite" in done.stderr or "collapse" in done.stderr
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
