@@ -29,6 +29,7 @@ from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_s
 from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.model import ModelInfo, is_model_of, save_model
+from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
 from histossl.evaluation.starts import Start, Starts, resolve_starts
 from histossl.evaluation.tables import Budget, Prediction
@@ -108,6 +109,7 @@ def finetune(
     curves.write_points(run.points, curves.points_from(measured))
     summary = curves.summarise(measured)
     curves.write_summary(run.summary, summary)
+    facts |= _site_facts(learners, table)
     facts["verdict"] = _verdict(measured, table, facts)
     write_run(run.run_json, config, **facts)
     _save_model(run, learners, index, table, splits, starts, config, facts)
@@ -180,6 +182,16 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     folder = workspace.embeddings(embedder.folder)
     console.say(f"{len(slides)} slides, {embedder.feature_dim} features a tile: {folder}")
     return folder
+
+
+def _site_facts(learners: Mapping[str, Learner], table: LabelTable) -> dict[str, Any]:
+    """Whether site and label are entangled, by the frozen features of the start that is for use."""
+    frozen = [name for name in (*PREFERRED, *learners) if isinstance(learners.get(name), Frozen) and name != COLOUR]
+    learner = learners[frozen[0]] if frozen else None
+    found = check_site(learner.bags.pooled, table) if isinstance(learner, Frozen) else None
+    if found is None:
+        return {"site_statement": ""}
+    return {"site": {"start": frozen[0], **found.facts()}, "site_statement": found.statement}
 
 
 def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""Are site and label entangled? Then a head may learn where a slide was stained instead of what is on it.
+
+Two questions, each answered on patients left out: do features tell the site, and does the site tell the label? Only
+both together let a shortcut pay. Each answer is a balanced accuracy beside what the same procedure scores on
+sites (labels) shuffled over patients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from histossl.evaluation.heads import Floats, Ints, SimpleShotHead
+from histossl.evaluation.labels import LabelTable
+
+FEWEST_PATIENTS = 3  # per site, to be told from the others
+NUM_SHUFFLES = 200
+CLEAR = 0.05  # share of shuffles that may do as well
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """Scores are balanced accuracies; `*_chance` their mean over shuffles, `*_p` the share of shuffles as good."""
+
+    num_sites: int
+    site_from_features: float
+    site_chance: float
+    site_p: float
+    label_from_site: float
+    label_chance: float
+    label_p: float
+
+    @property
+    def entangled(self) -> bool:
+        return self.site_p < CLEAR and self.label_p < CLEAR
+
+    @property
+    def statement(self) -> str:
+        """For the verdict; empty where there is nothing to warn of."""
+        if not self.entangled:
+            return ""
+        return (
+            f"Site and label are entangled: the site alone tells the label with a balanced accuracy of "
+            f"{self.label_from_site:.2f} (chance {self.label_chance:.2f}), and features tell the site with "
+            f"{self.site_from_features:.2f} (chance {self.site_chance:.2f}). Heads may have learnt the site; "
+            "--group site tests on sites never seen."
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {**asdict(self), "entangled": self.entangled, "statement": self.statement}
+
+
+def check_site(pooled: Floats, table: LabelTable, seed: int = 0) -> SiteCheck | None:
+    """None where fewer than two sites have three patients each, so that nothing can be said."""
+    # What a patient has of one label at one site is one row: tiles and slides of a patient are no more evidence.
+    keys = [(item.patient, item.site, item.label) for item in table.items]
+    distinct = sorted(set(keys))
+    row_of = {key: row for row, key in enumerate(distinct)}
+    rows = np.array([row_of[key] for key in keys])
+    means = np.zeros((len(distinct), pooled.shape[1]))
+    np.add.at(means, rows, pooled)
+    means /= np.bincount(rows)[:, None]
+    patients = np.unique([key[0] for key in distinct], return_inverse=True)[1].astype(np.int64)
+    names = np.array([key[1] for key in distinct])
+    labels = np.array([table.classes.index(key[2]) for key in distinct], dtype=np.int64)
+    per_site = {name: len(np.unique(patients[names == name])) for name in np.unique(names)}
+    sites = [name for name, count in per_site.items() if name and count >= FEWEST_PATIENTS]
+    if len(sites) < 2:
+        return None
+    chosen = np.isin(names, sites)
+    patients = np.unique(patients[chosen], return_inverse=True)[1].astype(np.int64)
+    site = np.searchsorted(np.sort(sites), names[chosen]).astype(np.int64)
+    label = labels[chosen]
+    x = means[chosen]
+    rng = np.random.default_rng(seed)
+    fold = _folds(site, patients, rng)
+
+    def features_tell(truth: Ints) -> float:
+        return _balanced(truth, _nearest_mean(x, truth, fold))
+
+    def site_tells(truth: Ints) -> float:
+        return _balanced(truth, _majority(site, truth, patients))
+
+    scores = []
+    for ask, truth in ((features_tell, site), (site_tells, label)):
+        real = ask(truth)
+        shuffled = np.array([ask(_over_patients(truth, patients, rng)) for _ in range(NUM_SHUFFLES)])
+        scores += [real, float(shuffled.mean()), float((1 + (shuffled >= real).sum()) / (1 + NUM_SHUFFLES))]
+    return SiteCheck(len(sites), *scores)
+
+
+def _folds(site: Ints, patients: Ints, rng: np.random.Generator, num_folds: int = 3) -> Ints:
+    """A fold per item: patients whole, each site's patients spread evenly."""
+    fold = np.zeros(len(site), dtype=np.int64)
+    for number in np.unique(site):
+        own = rng.permutation(np.unique(patients[site == number]))
+        for place, patient in enumerate(own):
+            fold[patients == patient] = place % num_folds
+    return fold
+
+
+def _nearest_mean(x: Floats, truth: Ints, fold: Ints) -> Ints:
+    predicted = np.zeros_like(truth)
+    everything = np.arange(len(x))
+    bags = _Rows(x)
+    for number in np.unique(fold):
+        train, test = everything[fold != number], everything[fold == number]
+        fitted = SimpleShotHead().fit(
+            bags,
+            train,
+            truth[train],
+            pool=train,
+            groups=train,
+            num_classes=int(truth.max()) + 1,
+            seed=0,
+        )
+        predicted[test] = fitted.predict_proba(bags, test).argmax(1)
+    return predicted
+
+
+def _majority(site: Ints, label: Ints, patients: Ints) -> Ints:
+    """Each item's label guessed from the other patients of its site: the most frequent one, classes weighed alike."""
+    num_classes = int(label.max()) + 1
+    weight = 1 / np.maximum(np.bincount(label, minlength=num_classes), 1)
+    predicted = np.zeros_like(label)
+    for item in range(len(label)):
+        others = (site == site[item]) & (patients != patients[item])
+        predicted[item] = int((np.bincount(label[others], minlength=num_classes) * weight).argmax())
+    return predicted
+
+
+def _over_patients(truth: Ints, patients: Ints, rng: np.random.Generator) -> Ints:
+    """The first item's value of each patient, dealt out anew to whole patients."""
+    _, first = np.unique(patients, return_index=True)
+    dealt: Ints = rng.permutation(truth[first])[patients]
+    return dealt
+
+
+def _balanced(truth: Ints, predicted: Ints) -> float:
+    return float(np.mean([(predicted[truth == number] == number).mean() for number in np.unique(truth)]))
+
+
+class _Rows:
+    """Features that are pooled already, as heads take them."""
+
+    def __init__(self, pooled: Floats) -> None:
+        self.pooled = pooled
+
+    def tiles(self, item: int) -> Any:
+        return self.pooled[item : item + 1].astype(np.float32)

@@ -1,0 +1,48 @@
+"""The site check warns when a shortcut pays, and only then."""
+
+import numpy as np
+
+from histossl.evaluation.labels import Item, LabelTable
+from histossl.evaluation.site import check_site
+
+
+def archive(label_of_site: float, site_in_features: float, seed: int = 0, sites: int = 3, patients: int = 45):
+    """Patients with two slides; a site gives its own label with probability `label_of_site`, else any."""
+    rng = np.random.default_rng(seed)
+    marks = rng.normal(size=(sites, 20)) * site_in_features
+    items, rows = [], []
+    for patient in range(patients):
+        site = patient % sites
+        label = site if rng.random() < label_of_site else int(rng.integers(sites))
+        for slide in range(2):
+            name = f"p{patient}s{slide}"
+            items.append(Item(name, name, f"c{label}", f"P{patient}", f"site{site}"))
+            rows.append(marks[site] + rng.normal(size=20))
+    return np.array(rows), LabelTable(tuple(items), tuple(f"c{n}" for n in range(sites)))
+
+
+def test_site_in_features_and_label_by_site_is_a_warning():
+    found = check_site(*archive(0.9, 1.5))
+    assert found.entangled
+    assert found.site_from_features > 0.9
+    assert found.label_from_site > 0.7
+    assert abs(found.site_chance - 1 / 3) < 0.1
+    assert "--group site" in found.statement
+
+
+def test_either_alone_is_not():
+    assert not check_site(*archive(0.0, 1.5)).entangled
+    assert not check_site(*archive(0.9, 0.0)).entangled
+    assert check_site(*archive(0.9, 0.0)).statement == ""
+
+
+def test_without_entanglement_the_check_rarely_cries_wolf():
+    alarms = sum(check_site(*archive(0.0, 0.0, seed)).entangled for seed in range(20))
+    assert alarms <= 1
+
+
+def test_too_few_sites_or_patients_say_nothing():
+    pooled, table = archive(0.5, 1.0, patients=6)
+    assert check_site(pooled, table) is None
+    pooled, table = archive(0.5, 1.0, sites=1)
+    assert check_site(pooled, table) is None
