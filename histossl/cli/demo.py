@@ -42,9 +42,8 @@ def demo(
     from histossl.demo.run import DemoConfig, paint_into, run_demo
 
     del config  # its values have become the defaults above
-    settings = DemoConfig(slides, seed, steps, weights)
     if only_paint is None:
-        return 0 if run_demo(output, settings) else 130
+        return 0 if run_demo(output, DemoConfig(slides, seed, steps, weights)) else 130
     if only_paint.is_file():
         raise UsageError(f"--only-paint {only_paint}: is a file; name a folder")
     paint_into(only_paint, slides, seed)

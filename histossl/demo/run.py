@@ -38,6 +38,7 @@ NAME = "demo"  # of the pretraining run and of the curve
 TILE_PX, MPP, VIEW_PX = 96, 1.0, 64
 BACKBONE = "resnet18"
 BATCH_SIZE = 64
+DRAWS = 10
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
         return None
 
     # ---- with labels
-    _heading(5, "finetune", f"finetune --labels {at.labels} --name {NAME} --seed {config.seed} {where}")
-    finetune(workspace, NAME, FinetuneConfig(labels=str(at.labels), seed=config.seed))
+    _heading(5, "finetune", f"finetune --labels {at.labels} --name {NAME} --draws {DRAWS} --seed {config.seed} {where}")
+    finetune(workspace, NAME, FinetuneConfig(labels=str(at.labels), draws=DRAWS, seed=config.seed))
     report = workspace.finetune(NAME).report.resolve()
     console.say(
         "\nThe slides are painted: this shows that the whole road works here, and says nothing about your tissue.\n"
@@ -173,6 +174,8 @@ def _refuse_other_demo(path: Path, config: DemoConfig) -> None:
 
 def paint_into(directory: Path, slides: int, seed: int) -> None:
     """Paint the demo's archive into `directory`, unless it is there whole; never over anything else."""
+    require(slides >= 1, "slides", slides, "1 or more")
+    require(seed >= 0, "seed", seed, "0 or more")
     settings = {"slides": slides, "seed": seed, "side_px": SIDE_PX, "mpp": SLIDE_MPP}
     claim = directory / "painted.json"
     if claim.exists():
