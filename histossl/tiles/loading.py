@@ -48,8 +48,13 @@ class Store(Protocol):
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def decode_tiles(jpegs: Sequence[bytes], tile_px: int) -> Tensor:
-    """(B, 3, tile_px, tile_px) uint8 RGB, in channels-last memory: the bytes lie as the decoder wrote them."""
+def decode_tiles(jpegs: Sequence[bytes], tile_px: int, device: torch.device | None = None) -> Tensor:
+    """(B, 3, tile_px, tile_px) uint8 RGB, in channels-last memory: the bytes lie as the decoder wrote them.
+
+    On a CUDA device nvJPEG decodes, through torchvision, the whole batch at once; its rounding differs by a level.
+    """
+    if device is not None and device.type == "cuda":
+        return _decoded_on_gpu(jpegs, tile_px, device)
     pixels = np.empty((len(jpegs), tile_px, tile_px, 3), dtype=np.uint8)
     for place, jpeg in enumerate(jpegs):
         decode_into(pixels[place], jpeg, f"tile {place} of {len(jpegs)}")
@@ -59,15 +64,28 @@ def decode_tiles(jpegs: Sequence[bytes], tile_px: int) -> Tensor:
 def decode_into(pixels: NDArray[np.uint8], jpeg: bytes, name: str) -> None:
     """Decode one tile into pixels (H, W, 3). Damaged, or of another size: a StoreError that names it."""
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
-        if (height, width) != pixels.shape[:2]:
-            raise StoreError(
-                f"{name}: is {width} x {height} px, and {pixels.shape[1]} x {pixels.shape[0]} px was expected; "
-                "tile this slide again"
-            )
+        _refuse_other_size(jpeg, pixels.shape[0], name)
         simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
     except ValueError as error:
         raise StoreError(f"{name}: is not a whole JPEG ({error}); tile this slide again") from error
+
+
+def _decoded_on_gpu(jpegs: Sequence[bytes], tile_px: int, device: torch.device) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        for place, jpeg in enumerate(jpegs):
+            _refuse_other_size(jpeg, tile_px, f"tile {place} of {len(jpegs)}")
+        files = [torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy()) for jpeg in jpegs]
+        return torch.stack(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(f"one of {len(jpegs)} tiles is not a whole JPEG ({error}); tile its slide again") from error
+
+
+def _refuse_other_size(jpeg: bytes, tile_px: int, name: str) -> None:
+    height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+    if (height, width) != (tile_px, tile_px):
+        raise StoreError(f"{name}: is {width} x {height} px, not {tile_px} x {tile_px} px; tile this slide again")
 
 
 def tile_batches(

@@ -222,12 +222,13 @@ def make_views(tiles: Tensor, recipe: ViewRecipe, seed: int, positions: Tensor) 
     plans = [planned(view, Draws(seed, place, number), tiles.shape[2]) for number, view in enumerate(recipe.views)]
     on_cpu = tiles.device.type == "cpu"
     made = [_room((len(tiles), 3, view.size_px, view.size_px), tiles.device) for view in recipe.views]
-    chunk = max(4, CPU_PIXELS // max(view.size_px for view in recipe.views) ** 2) if on_cpu else max(1, len(tiles))
-    for first in range(0, len(tiles), chunk):
-        rows = slice(first, first + chunk)
-        pixels = _as_float(tiles[rows])
-        for views, plan in zip(made, plans, strict=True):
-            _make(tiles[rows], pixels, plan.of(rows), views[rows])
+    chunk = max(1, CPU_PIXELS // max(view.size_px for view in recipe.views) ** 2) if on_cpu else max(1, len(tiles))
+    with torch.autocast(tiles.device.type, enabled=False):  # colours want float32, whoever calls
+        for first in range(0, len(tiles), chunk):
+            rows = slice(first, first + chunk)
+            pixels = _as_float(tiles[rows])
+            for views, plan in zip(made, plans, strict=True):
+                _make(tiles[rows], pixels, plan.of(rows), views[rows])
     return made
 
 

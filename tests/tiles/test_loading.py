@@ -119,8 +119,17 @@ def test_a_tile_that_is_no_jpeg_or_of_another_size_is_named():
         decode_tiles([good, good[: len(good) // 2]], 32)
     with pytest.raises(StoreError, match="tile 0 of 1: is not a whole JPEG"):
         decode_tiles([b"no picture"], 32)
-    with pytest.raises(StoreError, match="tile 0 of 1: is 32 x 32 px, and 64 x 64 px"):
+    with pytest.raises(StoreError, match="tile 0 of 1: is 32 x 32 px, not 64 x 64 px"):
         decode_tiles([good], 64)
+
+
+@pytest.mark.gpu
+def test_decoding_on_the_gpu_agrees_with_the_cpu():
+    jpegs = [Store().read(number) for number in range(0, 1000, 100)]
+    theirs = decode_tiles(jpegs, 32, torch.device("cuda")).cpu()
+    assert (theirs.int() - decode_tiles(jpegs, 32).int()).abs().max() <= 2
+    with pytest.raises(StoreError):
+        decode_tiles([jpegs[0], jpegs[1][:200]], 32, torch.device("cuda"))
 
 
 def test_decoding_agrees_with_pillow():

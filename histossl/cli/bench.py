@@ -1,0 +1,84 @@
+"""`histossl bench ...`: what this machine does per second, what limits it, and what to change."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from histossl import console
+from histossl.cli.options import WorkspaceOption
+from histossl.errors import StoreError, UsageError
+from histossl.workspace import Workspace
+
+bench = typer.Typer(
+    help="Measure this machine: how fast each stage is, and which one limits.",
+    epilog="Example: histossl bench views",
+    no_args_is_help=True,
+)
+
+
+def register(app: typer.Typer) -> None:
+    bench.command(
+        epilog="Example: histossl bench views -w WORKSPACE --recipe dinov2-histology   "
+        "Without tiles, on synthetic ones: histossl bench views --tile-px 256"
+    )(views)
+    app.add_typer(bench, name="bench")
+
+
+def views(
+    workspace: WorkspaceOption = None,
+    recipe: Annotated[str, typer.Option(help="Whose views to make; see `histossl views`.")] = "mocov2-histology",
+    view_px: Annotated[int, typer.Option(help="Side of the (global) views in pixels.")] = 224,
+    tile_px: Annotated[int, typer.Option(help="Side of synthetic tiles, where the workspace has none.")] = 256,
+    tiles: Annotated[int, typer.Option(help="How many tiles each repeat handles, 16-4096.")] = 256,
+    repeats: Annotated[int, typer.Option(help="How often each figure is measured, 1-50.")] = 3,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that read and decode. Default: one per core.", show_default=False)
+    ] = None,
+) -> None:
+    """Read, decode and augment tiles, and say how many a second that makes, beside Pillow and torchvision."""
+    from histossl.tiles.index import TileIndex
+    from histossl.views.bench import SyntheticStore, TileStore, view_rates
+    from histossl.views.recipe import recipe_named
+
+    if not 16 <= tiles <= 4096:
+        raise UsageError(f"--tiles {tiles}: must be 16 to 4096")
+    if not 1 <= repeats <= 50:
+        raise UsageError(f"--repeats {repeats}: must be 1 to 50")
+    if not 32 <= tile_px <= 4096:
+        raise UsageError(f"--tile-px {tile_px}: must be 32 to 4096")
+    if workers is not None and not 1 <= workers <= 256:
+        raise UsageError(f"--workers {workers}: must be 1 to 256")
+    chosen = recipe_named(recipe, view_px)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_workers = workers or cores
+    at = Workspace.at(workspace)
+    store: TileStore
+    try:
+        store = TileIndex.open(at)
+        console.say(f"tiles of {at.root}: {len(store)} of {store.tile_px} px")
+    except StoreError:
+        if workspace is not None:
+            raise
+        store = SyntheticStore(tile_px)
+        console.say(f"no tiles in {at.root}: measuring with synthetic ones of {tile_px} px")
+    rates = view_rates(store, chosen, num_workers, tiles, repeats)
+    console.table(
+        f"a tile of {store.tile_px} px, {repeats} repeats",
+        ("stage", "ms per tile", "range", "tiles/s", ""),
+        [(each.name, f"{each.ms:.3f}", each.spread, f"{each.tiles_per_s:,.0f}", each.note) for each in rates.figures],
+        right=("ms per tile", "range", "tiles/s"),
+    )
+    console.say(f"loader alone: {rates.loader_gain:.0f}x the reference; with views on the same core: {rates.gain:.1f}x")
+    made = rates.on_gpu or rates.views
+    if rates.loaded.ms > made.ms:
+        console.say("limit: reading and decoding; give --workers more cores, or put the workspace on a faster disk")
+    elif rates.on_gpu is None:
+        console.say("limit: making views on the CPU; smaller --view-px, or a GPU, where they are made beside the model")
+    else:
+        console.say("limit: making views on the GPU; the loader keeps up, fewer --workers would do as well")
+    if rates.decode_on_gpu is not None:
+        way = "the GPU" if rates.decode_on_gpu.ms < rates.loaded.ms else "the CPU's workers"
+        console.say(f"decoding is faster on {way}")
