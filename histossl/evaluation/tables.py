@@ -13,15 +13,19 @@ with a fixed test set `fold` is None (an empty cell).
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from histossl.errors import StoreError
 from histossl.workspace import written_aside
 
 ALL = "all"
 Budget = int | str  # labelled slides per class, or ALL
+Row = dict[str, str]
+T = TypeVar("T")
+MEND = "run `histossl finetune` again"
 
 
 # ---- what flows
@@ -82,18 +86,11 @@ def write_points(path: Path, points: Iterable[Point]) -> None:
 
 
 def read_points(path: Path) -> list[Point]:
-    return [
-        Point(
-            row["start"],
-            row["head"],
-            budget_of(row["budget"]),
-            int(row["draw"]),
-            _fold_of(row["fold"]),
-            row["metric"],
-            float(row["value"]),
-        )
-        for row in _read(path, POINT_COLUMNS)
-    ]
+    def point(row: Row) -> Point:
+        budget, fold = budget_of(row["budget"]), _fold_of(row["fold"])
+        return Point(row["start"], row["head"], budget, int(row["draw"]), fold, row["metric"], float(row["value"]))
+
+    return _read(path, POINT_COLUMNS, point)[0]
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
@@ -107,51 +104,43 @@ def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Se
 
 def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
     """The rows, and the classes in the order of their probabilities."""
-    with _opened(path) as file:
-        columns = next(csv.reader(file), [])
-    classes = [name[2:] for name in columns if name.startswith("p_")]
-    shares = [f"p_{name}" for name in classes]
-    predictions = [
-        Prediction(
+
+    def prediction(row: Row) -> Prediction:
+        budget, fold = budget_of(row["budget"]), _fold_of(row["fold"])
+        shares = tuple(float(value) for name, value in row.items() if name.startswith("p_"))
+        return Prediction(
             row["start"],
             row["head"],
-            budget_of(row["budget"]),
+            budget,
             int(row["draw"]),
-            _fold_of(row["fold"]),
+            fold,
             row["slide"],
             row["patient"],
             row["label"],
             row["predicted"],
-            tuple(float(row[name]) for name in shares),
+            shares,
         )
-        for row in _read(path, PREDICTION_COLUMNS)
-    ]
-    return predictions, classes
+
+    predictions, columns = _read(path, PREDICTION_COLUMNS, prediction)
+    return predictions, [name[2:] for name in columns if name.startswith("p_")]
 
 
 def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
     rows = (
-        (r.start, r.head, r.budget, r.metric, repr(r.mean), repr(r.low), repr(r.high), r.num_draws, r.num_patients)
+        (r.start, r.head, r.budget, r.metric)
+        + (repr(float(r.mean)), repr(float(r.low)), repr(float(r.high)), r.num_draws, r.num_patients)
         for r in summary
     )
     _write(path, SUMMARY_COLUMNS, rows)
 
 
 def read_summary(path: Path) -> list[SummaryRow]:
-    return [
-        SummaryRow(
-            row["start"],
-            row["head"],
-            budget_of(row["budget"]),
-            row["metric"],
-            float(row["mean"]),
-            float(row["low"]),
-            float(row["high"]),
-            int(row["num_draws"]),
-            int(row["num_patients"]),
-        )
-        for row in _read(path, SUMMARY_COLUMNS)
-    ]
+    def summary_row(row: Row) -> SummaryRow:
+        mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
+        counts = int(row["num_draws"]), int(row["num_patients"])
+        return SummaryRow(row["start"], row["head"], budget_of(row["budget"]), row["metric"], mean, low, high, *counts)
+
+    return _read(path, SUMMARY_COLUMNS, summary_row)[0]
 
 
 def budget_of(text: str) -> Budget:
@@ -178,23 +167,23 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]])
         writer.writerows(rows)
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
+def _read(path: Path, columns: Sequence[str], make: Callable[[Row], T]) -> tuple[list[T], list[str]]:
+    """The rows as `make` reads them, and the file's columns. Whatever is wrong names the file and its line."""
     try:
-        return path.open(newline="", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); run `histossl finetune` again") from error
-
-
-def _read(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    with _opened(path) as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise StoreError(f"{path}: column {missing[0]!r} is missing; run `histossl finetune` again")
-        try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            found = list(reader.fieldnames or [])
+            missing = [name for name in columns if name not in found]
+            if missing:
+                raise StoreError(f"{path}: column {missing[0]!r} is missing; {MEND}")
+            rows = []
             for row in reader:
-                if None in row.values():
-                    raise ValueError("a row is cut short")
-                yield row
-        except (ValueError, csv.Error) as error:
-            raise StoreError(f"{path}, line {reader.line_num}: {error}; run `histossl finetune` again") from error
+                try:
+                    if None in row or None in row.values():
+                        raise ValueError(f"not {len(found)} cells")
+                    rows.append(make(row))
+                except ValueError as error:
+                    raise StoreError(f"{path}, line {reader.line_num}: {error}; {MEND}") from error
+            return rows, found
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise StoreError(f"{path}: cannot be read ({error}); {MEND}") from error

@@ -1,0 +1,357 @@
+"""What is said about a curve is true of the archives it is said about: known truths, simulated many times over."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated import Archive, predictions_of, true_balanced_accuracy
+
+from histossl.errors import StoreError
+from histossl.evaluation import curves
+from histossl.evaluation.curves import (
+    Point,
+    Prediction,
+    SummaryRow,
+    area,
+    compare,
+    holm,
+    labels_saved,
+    measure,
+    points_from,
+    reached,
+    rising,
+    summarise,
+    verdict,
+    wilson,
+)
+from histossl.evaluation.resampling import Pool
+
+# ---- the files
+
+
+def test_tables_come_back_as_they_were(tmp_path):
+    points = [Point("imagenet", "mean", 4, 0, None, "auroc", 1 / 3), Point("a,b", "mean", "all", 1, 2, "f1", math.pi)]
+    curves.write_points(tmp_path / "points.csv", points)
+    assert curves.read_points(tmp_path / "points.csv") == points
+    rows = [
+        Prediction("adapted", "mean", 1, 0, 3, 'A "1"', "P1", "x", "y", (0.1, 1 / 7, 0.7)),
+        Prediction("adapted", "mean", "all", 0, None, "B\nb", "P2", "y", "y", (1e-300, 0.5, 0.25)),
+    ]
+    curves.write_predictions(tmp_path / "predictions.csv", rows, ["x", "y", "ä,z"])
+    assert curves.read_predictions(tmp_path / "predictions.csv") == (rows, ["x", "y", "ä,z"])
+    summary = [SummaryRow("random", "mean", "all", "auroc", 0.5, 0.4, 0.6, 10, 33)]
+    curves.write_summary(tmp_path / "summary.csv", summary)
+    assert curves.read_summary(tmp_path / "summary.csv") == summary
+    header = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == 'start,head,budget,draw,fold,slide,patient,label,predicted,p_x,p_y,"p_ä,z"'
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("start,head,budget,draw,fold,metric\n", "value"),
+        ("start,head,budget,draw,fold,metric,value\na,b,1,0,,auroc,0.5\na,b,1,0,,auroc,half\n", "line 3"),
+        ("start,head,budget,draw,fold,metric,value\na,b,1,0,,auroc\n", "line 2"),
+    ],
+)
+def test_a_damaged_table_is_named_with_its_line(tmp_path, text, word):
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(StoreError, match=word):
+        curves.read_points(tmp_path / "points.csv")
+
+
+def test_a_missing_table_is_one_clear_line(tmp_path):
+    with pytest.raises(StoreError, match="finetune"):
+        curves.read_predictions(tmp_path / "none.csv")
+
+
+# ---- closed forms
+
+
+def test_wilson_is_the_textbook_interval():
+    assert wilson(1.0, 20, 1.96) == pytest.approx((20 / (20 + 1.96**2), 1))
+    assert wilson(0.5, 100, 1.96) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_holm_is_the_textbook_correction():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_rising_is_isotonic_regression():
+    from sklearn.isotonic import isotonic_regression
+
+    rng = np.random.default_rng(0)
+    table = rng.random((50, 7))
+    assert np.allclose(rising(table), [isotonic_regression(row) for row in table])
+
+
+def test_a_score_is_reached_on_the_log_axis_between_budgets():
+    x = np.log2([1.0, 2, 4, 8])
+    curve = np.array([[0.5, 0.6, 0.7, 0.9]])
+    assert 2 ** reached(x, curve, np.array([0.7]))[0] == pytest.approx(4)
+    assert 2 ** reached(x, curve, np.array([0.65]))[0] == pytest.approx(2 * 2**0.5)
+    assert 2 ** reached(x, curve, np.array([0.4]))[0] == pytest.approx(1)
+    assert reached(x, curve, np.array([0.91]))[0] == np.inf
+    flat = np.array([[0.5, 0.7, 0.7, 0.7]])
+    assert 2 ** reached(x, flat, np.array([0.7]))[0] == pytest.approx(2)  # the first place, not the last
+
+
+def test_area_is_the_mean_height_over_log2():
+    weights = curves.area_weights(np.array([1.0, 2, 4, 8]), np.array([True] * 4))
+    assert weights == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 6])
+    assert curves.area_weights(np.array([1.0, 2, 8]), np.array([True, False, True])) == pytest.approx([0.5, 0, 0.5])
+
+
+def fixed_scores(adapted, imagenet, budgets=(1, 2, 4, 8), per_class=40):
+    """Predictions whose balanced accuracy at each budget is exactly the given one, the same in every draw."""
+    rows = []
+    for start, scores in (("adapted", adapted), ("imagenet", imagenet)):
+        for budget, score in zip(budgets, scores, strict=True):
+            right = round(score * per_class)
+            for draw in range(3):
+                for number in range(2 * per_class):
+                    label, other = ("a", "b") if number < per_class else ("b", "a")
+                    called = label if number % per_class < right else other
+                    shares = (0.9, 0.1) if called == "a" else (0.1, 0.9)
+                    rows.append(
+                        Prediction(start, "mean", budget, draw, None, f"s{number}", f"p{number}", label, called, shares)
+                    )
+    return rows
+
+
+def test_labels_saved_of_a_curve_moved_left_by_a_factor_of_two():
+    rows = fixed_scores((0.7, 0.8, 0.9, 1.0), (0.6, 0.7, 0.8, 0.9))
+    saved = labels_saved(measure(rows, ["a", "b"], 30), "balanced_accuracy", "adapted", "imagenet")
+    assert [row.slides for row in saved[1:]] == pytest.approx([1, 2, 4])
+    assert [row.factor for row in saved[1:]] == pytest.approx([2, 2, 2])
+    assert saved[0].at_most
+    assert saved[1].at_most  # reaches it at its very first budget: fewer might do
+    assert not saved[2].at_most
+    for row in saved[2:]:
+        assert row.low <= row.slides <= (row.high or math.inf)
+
+
+def test_a_score_that_is_never_reached_is_said_so():
+    rows = fixed_scores((0.6, 0.65, 0.7, 0.75), (0.7, 0.8, 0.9, 1.0))
+    saved = labels_saved(measure(rows, ["a", "b"], 30), "balanced_accuracy", "adapted", "imagenet")
+    assert saved[0].slides == pytest.approx(4)
+    assert [row.slides for row in saved[1:]] == [None] * 3
+    assert [row.factor for row in saved[1:]] == [None] * 3
+    assert all(row.high is None for row in saved[1:])
+
+
+def test_nothing_is_saved_against_a_reference_at_chance():
+    rows = fixed_scores((0.8, 0.8, 0.8, 0.8), (0.5, 0.5, 0.5, 0.9))
+    saved = labels_saved(measure(rows, ["a", "b"], 30), "balanced_accuracy", "adapted", "imagenet")
+    assert [bool(row.reason) for row in saved] == [True, True, True, False]
+
+
+# ---- what is estimated
+
+
+def test_points_and_summary_are_scikit_learns_means():
+    archive = Archive(patients_per_class=6, budgets=(1, "all"), num_draws=3)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    measured = measure(rows, archive.classes)
+    points = points_from(measured)
+    summary = summarise(measured)
+    assert len(points) == 2 * 2 * 3 * 5
+    assert len(summary) == 2 * 2 * 5
+    for row in summary:
+        its = [p.value for p in points if (p.start, p.budget, p.metric) == (row.start, row.budget, row.metric)]
+        assert row.mean == pytest.approx(np.mean(its))
+        assert row.low <= row.mean <= row.high
+        assert (row.num_draws, row.num_patients) == (3, 18)
+    assert measured.slides[-1] == pytest.approx(6 * 0.8)  # "all" of what the folds leave for training
+
+
+def test_another_start_changes_nothing_about_the_others():
+    archive = Archive(patients_per_class=6, budgets=(1, 4), num_draws=3)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    renamed = [replace(row, start="third") for row in rows if row.start == "adapted"]
+    alone = summarise(measure(rows, archive.classes))
+    beside = summarise(measure(renamed + rows, archive.classes))
+    assert alone == [row for row in beside if row.start != "third"]
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    archive = Archive(patients_per_class=5, budgets=(1, 2), num_draws=2)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    shuffled = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
+    first, second = (
+        {(row.start, row.budget, row.metric): row for row in summarise(measure(given, archive.classes))}
+        for given in (rows, shuffled)
+    )
+    assert first == second
+
+
+def test_starts_tested_on_other_slides_are_refused():
+    rows = predictions_of(Archive(patients_per_class=4, budgets=(1,), num_draws=2), np.random.default_rng(0))
+    with pytest.raises(StoreError, match="other slides"):
+        measure(rows[1:], ["normal", "adenoma", "carcinoma"])
+
+
+def test_perfect_scores_keep_an_honest_interval():
+    """20 of 20 patients right is not certainty: the lower end is what Wilson's interval says of 20."""
+    measured = measure(fixed_scores((1.0,), (1.0,), (1,), per_class=10), ["a", "b"], 50)
+    row = next(row for row in summarise(measured) if row.metric == "balanced_accuracy")
+    assert row.high == 1
+    assert 0.7 < row.low < 0.9
+
+
+def test_slides_of_one_patient_do_not_count_as_patients():
+    """Five copies of every slide: the same interval, not one narrower by the root of five."""
+    archive = Archive(patients_per_class=10, budgets=(2,), num_draws=4)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    copies = [replace(row, slide=f"{row.slide}-{number}") for row in rows for number in range(5)]
+    once, five = (
+        next(r for r in summarise(measure(given, archive.classes)) if r.metric == "balanced_accuracy")
+        for given in (rows, copies)
+    )
+    assert five.mean == pytest.approx(once.mean)
+    assert five.high - five.low == pytest.approx(once.high - once.low, rel=0.02)
+
+
+def test_more_draws_of_a_small_pool_do_not_narrow_the_interval_to_nothing():
+    """With half the pool labelled, a draw repeats the others: the pool's own luck stays."""
+    pool = Pool(16, 16)
+    assert pool.floor / pool.spread(8) == pytest.approx(1)  # f / (1 - f) at f = 1/2
+    assert Pool(1000, 1000).floor / Pool(1000, 1000).spread(1) == pytest.approx(0.001, rel=0.01)
+
+
+# ---- the verdict
+
+
+def test_identical_starts_make_no_difference():
+    archive = Archive(separation={"imagenet": 1.5}, budgets=(1, 2, 4), num_draws=4)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    both = rows + [replace(row, start="adapted") for row in rows]
+    measured = measure(both, archive.classes)
+    found = compare(measured, "auroc", "adapted", "imagenet")
+    assert found.area.value == pytest.approx(0, abs=1e-12)
+    assert found.area.p == pytest.approx(1)
+    assert verdict(measured).outcome == "no measurable difference"
+
+
+def test_a_big_effect_is_found_and_told():
+    archive = Archive(separation={"imagenet": 1.0, "adapted": 2.6}, budgets=(1, 2, 4, 8), num_draws=6)
+    measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
+    found = verdict(measured)
+    assert found.outcome == "helped"
+    assert found.headline.startswith("Adaptation helped: AUROC +0.")
+    assert "the adapted start reaches what the ImageNet start reaches" in found.sentences[-1]
+    assert "36 tested patients" in found.limits[0]
+    turned = verdict(measured, adapted="imagenet", reference="adapted")
+    assert turned.outcome == "hurt"
+    assert turned.comparison.area.value == pytest.approx(-found.comparison.area.value)
+
+
+def test_log_loss_is_better_when_it_is_lower():
+    archive = Archive(separation={"imagenet": 1.0, "adapted": 2.6}, budgets=(2, 4, 8), num_draws=6)
+    measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
+    found = verdict(measured, metric="log_loss")
+    assert found.comparison.area.value < 0
+    assert found.outcome == "helped"
+
+
+def test_limits_are_named():
+    archive = Archive(
+        separation={"imagenet": 1.5, "adapted": 1.5, "colour": 2.5}, patients_per_class=8, budgets=(1, 4), num_draws=4
+    )
+    measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
+    limits = verdict(measured, seen_in_pretraining=7, site_statement="Site and label are entangled.").limits
+    text = "\n".join(limits)
+    assert "7 of 24 tested slides were in the pretraining pool" in text
+    assert "does not clear the colour floor" in text
+    assert "entangled" in text
+
+
+def test_too_few_patients_get_no_verdict():
+    archive = Archive(patients_per_class=2, budgets=(1,), num_draws=2, num_folds=2)
+    measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
+    assert verdict(measured).outcome == "too few patients"
+    one = predictions_of(Archive(patients_per_class=6, num_draws=2), np.random.default_rng(0))
+    kept = [row for row in one if row.label != "carcinoma" or row.slide == "s0012"]
+    found = verdict(measure(kept, archive.classes))
+    assert found.outcome == "too few patients"
+    assert "carcinoma has one patient" in found.headline
+
+
+# ---- the levels that are promised
+
+
+def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str = "balanced_accuracy"):
+    """How often intervals hold the truth (per start and budget), and how often the verdict sees a difference."""
+    truth = {
+        (start, budget): true_balanced_accuracy(archive, start, budget)
+        for start in archive.separation
+        for budget in archive.budgets
+    }
+    rng = np.random.default_rng(seed)
+    held = dict.fromkeys(truth, 0)
+    alarms = 0
+    pool = archive.patients_per_class if archive.test_patients_per_class else None
+    for run in range(num_runs):
+        rows = predictions_of(archive, rng)
+        measured = measure(rows, archive.classes, pool, wanted=(metric,), num_resamples=300, seed=run)
+        for row in summarise(measured):
+            held[(row.start, row.budget)] += row.low <= truth[(row.start, row.budget)] <= row.high
+        alarms += verdict(measured, metric=metric).outcome != "no measurable difference"
+    return {key: count / num_runs for key, count in held.items()}, alarms / num_runs
+
+
+def test_intervals_hold_the_truth_and_equal_starts_are_called_equal_quickly():
+    """The slow test below on a smaller scale: enough to notice an interval that is a third too narrow."""
+    archive = Archive(patients_per_class=9, budgets=(1, 4), num_draws=4)
+    held, alarms = coverage_and_alarms(archive, 40, seed=0)
+    assert 0.88 <= np.mean(list(held.values())) <= 1.0
+    assert alarms <= 0.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "archive",
+    [
+        Archive(),
+        Archive(patients_per_class=20, classes=("a", "b")),
+        Archive(patients_per_class=6, classes=("a", "b", "c", "d", "e"), separation={"imagenet": 2.0, "adapted": 2.0}),
+        Archive(patients_per_class=15, test_patients_per_class=8),
+    ],
+    ids=["folds", "two classes", "six patients a class", "fixed test set"],
+)
+def test_intervals_hold_the_truth_at_their_nominal_rate(archive):
+    """200 archives: 95 % intervals hold the true value in 92 to 98 of 100; one start and budget in 90 to 99.5."""
+    held, alarms = coverage_and_alarms(archive, 200, seed=1)
+    assert 0.92 <= np.mean(list(held.values())) <= 0.98
+    assert min(held.values()) >= 0.90
+    assert max(held.values()) <= 0.995
+    assert alarms <= 0.05
+
+
+@pytest.mark.slow
+def test_permuted_labels_are_called_no_difference_and_chance():
+    archive = Archive(permuted=True)
+    rng = np.random.default_rng(2)
+    calls, at_chance = 0, 0
+    for run in range(100):
+        measured = measure(
+            predictions_of(archive, rng), archive.classes, wanted=("auroc",), num_resamples=300, seed=run
+        )
+        calls += verdict(measured).outcome == "no measurable difference"
+        at_chance += area(measured, "auroc", "adapted")[1] <= 0.5 <= area(measured, "auroc", "adapted")[2]
+    assert calls >= 95
+    assert at_chance >= 90
+
+
+@pytest.mark.slow
+def test_a_real_effect_is_found_in_most_archives():
+    archive = Archive(separation={"imagenet": 1.0, "adapted": 2.2})
+    rng = np.random.default_rng(3)
+    found = [
+        verdict(measure(predictions_of(archive, rng), archive.classes, wanted=("auroc",), num_resamples=300)).outcome
+        for _ in range(40)
+    ]
+    assert found.count("helped") >= 32
+    assert "hurt" not in found

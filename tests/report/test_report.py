@@ -1,0 +1,257 @@
+"""The report says what the files say, opens offline, and draws every figure."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulated import Archive, write_finetuning
+
+from histossl import cli
+from histossl.evaluation.curves import measure, read_predictions, summarise
+from histossl.report.content import pretraining_log, read_content
+from histossl.report.html import render, write_report
+from histossl.workspace import Workspace
+
+FIGURES = {
+    "figure-curve", "figure-curve-balanced_accuracy", "figure-curve-log_loss", "figure-saved", "figure-confusion",
+    "figure-roc", "figure-calibration", "figure-pretraining",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    workspace = Workspace(tmp_path_factory.mktemp("report") / "ws")
+    run = write_finetuning(workspace, "colon")
+    write_report(run, workspace)
+    return run, workspace
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.tags, self.links, self.ids, self.styles = [], [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "action"):
+                self.links.append(value)
+            if name == "id":
+                assert value not in self.ids, f"id {value} twice on the page"
+                self.ids.add(value)
+            if name.startswith("on"):
+                raise AssertionError(f"a handler: {name}={value}")
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(run):
+    return Page(run.report.read_text(encoding="utf-8"))
+
+
+def words(page):
+    return re.sub(r"\s+", " ", " ".join(page.text))
+
+
+def test_report_opens_offline(reported):
+    """Nothing on the page points anywhere but into the page itself."""
+    page = page_of(reported[0])
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert all(link.startswith(("#", "data:image/")) for link in page.links), page.links
+    text = reported[0].report.read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#|data:)", text)
+
+
+def test_every_reference_inside_the_page_leads_somewhere(reported):
+    page = page_of(reported[0])
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
+    text = reported[0].report.read_text(encoding="utf-8")
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= page.ids
+
+
+def test_report_shows_the_numbers_of_the_files(reported):
+    run, _ = reported
+    predictions, classes = read_predictions(run.predictions)
+    shown = words(page_of(run))
+    for row in summarise(measure(predictions, classes)):
+        if row.metric == "auroc":
+            assert f"{row.mean:.3f} {row.low:.3f}–{row.high:.3f}" in shown, row  # noqa: RUF001
+    assert "Adaptation helped" in shown
+    assert "broken.svs not used not a slide file" in shown
+    assert "histossl report --name colon" in shown
+    assert "histossl finetune --labels labels.csv" in shown
+
+
+def test_report_is_the_same_twice(reported):
+    run, workspace = reported
+    before = run.report.read_bytes(), run.curve_svg.read_bytes(), run.curve_png.read_bytes()
+    write_report(run, workspace)
+    assert before == (run.report.read_bytes(), run.curve_svg.read_bytes(), run.curve_png.read_bytes())
+
+
+def test_names_are_escaped(tmp_path):
+    """Classes, files and reasons come from outside; none becomes markup, in text, attributes or figures."""
+    nasty = ('<script>alert("x")</script>', "a&b$x_1^{$", "carcinoma \"in situ\" 'T1'")
+    workspace = Workspace(tmp_path)
+    run = write_finetuning(workspace, "n", classes=nasty, site_statement="<b>site</b> & label")
+    (tmp_path / "archive.csv").write_text(
+        "file,status,reason\n<img src=x onerror=alert(1)>.svs,unreadable,<i>why</i>\n"
+    )
+    write_report(run, workspace)
+    page = page_of(run)
+    assert not {"script", "img", "b", "i"} & set(page.tags)
+    shown = words(page)
+    for name in nasty:
+        assert re.sub(r"\s+", " ", name) in shown
+    assert "<i>why</i>" in shown
+    text = run.report.read_text(encoding="utf-8")
+    assert html.escape(nasty[0], quote=False) in text
+
+
+def test_sections_without_data_are_left_out(tmp_path):
+    """No pretraining log, no ledger, no adapted start: the page says what a reader would miss, and nothing breaks."""
+    workspace = Workspace(tmp_path)
+    archive = Archive(patients_per_class=4, separation={"random": 1.0}, budgets=(1, 2), num_draws=2, num_folds=2)
+    run = write_finetuning(workspace, "bare", archive)
+    shutil.rmtree(tmp_path / "pretrain")
+    (tmp_path / "archive.csv").unlink()
+    run.run_json.unlink()
+    write_report(run, workspace)
+    page = page_of(run)
+    assert "No adapted start was measured" in words(page)
+    assert not {"figure-saved", "figure-pretraining", "ledger"} & page.ids
+    assert "figure-curve" in page.ids
+
+
+def test_a_missing_pretraining_log_is_said(reported, tmp_path):
+    _, workspace = reported
+    copied = Workspace(shutil.copytree(workspace.root, tmp_path / "ws"))
+    shutil.rmtree(copied.pretrain_root)
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    moved = copied.finetune("colon")
+    facts = json.loads(moved.run_json.read_text())
+    facts["starts"]["adapted"]["source"] = str(tmp_path / "none" / "backbone.safetensors")
+    moved.run_json.write_text(json.dumps(facts))
+    assert "log of the pretraining run is not in this workspace" in render(read_content(moved, copied))
+
+
+def test_one_class_in_a_fold_or_many_classes_do_not_break_the_page(tmp_path):
+    workspace = Workspace(tmp_path)
+    many = tuple(f"class {number}" for number in range(24))
+    archive = Archive(
+        patients_per_class=2, classes=many[:12], separation={"imagenet": 1.5, "adapted": 2}, budgets=(1,), num_draws=2,
+        num_folds=2,
+    )  # fmt: skip
+    write_report(write_finetuning(workspace, "many", archive), workspace)
+    two = Archive(patients_per_class=6, classes=("no", "yes"), budgets=(1, "all"), num_draws=2, num_folds=3)
+    run = write_finetuning(workspace, "two", two)
+    write_report(run, workspace)
+    assert "figure-roc" in page_of(run).ids
+
+
+def test_log_of_a_killed_and_resumed_run_is_read(tmp_path):
+    run = Workspace(tmp_path).pretrain("a")
+    run.root.mkdir(parents=True)
+    run.log.write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n{"step": 2, "lo\n{"step": 2, "loss": 2.0}\n'
+    )
+    steps, values = pretraining_log(run)["loss"]
+    assert steps.tolist() == [1, 2]
+    assert values.tolist() == [3.0, 2.0]
+
+
+def test_command_remakes_the_page(reported, capsys):
+    run, workspace = reported
+    run.report.unlink()
+    assert cli.main(["report", "--name", "colon", "-w", str(workspace.root)]) == 0
+    assert run.report.exists()
+    assert capsys.readouterr().out.strip() == str(run.report)
+
+
+def test_command_names_the_curves_that_there_are(reported, capsys):
+    _, workspace = reported
+    assert cli.main(["report", "--name", "colen", "-w", str(workspace.root)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "did you mean 'colon'?" in error
+    (workspace.finetune_root / "empty").mkdir(exist_ok=True)
+    assert cli.main(["report", "--name", "empty", "-w", str(workspace.root)]) == 1
+    (workspace.finetune_root / "empty").rmdir()
+
+
+# ---- in a browser
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+LOOK = """
+<script>
+const found = {};
+for (const figure of document.querySelectorAll("figure")) {
+  const svg = figure.querySelector("svg"), images = [...figure.querySelectorAll("img")];
+  const box = (svg || images[0]).getBoundingClientRect();
+  found[figure.id] = {
+    width: box.width, height: box.height,
+    shapes: svg ? [...svg.querySelectorAll("path, use, image, text")].filter(
+      e => e.getBoundingClientRect().width > 0).length : 0,
+    images: images.length, loaded: images.every(image => image.complete && image.naturalWidth > 0),
+    overflow: svg ? [...svg.querySelectorAll("text")].filter(e => {
+      const t = e.getBoundingClientRect(); return t.width > 0 && (t.left < box.left - 2 || t.right > box.right + 2 ||
+        t.top < box.top - 2 || t.bottom > box.bottom + 2); }).map(e => e.textContent) : [],
+  };
+}
+const page = document.documentElement;
+const wide = page.scrollWidth > page.clientWidth;
+const seen = btoa(unescape(encodeURIComponent(JSON.stringify({found, wide}))));
+document.body.innerHTML = "<pre id=look>" + seen + "</pre>";
+</script>
+"""
+
+
+def looked_at(report: Path, folder: Path, width: int = 1100) -> dict:
+    """What a browser made of the page: a copy with a script in it measures every figure."""
+    probe = folder / "probe.html"
+    probe.write_text(report.read_text(encoding="utf-8").replace("</body>", LOOK + "</body>"), encoding="utf-8")
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+            f"--user-data-dir={folder / 'chromium'}", f"--window-size={width},1400", "--dump-dom", probe.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    match = re.search(r'<pre id="look">([^<]+)</pre>', done.stdout)
+    assert match, done.stderr[-2000:]
+    return json.loads(base64.b64decode(match[1]))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine to open the report in")
+def test_every_figure_is_drawn_in_a_browser(reported, tmp_path):
+    seen = looked_at(reported[0].report, tmp_path)
+    assert set(seen["found"]) == FIGURES
+    assert not seen["wide"], "the page scrolls sideways"
+    for name, figure in seen["found"].items():
+        assert figure["width"] > 200, name
+        assert figure["height"] > 80, name
+        assert figure["shapes"] >= 10, name
+        assert not figure["overflow"], f"{name}: text outside the figure: {figure['overflow']}"
+
+
+def test_curve_files_are_pictures(reported):
+    run, _ = reported
+    from PIL import Image
+
+    with Image.open(run.curve_png) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert min(pixels.shape[:2]) > 400
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+    assert run.curve_svg.read_text(encoding="utf-8").startswith("<?xml")
