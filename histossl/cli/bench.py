@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         epilog="Example: histossl bench views -w WORKSPACE --recipe dinov2-histology   "
         "Without tiles, on synthetic ones: histossl bench views --tile-px 256"
     )(views)
+    bench.command(epilog="Example: histossl bench train -w WORKSPACE --backbone resnet50 --batch-size 256")(train)
     app.add_typer(bench, name="bench")
 
 
@@ -82,3 +83,45 @@ def views(
     if rates.decode_on_gpu is not None:
         way = "the GPU" if rates.decode_on_gpu.ms < rates.loaded.ms else "the CPU's workers"
         console.say(f"decoding is faster on {way}")
+
+
+def train(
+    workspace: WorkspaceOption = None,
+    backbone: Annotated[str, typer.Option(help="Any timm model; its weights do not matter here.")] = "resnet50",
+    method: Annotated[str, typer.Option(help="See `histossl methods`.")] = "mocov2",
+    batch_size: Annotated[int, typer.Option(help="Tiles per step.")] = 64,
+    view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = 224,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the networks first.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode.")] = 2,
+) -> None:
+    """Time training steps as they run, and with views that never leave the device: the gap is what loading costs."""
+    import tempfile
+    from pathlib import Path
+
+    from histossl.config import PretrainConfig
+    from histossl.tiles.index import TileIndex
+    from histossl.training.pretrain import Operation, step_times_s
+
+    at = Workspace.at(workspace)
+    index = TileIndex.open(at)
+    config = PretrainConfig(method=method, backbone=backbone, weights="random", batch_size=batch_size, view_px=view_px)
+    operation = Operation(num_workers=workers, precision=precision, compiled=compiled)
+    with tempfile.TemporaryDirectory() as nowhere:
+        loop_s, resident_s = step_times_s(index, Workspace(Path(nowhere)).pretrain("bench"), config, operation, steps)
+    rows = [
+        (name, f"{s:.3f}", f"{batch_size / s:,.0f}")
+        for name, s in (("as it runs", loop_s), ("views at hand", resident_s))
+    ]
+    console.table(
+        f"{method}, {backbone}, {batch_size} tiles of {view_px} px",
+        ("step", "s", "tiles/s"),
+        rows,
+        right=("s", "tiles/s"),
+    )
+    console.say(f"as it runs: {resident_s / loop_s:.0%} of the rate with views at hand")
+    if resident_s / loop_s < 0.95:
+        console.say("limit: tiles and views; see histossl bench views, give --workers more cores")
+    else:
+        console.say("limit: the network itself; a smaller --backbone or --view-px, --compile, or more GPUs")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from histossl.workspace import PretrainDir, written_aside
+
+
+def _plain(value: float) -> float | None:
+    """JSON knows no NaN: null says that there was no number."""
+    return value if math.isfinite(value) else None
 
 
 class RunLog:
@@ -31,7 +37,7 @@ class RunLog:
 
     def write(self, row: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, int(row["step"]))

@@ -73,6 +73,7 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wrapped = parallel if parallel is not None else method
     skipped_in_a_row = 0
+    views = next(batches, None)
     for number in range(start_step, num_steps):
         lr = lr_at(number)
         for group in optimizer.param_groups:
@@ -82,13 +83,14 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         outcomes: list[Outcome] = []
         for part in range(micro_batches):
-            views = next(batches)
+            assert views is not None, "fewer batches than steps"
             last = part == micro_batches - 1
             with nullcontext() if last or parallel is None else parallel.no_sync():  # type: ignore[operator]
                 with precision.autocast(device):
                     outcome: Outcome = wrapped(views._replace(step=number, part=part))
                 scaler.scale(outcome.loss / micro_batches).backward()
             outcomes.append(outcome._replace(loss=outcome.loss.detach()))
+            views = next(batches, None)  # made on the host while the device is still busy with this one
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         loss = torch.stack([outcome.loss for outcome in outcomes]).mean()

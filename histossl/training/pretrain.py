@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -118,6 +119,16 @@ def show_plan(index: TileIndex, run: PretrainDir, config: PretrainConfig, operat
     """What `pretrain` would do, how long it would take, and why."""
     with joined() as processes:
         _Pretraining(index, run, config, operation, None, processes).show_plan()
+
+
+def step_times_s(
+    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_steps: int = 20
+) -> tuple[float, float]:
+    """Seconds per step as it runs, and with views that never leave the device."""
+    with joined() as processes:
+        tried = _Pretraining(index, run, config, operation, None, processes)
+        tried._fit_memory()
+        return tried.step_s(num_steps), tried.step_s(num_steps, resident=True)
 
 
 class _Pretraining:
@@ -419,12 +430,18 @@ class _Pretraining:
             self.plan, num_steps=num_steps, warmup_steps=round(self.config.warmup * num_steps), reasons=reasons
         )
 
-    def step_s(self, num_steps: int = 20, at_most_s: float = 20.0) -> float:
-        """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it."""
+    def step_s(self, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
+        """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it.
+
+        `resident`: with the same views again and again, which never leave the device: what loading costs is the rest.
+        """
         tiles = self._tile_batches(0, self._order(PREFILL), num_steps + 1)
         taken: list[float] = []
         with tiles, self._unchanged():
-            views, began_s = self._views(tiles), time.perf_counter()
+            views = self._views(tiles)
+            if resident:
+                views = itertools.repeat(next(views))
+            began_s = time.perf_counter()
             for _ in range(num_steps + 1):
                 for _ in range(self.plan.micro_batches):
                     self._pass(next(views))

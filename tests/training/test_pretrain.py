@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -441,3 +442,38 @@ def test_methods_lists_each_and_its_knobs(cli) -> None:
     for knob in ("queue_size", "momentum", "temperature", "symmetric"):
         assert knob in told
     assert cli("methods", "moco").code == 2
+
+
+@pytest.mark.slow
+def test_two_machines_compute_the_run_of_one(index: TileIndex) -> None:
+    """Two of torch's launchers meet on loopback, as two hosts would (examples/slurm.md)."""
+    workspace = index.path.parents[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=j"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    hosts = [
+        subprocess.Popen(
+            [
+                *launcher,
+                *meeting,
+                f"--rdzv-conf=is_host={host}",
+                "-m",
+                "histossl",
+                *command(workspace, "--name", "hosts"),
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in ("true", "false")
+    ]
+    said = [host.communicate(timeout=400)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    alone = PretrainDir(workspace / "pretrain" / "one-host")
+    pretrain(index, alone, replace(TINY, steps=4), replace(QUICK, monitor_every=50))
+    together = PretrainDir(workspace / "pretrain" / "hosts")
+    for (key, one), two in zip(load_file(alone.backbone).items(), load_file(together.backbone).values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=key)

@@ -1,0 +1,181 @@
+"""The training step: beside lightly's building blocks, with tiles beside without, and its memory over many steps.
+
+    python tests/bench/bench_train.py              # five minutes on two cores; with a GPU also the figures for it
+
+Every ratio is of two things timed in turn within this one run.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import simplejpeg
+import timm
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules import MoCoProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from torch import Tensor, nn
+
+from histossl.backbones import create_backbone
+from histossl.config import PretrainConfig
+from histossl.methods.method import Views
+from histossl.methods.mocov2 import MoCoV2, MoCoV2Config
+from histossl.tiles.index import TileIndex
+from histossl.training.pretrain import Operation, pretrain, step_times_s
+from histossl.views.recipe import recipe_named
+from histossl.workspace import Workspace
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, SIDE, QUEUE, ROUNDS, STEPS = 32, 96, 4096, 5, 4
+
+
+def ours() -> Callable[[list[Tensor]], None]:
+    backbone, info = create_backbone("resnet18", "random")
+    config = MoCoV2Config(queue_size=QUEUE, momentum=0.99, batchnorm_group_tiles=0)
+    method = MoCoV2(backbone, info.feature_dim, recipe_named("mocov2", SIDE), config).to(DEVICE)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+    tiles = torch.arange(BATCH, device=DEVICE)
+
+    def step(images: list[Tensor]) -> None:
+        optimizer.zero_grad()
+        outcome = method(Views(images, tiles, tiles, 0))
+        outcome.loss.backward()
+        optimizer.step()
+        method.after_step([outcome.carry], 0.5)
+
+    return step
+
+
+def theirs() -> Callable[[list[Tensor]], None]:
+    """MoCo as in lightly's examples: their head, loss with memory bank, momentum update, in a plain loop."""
+    backbone, head = timm.create_model("resnet18", num_classes=0), MoCoProjectionHead(512, 512, 128)
+    key_backbone, key_head = timm.create_model("resnet18", num_classes=0), MoCoProjectionHead(512, 512, 128)
+    for slow, fast in ((key_backbone, backbone), (key_head, head)):
+        slow.load_state_dict(fast.state_dict())
+        deactivate_requires_grad(slow)
+    modules = nn.ModuleList([backbone, head, key_backbone, key_head]).to(DEVICE)
+    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(QUEUE, 128)).to(DEVICE)
+    optimizer = torch.optim.SGD([p for p in modules.parameters() if p.requires_grad], lr=0.01)
+
+    def step(images: list[Tensor]) -> None:
+        update_momentum(backbone, key_backbone, m=0.99)
+        update_momentum(head, key_head, m=0.99)
+        query = head(backbone(images[0]).flatten(start_dim=1))
+        with torch.no_grad():
+            key = key_head(key_backbone(images[1]).flatten(start_dim=1))
+        loss = criterion(query, key)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[list[Tensor]], None], images: list[Tensor]) -> float:
+    began_s = time.perf_counter()
+    for _ in range(STEPS):
+        step(images)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began_s) / STEPS
+
+
+def beside_lightly() -> None:
+    images = [torch.randn(BATCH, 3, SIDE, SIDE, device=DEVICE) for _ in range(2)]
+    one, other = ours(), theirs()
+    timed(one, images), timed(other, images)
+    rounds = [(timed(one, images), timed(other, images)) for _ in range(ROUNDS)]
+    ratios = sorted(b / a for a, b in rounds)
+    print(
+        f"MoCo v2 step, resnet18, {BATCH} x {SIDE} px, queue {QUEUE}: ours {median(a for a, _ in rounds):.3f} s, "
+        f"lightly's blocks {median(b for _, b in rounds):.3f} s, ratio {median(ratios):.2f} "
+        f"({ratios[0]:.2f}-{ratios[-1]:.2f} over {ROUNDS} rounds)",
+        flush=True,
+    )
+
+
+def textured_store(workspace: Workspace, num_tiles: int = 512) -> TileIndex:
+    import synthetic_store
+    from synthetic_store import write_synthetic_store
+
+    noise = np.random.default_rng(0)
+    synthetic_store.synthetic_tile = lambda *_: noise.integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    assert simplejpeg
+    return write_synthetic_store(workspace, ("A", "B"), num_tiles // 2, tile_px=256)
+
+
+def with_tiles_beside_without(index: TileIndex, run: Path) -> None:
+    config = PretrainConfig(backbone="resnet50", weights="random", batch_size=256 if DEVICE.type == "cuda" else 16)
+    shares = []
+    for _ in range(3):
+        loop_s, resident_s = step_times_s(index, Workspace(run).pretrain("x"), config, Operation(num_workers=14), 10)
+        shares.append(resident_s / loop_s)
+    print(
+        f"resnet50, 224 px, on {DEVICE.type}: {median(shares):.1%} of the rate with views that never leave the device"
+    )
+
+
+def memory_over_steps(index: TileIndex, run: Path, num_steps: int = 2000) -> None:
+    config = PretrainConfig(backbone="resnet10t", weights="random", steps=num_steps, batch_size=8, view_px=32)
+    seen: list[float] = []
+
+    def look(*_: object) -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append(pages * resource.getpagesize() / 2**20)
+        return 0.0
+
+    pretrain(index, Workspace(run).pretrain("memory"), config, Operation(monitor_every=num_steps // 10), probe=look)
+    print(
+        f"resident memory over {num_steps} steps: {seen[1]:.0f} MB to {seen[-1]:.0f} MB ({seen[-1] / seen[1] - 1:+.1%})"
+    )
+
+
+def on_gpu_beside_the_original_recipe() -> None:
+    """bf16, channels-last, compiled, against plain fp32 eager: what MoCo's code does."""
+    if DEVICE.type != "cuda":
+        print("no GPU here: the bf16 figure is not measured")
+        return
+    from histossl.training.setup import tune
+
+    steps = []
+    for fast in (False, True):
+        backbone, info = create_backbone("resnet50", "random")
+        method = MoCoV2(backbone, info.feature_dim, recipe_named("mocov2"), MoCoV2Config(batchnorm_group_tiles=0))
+        method.to(DEVICE)
+        if fast:
+            tune(method, DEVICE, compiled=True, deterministic=False)
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, fused=fast)
+        tiles = torch.arange(256, device=DEVICE)
+
+        def step(images: list[Tensor], method=method, optimizer=optimizer, fast=fast, tiles=tiles) -> None:
+            with torch.autocast("cuda", torch.bfloat16, enabled=fast):
+                outcome = method(Views(images, tiles, tiles, 0))
+            optimizer.zero_grad()
+            outcome.loss.backward()
+            optimizer.step()
+            method.after_step([outcome.carry], 0.5)
+
+        steps.append(step)
+    images = [torch.randn(256, 3, 224, 224, device=DEVICE) for _ in range(2)]
+    last = [image.contiguous(memory_format=torch.channels_last) for image in images]
+    timed(steps[0], images), timed(steps[1], last)
+    ratios = [timed(steps[0], images) / timed(steps[1], last) for _ in range(ROUNDS)]
+    print(f"resnet50 step, 256 x 224 px, bf16 channels-last compiled against fp32 eager: {median(ratios):.2f}x")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        beside_lightly()
+        index = textured_store(Workspace(Path(directory) / "store"))
+        with_tiles_beside_without(index, Path(directory))
+        memory_over_steps(index, Path(directory))
+        on_gpu_beside_the_original_recipe()
+
+
+if __name__ == "__main__":
+    main()
