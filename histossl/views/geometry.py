@@ -23,8 +23,6 @@ from torch.nn import functional as F
 from histossl.tiles.sampling import Ints
 from histossl.views.draws import Draws, Floats
 
-Complex = NDArray[np.complex64]
-
 ATTEMPTS = 10  # of a random crop, as torchvision
 FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 
@@ -132,29 +130,33 @@ def _by_grid(tiles: Tensor, where: Placement, size_px: int) -> Tensor:
     if free.any():
         shrink = np.sqrt(where.height * where.width) / size_px
         tiles = blurred(tiles, 0.5 * np.sqrt(np.maximum(shrink**2 - 1, 0)) * free)
-    along_x, along_y = (on(tiles.device, half) for half in _half_points(where, size_px, tiles.shape[2]))
-    grid = torch.view_as_real(along_x[:, None, :] + along_y[:, :, None])
+    lines = on(tiles.device, _lines(where, size_px, tiles.shape[2]).astype(np.float32))
+    slope, shift, low, high = lines[..., None].unbind(3)
+    place = torch.arange(size_px, device=tiles.device, dtype=torch.float32) + 0.5
+    point = torch.minimum(torch.maximum(slope * place + shift, low), high)  # (B, 2, 2, O)
+    by_column, by_row = torch.complex(point[:, :, 0], point[:, :, 1]).unbind(1)
+    grid = torch.view_as_real(by_column[:, None, :] + by_row[:, :, None])
     return F.grid_sample(tiles, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _half_points(where: Placement, size_px: int, tile_px: int) -> tuple[Complex, Complex]:
-    """What an output pixel's column and row add to its point x + iy on the tile, in -1..1: (B, O) each.
+def _lines(where: Placement, size_px: int, tile_px: int) -> Floats:
+    """(B, 2, 2, 4): what an output pixel's column, and its row, add to x, and to y, of its point on the tile in -1..1.
 
-    Along the axes either column or row decides on x, and the other on y, so each is held inside its box here.
+    Each is a line, slope * place + shift, held between low and high. Along the axes x depends on the column alone or on
+    the row alone, and y on the other; that one carries the shift and is held inside the box.
     """
     m = matrices(where, size_px)
-    place = np.arange(size_px) + 0.5
-    free = where.angle[:, None] != 0
-    halves = [np.zeros((len(m), size_px), np.complex128) for _ in range(2)]
+    lines = np.zeros((len(m), 2, 2, 4))
+    free = where.angle != 0
     for axis, start, length in ((0, where.left, where.width), (1, where.top, where.height)):
-        low, high = start[:, None] + 0.5, (start + length)[:, None] - 0.5
-        by_column = np.abs(m[:, axis, :1]) >= np.abs(m[:, axis, 1:2])  # it takes the matrix's shift too
-        for half, slope, whole in ((0, m[:, axis, :1], by_column), (1, m[:, axis, 1:2], ~by_column)):
-            point = slope * place + m[:, axis, 2:] * whole
-            held = np.where(whole, np.clip(point, low, high), 0)
-            part = np.where(free, point, held) * (2 / tile_px) - whole
-            halves[half] += part * (1, 1j)[axis]
-    return halves[0].astype(np.complex64), halves[1].astype(np.complex64)
+        leads = np.abs(m[:, axis, 0]) >= np.abs(m[:, axis, 1])
+        for half, whole in ((0, leads), (1, ~leads)):
+            line = lines[:, half, axis]
+            line[:, 0] = np.where(free | whole, m[:, axis, half], 0) * 2 / tile_px
+            line[:, 1] = np.where(whole, m[:, axis, 2] * 2 / tile_px - 1, 0)
+            line[:, 2] = np.where(free, -np.inf, np.where(whole, (start + 0.5) * 2 / tile_px - 1, 0))
+            line[:, 3] = np.where(free, np.inf, np.where(whole, (start + length - 0.5) * 2 / tile_px - 1, 0))
+    return lines
 
 
 # ---- by rows and by columns
