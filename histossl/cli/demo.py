@@ -28,7 +28,7 @@ def demo(
     ] = None,
     slides: Annotated[int, typer.Option(help="How many slides: two a patient, three classes in turn.")] = 36,
     seed: Annotated[int, typer.Option(help="Of the slides, the training and the splits.")] = 0,
-    steps: Annotated[int, typer.Option(help="Pretraining steps.")] = 200,
+    steps: Annotated[int, typer.Option(help="Pretraining steps.")] = 800,
     weights: Annotated[
         str,
         typer.Option(help="Where pretraining starts: random (no download), imagenet (timm's cache or hub), or a file."),

@@ -36,8 +36,9 @@ NAME = "demo"  # of the pretraining run and of the curve
 
 # Small enough for two cores, large enough to learn from: a tile of 96 um holds about one gland.
 TILE_PX, MPP, VIEW_PX = 96, 1.0, 64
-BACKBONE = "resnet18"
+BACKBONE = "test_resnet"  # timm's smallest ResNet, 0.4 million weights
 BATCH_SIZE = 64
+OPTIMIZER, LR = "adamw", 2e-3  # much for weights that already know something, right for random ones
 DRAWS = 10
 
 
@@ -45,7 +46,7 @@ DRAWS = 10
 class DemoConfig:
     slides: int = 36
     seed: int = 0
-    steps: int = 200
+    steps: int = 800
     weights: str = "random"
 
     def __post_init__(self) -> None:
@@ -116,6 +117,8 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
         steps=config.steps,
         batch_size=BATCH_SIZE,
         view_px=VIEW_PX,
+        optimizer=OPTIMIZER if config.weights == "random" else "",
+        lr=LR if config.weights == "random" else 0.0,
         seed=config.seed,
     )
     _heading(4, "pretrain", f"pretrain --name {NAME} {_options(settings)} {where}")
