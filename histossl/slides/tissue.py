@@ -18,8 +18,10 @@ from histossl.slides.reader import Slide
 from histossl.units import l0_from_um, um_from_l0
 
 # Otsu divides whatever it is given, also glass from glass, or nuclei from stroma. It is believed only between these:
-# below 0.012 lies the unevenness of empty glass, above 0.05 even the palest stroma of a faded slide.
+# below lies the noise of empty glass, above even the palest stroma of a faded slide.
 OTSU_BOUNDS = (0.012, 0.05)
+GREY_BOUNDS = (0.04, 0.12)  # of a greyscale image, where an uneven lamp looks like pale tissue
+LAMP = 0.04  # optical density by which the lamp may be uneven (9 % of the light)
 MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
@@ -103,10 +105,12 @@ def tissue_mask(thumbnail: Image, um_per_px: float, config: TissueConfig | None 
     if is_darkfield(thumbnail):
         return _cleaned(_darkfield_mask(thumbnail), um_per_px, config)
     density = optical_density(thumbnail)
+    if is_grey(thumbnail):
+        score = density.mean(axis=2)
+        return _cleaned(score > (config.tissue_threshold or otsu_within(score, *GREY_BOUNDS)), um_per_px, config)
     score = tissue_score(density)
-    other = np.zeros(score.shape, dtype=bool)
-    ink = other
-    if config.reject_pen and not is_grey(thumbnail):
+    other = ink = np.zeros(score.shape, dtype=bool)
+    if config.reject_pen:
         ink = pen_mask(density, um_per_px)
         other = ink | grey_mask(density)
     # Ink and dirt are left out of Otsu's histogram too: they would pull the threshold above pale tissue.
@@ -130,8 +134,12 @@ def optical_density(thumbnail: Image) -> NDArray[np.float32]:
 
 
 def tissue_score(density: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Density plus colour: pale pink stroma is hardly darker than glass but has a hue, and glass has none."""
-    score: NDArray[np.float32] = (density.mean(axis=2) + density.max(axis=2) - density.min(axis=2)) / np.float32(2)
+    """How much colour, and how much darker than an uneven lamp can make it.
+
+    Pale pink stroma is hardly darker than glass but has a hue; glass in the lamp's shade is darker without one.
+    """
+    spread = density.max(axis=2) - density.min(axis=2)
+    score: NDArray[np.float32] = spread + np.maximum(density.mean(axis=2) - np.float32(LAMP), 0)
     return score
 
 
@@ -193,7 +201,7 @@ def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
         | ((low > 0.75) & (high < 1.35 * low))
     )
     likely = (
-        ((red > 0.6) & (red > 0.85 * green) & (green > blue))
+        ((red > 0.6) & (red > 0.97 * green) & (green > blue))
         | ((red > 0.45) & (red > 1.1 * green))
         | ((green > 0.55) & (blue > 0.6 * green) & (blue < 1.15 * green) & (red < 0.25 * green))
         | ((green > 0.9) & (blue > 0.52 * green) & (blue < 1.15 * green) & (red < 0.5 * green))
@@ -204,6 +212,9 @@ def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
     core |= _without_small(ndimage.binary_opening(sure | likely), MIN_INK_UM2 / um_per_px**2)
     if not core.any():
         return core
+    # Blue ink over dark nuclei looks like darker nuclei: it is believed only where it goes on from sure ink.
+    blue_over_nuclei = ndimage.binary_opening((red > 0.6) & (red > 0.85 * green) & (green > blue))
+    core = ndimage.binary_propagation(core, mask=core | blue_over_nuclei)
     rim = (
         ((red > 0.03) & (red > 1.1 * green) & (green >= blue))
         | ((mean > 0.03) & (green < 0.95 * np.minimum(red, blue)))
@@ -232,16 +243,19 @@ def fold_mask(thumbnail: Image, tissue: Mask) -> Mask:
     """
     if not tissue.any():
         return np.zeros_like(tissue)
-    density = ndimage.uniform_filter(optical_density(thumbnail), size=(5, 5, 1), mode="nearest")
+    density = ndimage.uniform_filter(optical_density(thumbnail), size=(3, 3, 1), mode="nearest")
     mean = density.mean(axis=2)
     hue = np.clip(density[..., 0] / np.maximum(density[..., 1], 1e-3), 0, 1.99)
     bins = (hue * 20).astype(np.int64)
     usual = np.full(40, np.inf)
     for one in np.unique(bins[tissue]):
-        same = tissue & (np.abs(bins - one) <= 1)
-        usual[one] = np.median(mean[same])
-    mask: Mask = tissue & (mean > np.maximum(1.6 * usual[bins], 0.4))
-    return ndimage.binary_opening(mask)
+        usual[one] = np.median(mean[tissue & (np.abs(bins - one) <= 1)])
+    # Folded once, tissue is twice as dense. At 1.7 times the usual, of the 6,362 tiles of a real colon archive 0.2 % are
+    # rejected, and of those made twice as dense 74 % (at 1.5: 0.8 % and 87 %). The second bound keeps the faintest hues
+    # out, where a little more of a little is still nothing.
+    mask: Mask = tissue & (mean > np.maximum(1.7 * usual[bins], 1.3 * float(np.median(mean[tissue]))))
+    mask = ndimage.binary_opening(mask)
+    return ndimage.binary_closing(mask, iterations=2) & tissue
 
 
 # ---- cleaning
