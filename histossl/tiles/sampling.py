@@ -132,7 +132,7 @@ def _cumulative_draws(counts: Ints, slide_balance: float) -> Ints:
 
 def keys(seed: int, *numbers: NDArray[np.integer[Any]] | np.integer[Any]) -> Keys:
     """A 64-bit key for each (seed, number, number, ...), elementwise."""
-    state = np.array([seed & (2**64 - 1)], dtype=np.uint64)
+    state = _mixed(np.array([seed & (2**64 - 1)], dtype=np.uint64))  # before the first number, or 0, 1 is as 1, 0
     for number in numbers:
         state = _mixed(state ^ np.asarray(number).astype(np.uint64))
     return state

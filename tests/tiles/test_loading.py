@@ -1,15 +1,19 @@
 """Batches of tiles: the pixels of the store, in the order asked for, on any number of workers and processes."""
 
+import os
 import threading
 
 import numpy as np
+import psutil
 import pytest
 import simplejpeg
 import torch
 
 from histossl.errors import StoreError, UsageError
+from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TooManyDamaged, decode_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
+from histossl.tiles.store import new_store
 
 
 class Store:
@@ -141,3 +145,51 @@ def test_decoding_agrees_with_pillow():
     jpeg = simplejpeg.encode_jpeg(pixels, 85, colorsubsampling="420")
     theirs = torch.from_numpy(np.array(Image.open(BytesIO(jpeg)))).permute(2, 0, 1)
     assert torch.equal(decode_tiles([jpeg], 96)[0], theirs)
+
+
+# ---- a real store
+
+
+def packed(workspace, num_tiles=60):
+    """Two zips of noise tiles."""
+    chance = np.random.default_rng(0)
+    for slide in ("A", "B"):
+        with new_store(workspace.zip_of(slide), [0.5]) as writer:
+            for number in range(num_tiles // 2):
+                pixels = chance.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+                writer.add(32 * number, 0, simplejpeg.encode_jpeg(pixels, 90))
+            scales = [{"name": "0.5", "mpp": 0.5}]
+            writer.finish({"tile_px": 32, "scales": scales, "config": {"mpp": 0.5}, "slide": {}, "regions": []})
+    return TileIndex.open(workspace)
+
+
+def test_batches_of_a_store_on_disk_are_its_tiles(workspace):
+    index = packed(workspace)
+    with tile_batches(index, TileOrder(index, 0), 20, 0, 3, num_workers=3) as batches:
+        for tiles, numbers, _ in batches:
+            assert torch.equal(tiles, decode_tiles(index.read_many(numbers.numpy()), 32))
+
+
+def test_a_tile_that_rotted_on_disk_is_replaced_and_named(workspace):
+    index = packed(workspace)
+    bad = 7
+    place, zip_path = index.rows([bad])[0], workspace.zip_of("A")
+    times = zip_path.stat()
+    data = bytearray(zip_path.read_bytes())
+    middle = int(place["offset"]) + int(place["length"]) // 2
+    data[middle : middle + 40] = b"\xff\xd8" * 20  # a marker where pixels should be
+    zip_path.write_bytes(data)
+    os.utime(zip_path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with tile_batches(index, TileOrder(index, 0), 20, 0, 3, num_workers=2) as batches:
+        numbers = torch.cat([numbers for _, numbers, _ in batches])
+    assert list(batches.damaged) == [bad]
+    assert "tile 7: is not a whole JPEG" in batches.damaged[bad]
+    assert bad not in numbers
+    assert len(numbers) == 60
+
+
+def test_memory_stays_flat_over_many_batches(workspace):
+    index, process = packed(workspace), psutil.Process()
+    with tile_batches(index, TileOrder(index, 0), 64, 0, 600, num_workers=2) as batches:
+        sizes = [process.memory_info().rss for _ in batches]
+    assert sizes[-1] < 1.05 * sizes[100]

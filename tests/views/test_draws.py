@@ -45,3 +45,9 @@ def test_coins_fall_as_often_as_asked(probability):
     heads = Draws(0, POSITIONS, 0).happens("coin", probability).sum()
     spread = np.sqrt(len(POSITIONS) * probability * (1 - probability))
     assert abs(heads - len(POSITIONS) * probability) <= 4 * spread
+
+
+def test_no_two_samples_ever_share_their_randomness():
+    """Of any position, view and seed: the numpy seed that two loader workers share has no place here."""
+    seen = np.concatenate([Draws(seed, POSITIONS, view).one("a") for seed in range(3) for view in range(4)])
+    assert len(np.unique(seen)) == len(seen)
