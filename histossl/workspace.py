@@ -6,6 +6,7 @@ WORKSPACE/
     pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
     embeddings/BACKBONE/        one HDF5 file per slide
     finetune/NAME/              points.csv, summary.csv, predictions.csv, curve.png, model/, report.html
+    predictions/NAME/           predictions.csv, heatmaps/
 """
 
 from __future__ import annotations
@@ -108,6 +109,23 @@ class FinetuneDir:
 
 
 @dataclass(frozen=True)
+class PredictionDir:
+    """What a saved model said of slides."""
+
+    root: Path
+
+    @property
+    def table(self) -> Path:
+        return self.root / "predictions.csv"
+
+    def heatmap(self, slide: str) -> Path:
+        return self.root / "heatmaps" / f"{slide}.png"
+
+    def qupath(self, slide: str) -> Path:
+        return self.root / "heatmaps" / f"{slide}.geojson"
+
+
+@dataclass(frozen=True)
 class Workspace:
     root: Path
 
@@ -156,6 +174,14 @@ class Workspace:
 
     def embeddings(self, backbone: str) -> Path:
         return self.root / "embeddings" / _safe(backbone)
+
+    def predictions(self, name: str) -> PredictionDir:
+        return PredictionDir(self.root / "predictions" / _safe(name))
+
+    @property
+    def suggestions(self) -> Path:
+        """Which slides to label next."""
+        return self.root / "suggestions.csv"
 
     def make(self) -> Workspace:
         try:

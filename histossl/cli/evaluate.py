@@ -1,4 +1,4 @@
-"""embed, finetune: from a backbone and a few labelled slides to a label-efficiency curve."""
+"""embed, finetune, predict, suggest: from a backbone and a few labelled slides to a curve, a model, and its use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
 
@@ -83,7 +83,87 @@ def register(app: typer.Typer) -> None:
         epilog="Example: histossl finetune --labels labels.csv    "
         "(check the labels only: histossl finetune --labels labels.csv --dry-run)"
     )(finetune)
+    app.command(
+        epilog="Example: histossl predict --model histossl-workspace/finetune/default/model --slides /data/new "
+        "-w new-workspace"
+    )(predict)
+    app.command(epilog="Example: histossl suggest --labels labels.csv --number 10")(suggest)
     app.command(epilog="Example: histossl embed --start adapted    (all slides: features and coords as HDF5)")(embed)
+
+
+def predict(
+    model: Annotated[
+        Path,
+        typer.Option(
+            "--model", metavar="DIR", help="A model folder: WORKSPACE/finetune/NAME/model.", show_default=False
+        ),
+    ],
+    slides: SlidesOption = None,
+    name: Annotated[
+        str, typer.Option("--name", help="Of these predictions: they go to WORKSPACE/predictions/NAME.")
+    ] = "default",
+    heatmaps: Annotated[
+        bool, typer.Option("--heatmaps/--no-heatmaps", help="Draw a PNG and a GeoJSON for QuPath of each slide.")
+    ] = True,
+    slide_mpp: Annotated[
+        float | None,
+        typer.Option(
+            "--slide-mpp", help="Microns per pixel of all slides here, over what they say.", show_default=False
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    embed_batch_size: EmbedBatchOption = 0,
+    workers: WorkersOption = 0,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Use a finetuned model: class probabilities of each slide, heatmaps, and a warning where it knows nothing.
+
+    Tiles what is not tiled yet, at the model's scale. Without --slides: every slide of the workspace.
+    """
+    from histossl.evaluation.predict import predict as stage
+
+    del config
+    if slides is not None and not slides.is_dir():
+        raise UsageError(f"--slides {slides}: no such folder")
+    settings = EmbedConfig(embed_batch_size, workers, device)
+    stage(workspace_at(workspace), model, name, slides, settings, heatmaps, slide_mpp)
+
+
+def suggest(
+    labels: LabelsOption,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many slides to suggest.")] = 10,
+    starts: StartsOption = "",
+    backbone: BackboneOption = "",
+    weights: WeightsOption = "",
+    adapted: AdaptedOption = "",
+    input_px: InputOption = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the heads that are asked.")] = 0,
+    device: DeviceOption = "auto",
+    embed_batch_size: EmbedBatchOption = 0,
+    workers: WorkersOption = 0,
+    workspace: WorkspaceOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Rank the slides without a label: which to label next, and why.
+
+    A slide ranks high when it stands for many that nothing labelled resembles, and when heads trained on parts of the
+    labels disagree about it. The list is also written to WORKSPACE/suggestions.csv.
+    """
+    from histossl.evaluation.suggest import suggest as stage
+
+    del config
+    settings = FinetuneConfig(
+        labels=str(labels),
+        starts=_listed(starts),
+        backbone=backbone,
+        weights=weights,
+        adapted=adapted,
+        input_px=input_px,
+        mixed_patients=True,
+        seed=seed,
+    )
+    stage(workspace_at(workspace), settings, number, EmbedConfig(embed_batch_size, workers, device))
 
 
 def finetune(

@@ -82,6 +82,9 @@ class MeanHead:
     patients in it; else it is DEFAULT_STRENGTH. Classes weigh the same, however many slides they have.
     """
 
+    def __init__(self, choose: bool = True) -> None:
+        self.choose = choose  # without it, always DEFAULT_STRENGTH: for committees, where speed counts
+
     def fit(
         self, bags: BagsLike, train: Ints, labels: Ints, *, pool: Ints, groups: Ints, num_classes: int, seed: int
     ) -> FittedLinear:
@@ -91,7 +94,7 @@ class MeanHead:
         # and has as many columns as there are labelled items, not as the backbone has features.
         basis = np.linalg.svd(x, full_matrices=False)[2] if len(x) < x.shape[1] else np.eye(x.shape[1])
         z = x @ basis.T
-        strength = _chosen_strength(z, labels, groups, seed)
+        strength = _chosen_strength(z, labels, groups, seed) if self.choose else DEFAULT_STRENGTH
         weight, bias, present = _logistic(z, labels, strength)
         return FittedLinear(centre, scale, weight @ basis, bias, present, np.array(num_classes))
 

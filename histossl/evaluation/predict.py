@@ -1,0 +1,223 @@
+"""Stage `predict`: a saved model and slides in; one row per slide out, with a warning where the model knows nothing.
+
+WORKSPACE/predictions/NAME/
+    predictions.csv     slide, predicted, p_CLASS..., num_tiles, distance, usual_distance, warning
+    heatmaps/           SLIDE.png (tissue, and tissue under attention or probability), SLIDE.geojson for QuPath
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histossl import console
+from histossl.config import EmbedConfig, TileConfig, TissueConfig
+from histossl.errors import StoreError, UsageError
+from histossl.evaluation.abmil import FittedAbmil
+from histossl.evaluation.embed import Bags, device_of, embed_slides, slide_tiles
+from histossl.evaluation.heads import Floats
+from histossl.evaluation.heatmap import draw_heatmap, write_qupath
+from histossl.evaluation.model import Model, distances, load_model
+from histossl.tiles.index import TileIndex
+from histossl.tiles.tiling import tile_archive
+from histossl.workspace import PredictionDir, Workspace, written_aside
+
+FAR = 1.5  # times the usual distance between training items
+FEW_TILES = 5
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    slide: str
+    shares: Floats  # (C,)
+    num_tiles: int
+    distance: float
+    usual_distance: float
+    warning: str
+
+
+def predict(
+    workspace: Workspace,
+    model_folder: Path,
+    name: str = "default",
+    slides: Path | None = None,
+    embed: EmbedConfig = EmbedConfig(),
+    heatmaps: bool = True,
+    slide_mpp: float | None = None,
+) -> Path:
+    """Predict every slide below `slides` (tiling what is not tiled yet), or without it every slide of the workspace."""
+    model = load_model(model_folder)
+    skipped: list[tuple[str, str]] = []
+    wanted: list[str] | None = None
+    if slides is not None:
+        rows = tile_archive(slides, workspace, tile_config(model), slide_mpp=slide_mpp)
+        wanted = [row.slide for row in rows if row.num_tiles]
+        skipped = [(row.slide or row.file, row.tile_reason or row.reason) for row in rows if not row.num_tiles]
+        if not wanted:
+            why = f", the first because: {skipped[0][1]}" if skipped else ""
+            raise StoreError(f"{slides}: none of {len(skipped)} slides gave a tile{why}")
+    index = TileIndex.open(workspace)
+    refuse_other_tiles(model, index)
+    if wanted is None:
+        wanted = [slide for slide in index.slides if len(slide_tiles(index, slide))]
+    embedder = model.embedder(device_of(embed.device))
+    files = embed_slides(workspace, index, wanted, embedder, embed)
+    folder = workspace.predictions(name)
+    found = []
+    with console.progress("predicting", len(wanted), "slides") as bar:
+        for slide in wanted:
+            tiles = Bags([(files[slide], None)]).tiles(0)
+            one, tile_shares, attention = predict_tiles(model, slide, tiles)
+            found.append(one)
+            if heatmaps:
+                _draw(folder, model, index, one, tile_shares, attention)
+            bar.advance()
+    _write(folder.table, found, skipped, model.info.classes)
+    _show(found, skipped, model.info.classes)
+    console.say(f"{len(found)} slides predicted: {folder.table}")
+    return folder.table
+
+
+def tile_config(model: Model) -> TileConfig:
+    """How slides must be tiled for this model."""
+    stored = dict(model.info.provenance["tiling"])
+    return TileConfig(**{**stored, "tissue": TissueConfig(**stored["tissue"])})
+
+
+def refuse_other_tiles(model: Model, index: TileIndex) -> None:
+    if index.tile_px != model.info.tile_px or abs(index.mpp / model.info.mpp - 1) > 0.01:
+        raise UsageError(
+            f"--model {model.folder}: knows tiles of {model.info.tile_px} px at {model.info.mpp:g} microns per pixel, "
+            f"this workspace holds {index.tile_px} px at {index.mpp:g}; use another --workspace for these slides"
+        )
+
+
+# ---- one slide
+
+
+def predict_tiles(
+    model: Model, slide: str, tiles: NDArray[np.float32]
+) -> tuple[SlidePrediction, Floats, Floats | None]:
+    """The slide's prediction, each tile's own (N, C), and its attention where the head has one."""
+    rows = Rows(tiles)
+    each = model.fitted.predict_proba(rows, np.arange(len(tiles)))
+    attention = None
+    if model.info.unit == "slide":
+        bag = OneBag(tiles)
+        shares = model.fitted.predict_proba(bag, np.zeros(1, dtype=np.int64))[0]
+        if isinstance(model.fitted, FittedAbmil):
+            attention = model.fitted.of_tiles(tiles)[1]
+        far, usual = distances(model.training_D, bag.pooled)
+    else:  # it learnt from regions or tiles: a slide is the mean of its tiles
+        shares = each.mean(0)
+        far, usual = distances(model.training_D, rows.pooled)
+    distance = float(far.mean())
+    return (
+        SlidePrediction(slide, shares, len(tiles), distance, usual, _warning(len(tiles), distance, usual)),
+        each,
+        attention,
+    )
+
+
+def _warning(num_tiles: int, distance: float, usual: float) -> str:
+    said = []
+    if distance > FAR * usual:
+        said.append(f"lies {distance / usual:.1f} times as far from the training data as these from each other")
+    if num_tiles < FEW_TILES:
+        said.append(f"only {num_tiles} tiles of tissue")
+    return "; ".join(said)
+
+
+class Rows:
+    """Every tile as an item of its own."""
+
+    def __init__(self, tiles: NDArray[np.float32]) -> None:
+        self._tiles = tiles
+
+    @property
+    def pooled(self) -> Floats:
+        return self._tiles.astype(np.float64)
+
+    def tiles(self, item: int) -> NDArray[np.float32]:
+        return self._tiles[item : item + 1]
+
+
+class OneBag:
+    """All tiles as one item."""
+
+    def __init__(self, tiles: NDArray[np.float32]) -> None:
+        self._tiles = tiles
+
+    @property
+    def pooled(self) -> Floats:
+        mean: Floats = self._tiles.mean(0, dtype=np.float64)
+        return mean[None]
+
+    def tiles(self, item: int) -> NDArray[np.float32]:
+        del item
+        return self._tiles
+
+
+# ---- what is left of it
+
+
+def _draw(
+    folder: PredictionDir,
+    model: Model,
+    index: TileIndex,
+    one: SlidePrediction,
+    tile_shares: Floats,
+    attention: Floats | None,
+) -> None:
+    numbers = slide_tiles(index, one.slide)
+    side_l0 = float(index.facts(one.slide)["scales"][0]["side_l0"])
+    best = int(one.shares.argmax())
+    label = model.info.classes[best]
+    values, low, high = tile_shares[:, best], 0.0, 1.0
+    caption = f"probability of {label}, tile by tile"
+    if attention is not None:
+        values, high, caption = attention, float(attention.max()), f"attention (predicted: {label})"
+    draw_heatmap(folder.heatmap(one.slide), index, numbers, side_l0, values, caption, low, high)
+    write_qupath(
+        folder.qupath(one.slide), index.coords_l0(numbers), side_l0, tile_shares, model.info.classes, attention
+    )
+
+
+def _write(
+    path: Path, found: Sequence[SlidePrediction], skipped: Sequence[tuple[str, str]], classes: Sequence[str]
+) -> None:
+    """A slide that could not be predicted has a row too, with the reason and no probabilities."""
+    columns = ["slide", "predicted", *(f"p_{name}" for name in classes)]
+    columns += ["num_tiles", "distance", "usual_distance", "warning"]
+    rows: list[list[Any]] = []
+    for one in found:
+        label = classes[int(one.shares.argmax())]
+        shares = [f"{share:.6f}" for share in one.shares]
+        figures = [one.num_tiles, f"{one.distance:.4f}", f"{one.usual_distance:.4f}"]
+        rows.append([one.slide, label, *shares, *figures, one.warning])
+    rows += [[slide, "", *[""] * len(classes), 0, "", "", f"not predicted: {why}"] for slide, why in skipped]
+    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        rows.sort(key=lambda row: str(row[0]))
+        table.writerows(rows)
+
+
+def _show(
+    found: Sequence[SlidePrediction], skipped: Sequence[tuple[str, str]], classes: Sequence[str], most: int = 20
+) -> None:
+    rows = [[one.slide, classes[int(one.shares.argmax())], f"{one.shares.max():.2f}", one.warning] for one in found]
+    console.table("predictions", ["slide", "predicted", "probability", "warning"], rows[:most], right=["probability"])
+    if len(rows) > most:
+        console.say(f"and {len(rows) - most} more in the file")
+    warned = sum(bool(one.warning) for one in found)
+    if warned:
+        console.warn(f"{warned} of {len(found)} slides: look at the warning before you trust the prediction")
+    for slide, why in skipped:
+        console.warn(f"{slide}: not predicted ({why})")

@@ -1,0 +1,153 @@
+"""A saved model works without the workspace it came from, and says where it knows nothing."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+from synthetic_store import write_synthetic_store
+
+from histossl.config import FinetuneConfig
+from histossl.errors import UsageError, WeightsError
+from histossl.evaluation.finetune import finetune
+from histossl.evaluation.model import distances, load_model
+from histossl.evaluation.predict import predict, predict_tiles, tile_config
+from histossl.tiles.index import TileIndex
+from histossl.workspace import Workspace
+
+
+def trained(workspace: Workspace, head: str = "mean", unit: str = ""):
+    """Slides whose red tells the label; returns the model's folder and the labels."""
+    slides = [f"s{number:02d}" for number in range(20)]
+    write_synthetic_store(workspace, slides, tiles_per_slide=6, tile_px=32)
+    labels = {slide: "low" if n % 5 < 2 else "high" for n, slide in enumerate(slides)}
+    lines = ["slide,label,patient,split"]
+    lines += [
+        f"{slide},{label},P{n},{'test' if n >= 15 else 'train'}" for n, (slide, label) in enumerate(labels.items())
+    ]
+    (workspace.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    config = FinetuneConfig(
+        labels=str(workspace.root / "labels.csv"),
+        starts=("random",),
+        backbone="test_vit",
+        input_px=32,
+        draws=1,
+        budgets=(2,),
+        head=head,
+        unit=unit,
+    )
+    finetune(workspace, "a", config)
+    return workspace.finetune("a").model, labels
+
+
+def table_of(workspace: Workspace, name: str = "default") -> dict[str, dict[str, str]]:
+    with workspace.predictions(name).table.open() as file:
+        return {row["slide"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize(("head", "unit"), [("mean", ""), ("mean", "tile"), ("abmil", "")])
+def test_a_model_predicts_in_another_place_what_it_learnt(workspace, tmp_path, head, unit):
+    model, labels = trained(workspace, head, unit)
+    shutil.copytree(model, tmp_path / "moved")
+    elsewhere = Workspace(tmp_path / "elsewhere").make()
+    shutil.copytree(workspace.tiles, elsewhere.tiles, copy_function=shutil.copy2)
+    shutil.rmtree(workspace.root)
+    predict(elsewhere, tmp_path / "moved")
+    rows = table_of(elsewhere)
+    assert set(rows) == set(labels)
+    right = np.mean([rows[slide]["predicted"] == label for slide, label in labels.items()])
+    assert right > 0.8
+    for row in rows.values():
+        assert float(row["p_high"]) + float(row["p_low"]) == pytest.approx(1, abs=1e-5)
+        assert row["num_tiles"] == "6"
+    folder = elsewhere.predictions("default")
+    collection = json.loads(folder.qupath("s03").read_text())
+    assert len(collection["features"]) == 6
+    corner = collection["features"][1]["geometry"]["coordinates"][0]
+    assert corner[0] == [64, 0]  # level-0 pixels: 32 px at 0.5, of a slide at 0.25
+    assert corner[2] == [128, 64]
+    measurements = collection["features"][0]["properties"]["measurements"]
+    assert measurements["probability high"] + measurements["probability low"] == pytest.approx(1, abs=1e-3)
+    assert ("attention" in measurements) == (head == "abmil")
+    with Image.open(folder.heatmap("s03")) as picture:
+        assert np.asarray(picture.convert("RGB")).std() > 5
+
+
+def test_without_a_model_folder_or_with_other_tiles_it_says_so(workspace, tmp_path, cli):
+    model, _ = trained(workspace)
+    with pytest.raises(WeightsError, match="is not a model that histossl finetune wrote"):
+        load_model(tmp_path)
+    other = Workspace(tmp_path / "other").make()
+    write_synthetic_store(other, ["A"], tile_px=64)
+    with pytest.raises(UsageError, match="knows tiles of 32 px"):
+        predict(other, model)
+    code, _, err = cli("predict", "--model", tmp_path / "nowhere", "-w", workspace.root)
+    assert code == 1
+    assert "WORKSPACE/finetune/NAME/model" in err
+
+
+def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):
+    model, _ = trained(workspace)
+    config = tile_config(load_model(model))
+    assert config.tile_px == 32
+    assert config == config.__class__(tile_px=32)
+
+
+def test_a_slide_far_from_the_training_data_is_warned_of(workspace):
+    model = load_model(trained(workspace)[0])
+    known = model.training_D[:1].astype(np.float32).repeat(9, 0)
+    assert predict_tiles(model, "A", known)[0].warning == ""
+    far = known + 40 * model.training_D.std(0).astype(np.float32)
+    assert "times as far from the training data" in predict_tiles(model, "A", far)[0].warning
+    assert "only 2 tiles" in predict_tiles(model, "A", known[:2])[0].warning
+
+
+def test_distances_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    training, new = rng.normal(size=(12, 5)), rng.normal(size=(3, 5)) + 1
+    found, usual = distances(training, new)
+    scaled = [(rows - training.mean(0)) / training.std(0) / np.sqrt(5) for rows in (training, new)]
+    expected = [min(np.linalg.norm(row - other) for other in scaled[0]) for row in scaled[1]]
+    among = [
+        min(np.linalg.norm(row - other) for j, other in enumerate(scaled[0]) if i != j)
+        for i, row in enumerate(scaled[0])
+    ]
+    np.testing.assert_allclose(found, expected)
+    assert usual == pytest.approx(np.quantile(among, 0.95))
+
+
+def test_the_heatmap_shows_each_tile_at_its_place(workspace, tmp_path):
+    from histossl.evaluation.heatmap import GAP_PX, draw_heatmap
+
+    index = write_synthetic_store(workspace, ["A"], tiles_per_slide=12, tile_px=32)
+    values = np.zeros(12)
+    values[3] = 1.0
+    draw_heatmap(tmp_path / "a.png", index, np.arange(12), 64.0, values, "x", 0.0, 1.0)
+    with Image.open(tmp_path / "a.png") as opened:
+        page = np.asarray(opened)
+    width = (page.shape[1] - GAP_PX) // 2
+    side = width // 10
+    tile = simplejpeg.decode_jpeg(index.read(3))
+    shown = page[side // 2, 3 * side + side // 2].astype(int)
+    assert np.abs(shown - tile[16, 16]).max() < 30
+    right = page[side // 2, width + GAP_PX :].astype(int)
+    bright = right[3 * side + side // 2]
+    dark = right[4 * side + side // 2]
+    assert bright[1] > dark[1] + 40  # yellow against violet
+    assert (page[side + side // 2, 2 * side + side // 2 :][: side // 2] == 255).all()  # no tile, no tissue
+
+
+def test_slides_that_cannot_be_read_have_a_row_with_the_reason(workspace, tmp_path, paint, cli):
+    painted = paint("good.tif", mpp=0.5)
+    (painted.path.parent / "broken.svs").write_bytes(b"II*\0garbage")
+    store = Workspace(tmp_path / "train").make()
+    model, _ = trained(store)
+    code, _, err = cli("predict", "--model", model, "--slides", painted.path.parent, "-w", workspace.root)
+    assert code == 0, err
+    rows = table_of(workspace)
+    assert rows["good"]["predicted"] in ("high", "low")
+    assert any("not predicted" in row["warning"] for name, row in rows.items() if "broken" in name)
+    assert TileIndex.open(workspace).tile_px == 32
