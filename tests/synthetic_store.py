@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -30,6 +30,7 @@ def write_synthetic_store(
     tile_px: int = 64,
     mpp: float = 0.5,
     mpp_l0: float = 0.25,
+    picture: Callable[[int, int, int], np.ndarray] = synthetic_tile,
 ) -> TileIndex:
     """Zips for `slides` (tiles in rows of ten, tissue share rising from 0.5 to 1), and their index."""
     counts = [tiles_per_slide] * len(slides) if isinstance(tiles_per_slide, int) else list(tiles_per_slide)
@@ -38,7 +39,7 @@ def write_synthetic_store(
     for number, (slide, count) in enumerate(zip(slides, counts, strict=True)):
         with new_store(workspace.zip_of(slide), [mpp]) as store:
             for tile in range(count):
-                jpeg = simplejpeg.encode_jpeg(synthetic_tile(number, tile, tile_px), quality=95, colorsubsampling="444")
+                jpeg = simplejpeg.encode_jpeg(picture(number, tile, tile_px), quality=95, colorsubsampling="444")
                 tissue = 0.5 + 0.5 * tile / max(1, count - 1)
                 store.add(tile % 10 * side_l0, tile // 10 * side_l0, jpeg, tissue)
             store.finish(

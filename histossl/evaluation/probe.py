@@ -19,7 +19,7 @@ from histossl.backbones import BackboneInfo
 from histossl.errors import LabelsError
 from histossl.evaluation.labels import LabelTable
 from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_tiles
+from histossl.tiles.loading import decode_good_tiles
 from histossl.views.recipe import clean_view, normalise
 
 TILES_PER_SLIDE = 32
@@ -69,11 +69,13 @@ def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn
     @torch.no_grad()
     def probe(backbone: nn.Module, info: BackboneInfo) -> float:
         device = next(backbone.parameters()).device
-        features = []
+        features, seen = [], []
         for first in range(0, len(numbers), 64):
-            pixels = decode_tiles([index.read(number) for number in numbers[first : first + 64]], index.tile_px)
+            pixels, good = decode_good_tiles(index, numbers[first : first + 64])
             view = normalise(clean_view(pixels.to(device), input_px), info.mean, info.std)
             features.append(backbone(view).float().cpu())
-        return knn_score(torch.cat(features), np.array(labels), np.array(owners))
+            seen.append(np.isin(numbers[first : first + 64], good))
+        whole = np.concatenate(seen)
+        return knn_score(torch.cat(features), np.array(labels)[whole], np.array(owners)[whole])
 
     return probe

@@ -61,6 +61,19 @@ def decode_tiles(jpegs: Sequence[bytes], tile_px: int, device: torch.device | No
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+def decode_good_tiles(index: Store, numbers: Sequence[int] | Ints) -> tuple[Tensor, Ints]:
+    """(pixels (B, 3, H, H) uint8, their numbers (B,)) of those tiles that are whole: for looking, not for training."""
+    pixels = np.empty((len(numbers), index.tile_px, index.tile_px, 3), dtype=np.uint8)
+    good: list[int] = []
+    for number in numbers:
+        try:
+            decode_into(pixels[len(good)], index.read(int(number)), f"tile {number}")
+            good.append(int(number))
+        except StoreError:
+            continue  # training meets it too, and names it
+    return torch.from_numpy(pixels[: len(good)]).permute(0, 3, 1, 2), np.array(good, dtype=np.int64)
+
+
 def decode_into(pixels: NDArray[np.uint8], jpeg: bytes, name: str) -> None:
     """Decode one tile into pixels (H, W, 3). Damaged, or of another size: a StoreError that names it."""
     try:

@@ -106,3 +106,22 @@ def diagnosis(spread: float, rank_share: float, first_spread: float) -> tuple[st
     if rank_share < RANK_WARN:
         return f"the features' effective rank fell to {rank_share:.0%} of the start's; lower --lr if it goes on", False
     return "", False
+
+
+class Ceiling:
+    """Notice a loss that stays where features that tell nothing would put it (InfoNCE: ln(K+1)). Says so once."""
+
+    def __init__(self) -> None:
+        self.lowest = float("inf")
+        self.told = False
+
+    def stuck(self, loss: float, ceiling: float | None, progress: float) -> str:
+        """'' while all is well. Judged after a fifth of the run: a full queue of fresh keys starts near the ceiling."""
+        self.lowest = min(self.lowest, loss)
+        if ceiling is None or self.told or progress < 0.2 or self.lowest < 0.98 * ceiling:
+            return ""
+        self.told = True
+        return (
+            f"the loss never left its ceiling {ceiling:.2f} (lowest {self.lowest:.2f}): nothing is being learnt. "
+            "Likely causes: --lr too low or too high, views that share nothing, a queue full of a tile's own neighbours"
+        )

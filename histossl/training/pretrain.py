@@ -25,13 +25,13 @@ from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import TileBatches, decode_tiles, tile_batches
+from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, joined
 from histossl.training.log import RunLog
 from histossl.training.loop import Step, train
-from histossl.training.monitor import Health, Watch, weight_change
+from histossl.training.monitor import Ceiling, Health, Watch, weight_change
 from histossl.training.planner import Plan, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import name_of, optimizer_for, precision_for, tune
@@ -174,7 +174,9 @@ class _Pretraining:
         self.optimizer = optimizer_for(self.method, self.plan, self.device)
         self.scaler = self.precision.scaler(self.device)
         self.watch = Watch()
+        self.ceiling = Ceiling()
         self.best = Best()
+        self.last_look: list[str] = []
         self.log: RunLog | None = None
 
     # ---- the recipe
@@ -191,7 +193,11 @@ class _Pretraining:
                 self.config,
                 plan=asdict(self.plan),
                 knobs=asdict(self.knobs),
-                tiles={"digest": self.index.digest, "num_tiles": self.order.num_tiles, "slides": self.order.num_slides},
+                tiles={
+                    "digest": self.index.digest,
+                    "num_tiles": self.order.num_tiles,
+                    "num_slides": self.order.num_slides,
+                },
                 device=name_of(self.device),
                 precision=self.precision.name,
             )
@@ -248,7 +254,10 @@ class _Pretraining:
                     if self.log:
                         self.log.write(row)
                     logged, logged_s, waited_s = done, now_s, tiles.wait_s
-                    bar.note = _note(row)
+                    bar.note = ", ".join((_note(row), *self.last_look))
+                    stuck = self.ceiling.stuck(row["loss"], self.method.loss_ceiling(), done / num_steps)
+                    if stuck and self.processes.writes:
+                        console.warn(f"step {done}: {stuck}")
                 if done % operation.monitor_every == 0 or last:
                     self._look(done)
                 bar.advance()
@@ -370,9 +379,10 @@ class _Pretraining:
         order = self._order(purpose)
         numbers = order.tile_numbers(0, min(num_tiles, order.num_tiles))
         for first in range(0, len(numbers), size):
-            jpegs = [self.index.read(int(number)) for number in numbers[first : first + size]]
-            pixels = decode_tiles(jpegs, self.index.tile_px).to(self.device)
-            yield normalise(clean_view(pixels, self.config.view_px), self.info.mean, self.info.std)
+            pixels, good = decode_good_tiles(self.index, numbers[first : first + size])
+            if len(good):
+                view = clean_view(pixels.to(self.device), self.config.view_px)
+                yield normalise(view, self.info.mean, self.info.std)
 
     @torch.no_grad()
     def _prefill(self) -> None:
@@ -492,6 +502,7 @@ class _Pretraining:
                 save_backbone(self.run.best_backbone, self._plain_backbone(), self._adapted_info(done))
         if self.log:
             self.log.write(row)
+        self.last_look = [f"rank {health.rank:.0f}", *([f"probe {row['probe']:.3f}"] if "probe" in row else [])]
         if health.verdict and self.processes.writes:
             console.warn(f"step {done}: {health.verdict}")
         if health.collapsed and self.operation.stop_on_collapse and done:

@@ -6,6 +6,7 @@ Every ratio is of two things timed in turn within this one run.
 """
 
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,13 +14,15 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import simplejpeg
 import timm
 import torch
 from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from synthetic_store import write_synthetic_store
 
 from histossl.backbones import create_backbone
 from histossl.config import PretrainConfig
@@ -100,13 +103,12 @@ def beside_lightly() -> None:
 
 
 def textured_store(workspace: Workspace, num_tiles: int = 512) -> TileIndex:
-    import synthetic_store
-    from synthetic_store import write_synthetic_store
-
     noise = np.random.default_rng(0)
-    synthetic_store.synthetic_tile = lambda *_: noise.integers(0, 255, (256, 256, 3), dtype=np.uint8)
-    assert simplejpeg
-    return write_synthetic_store(workspace, ("A", "B"), num_tiles // 2, tile_px=256)
+
+    def picture(slide: int, tile: int, tile_px: int) -> np.ndarray:
+        return noise.integers(0, 255, (tile_px, tile_px, 3), dtype=np.uint8)
+
+    return write_synthetic_store(workspace, ("A", "B"), num_tiles // 2, tile_px=256, picture=picture)
 
 
 def with_tiles_beside_without(index: TileIndex, run: Path) -> None:

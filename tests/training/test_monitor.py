@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from histossl.training.monitor import Watch, effective_rank, feature_spread, weight_change
+from histossl.training.monitor import Ceiling, Watch, effective_rank, feature_spread, weight_change
 
 
 def gaussian(n: int, d: int, rank: int | None = None) -> torch.Tensor:
@@ -70,3 +70,14 @@ def test_weight_change_is_relative_and_per_block() -> None:
     with torch.no_grad():
         network[1].weight.mul_(1.5)
     assert weight_change(network, start) == {"0": 0.0, "1": pytest.approx(0.5)}
+
+
+def test_a_loss_that_never_leaves_its_ceiling_is_told_once() -> None:
+    ceiling = Ceiling()
+    assert ceiling.stuck(6.9, 6.93, 0.1) == ""  # too early to judge
+    assert "never left its ceiling 6.93 (lowest 6.88)" in ceiling.stuck(6.88, 6.93, 0.3)
+    assert ceiling.stuck(6.88, 6.93, 0.5) == ""
+    learning = Ceiling()
+    learning.stuck(5.0, 6.93, 0.1)
+    assert learning.stuck(6.9, 6.93, 0.9) == ""
+    assert Ceiling().stuck(9.0, None, 0.9) == ""

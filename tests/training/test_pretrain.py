@@ -195,6 +195,18 @@ def test_learning_starts_at_the_ceiling_of_its_queue(index: TileIndex, tmp_path:
     assert 0 < first["loss"] < first["loss_ceiling"] + 1
 
 
+def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = Workspace(tmp_path / "damaged")
+    index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=16, tile_px=40)
+    row = index.table[5]
+    with workspace.zip_of("A1").open("r+b") as file:
+        file.seek(int(row["offset"]) + 20)
+        file.write(bytes(int(row["length"]) - 20))
+    result = pretrain(TileIndex.open(workspace), run_dir(tmp_path), replace(TINY, set=("queue_size=8",)), QUICK)
+    assert result.finished
+    assert "tile 5 was left out" in capsys.readouterr().err
+
+
 # ---- the command line
 
 
