@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from histossl.config import TileConfig
 from histossl.errors import SlideError
 from histossl.slides.reader import Slide
+from histossl.slides.tiff import NativeLevel, TiffLevels
 from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyable
 from histossl.units import l0_from_px
 
@@ -29,7 +31,7 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 NATIVE_TOLERANCE = 0.05  # a native tile may be this far from the wanted scale; its real one is recorded
-STRIP_TILES = 32  # tiles across a strip: what one row has decoded is still cached when the next row needs it
+STRIP_TILES = 16  # tiles across a strip: what one row has decoded is still cached when the next row needs it
 MAX_RUN_PX = 4 << 20  # of one read
 ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling
 SUBSAMPLING = "420"  # as nearly all scanners store their tiles
@@ -83,8 +85,11 @@ class SlidePixels:
         self.downsample = slide.level_downsamples[self._level]
 
     def read(self, left: int, top: int, width: int, height: int) -> Pixels:
+        """RGB, or where OpenSlide can be asked directly (height, width, 4): blue, green, red, nothing."""
+        box = (self._level, left, top, width, height)
         try:
-            return self._slide.read_level(self._level, left, top, width, height)
+            painted = self._slide.read_bgrx(*box)
+            return painted if painted is not None else self._slide.read_level(*box)
         except SlideError as error:
             self.close()
             self._slide = self._opened = self._open_again()
@@ -96,9 +101,33 @@ class SlidePixels:
             self._opened = None
 
 
+class TiffPixels:
+    """A level of a tiled TIFF that is not JPEG (JPEG 2000, deflate, LZW), tile by tile through tifffile's decoders."""
+
+    def __init__(self, path: Path, size_px: tuple[int, int], downsample: float) -> None:
+        self._tiff = TiffLevels(path)
+        if size_px not in self._tiff.sizes:
+            self._tiff.close()
+            raise SlideError(f"{path.name}: tifffile finds no level of {size_px[0]} x {size_px[1]} px")
+        self._level = self._tiff.sizes.index(size_px)
+        self.downsample = downsample
+
+    def read(self, left: int, top: int, width: int, height: int) -> Pixels:
+        try:
+            return self._tiff.read_level(self._level, left, top, width, height)
+        except SlideError as error:
+            raise DamagedTile(str(error)) from error
+
+    def close(self) -> None:
+        self._tiff.close()
+
+
 @dataclass(frozen=True)
 class CutTile:
-    """Either its JPEG (copied) or its pixels, to be encoded; neither if it is damaged."""
+    """Either its JPEG (copied) or its pixels, to be encoded; neither if it is damaged.
+
+    `pixels` are (h, w, 3) RGB, or (h, w, 4) as OpenSlide paints them; `rgb` makes the one of the other.
+    """
 
     place: int
     jpeg: bytes | None = None
@@ -128,7 +157,7 @@ class Cutter:
             row, column = divmod(place, self.grid.columns)
             size = self.grid.tile_px
             return self.source.read(column * size, row * size, size, size)
-        return self._cut_run(np.array([place]))[0]
+        return rgb(self._cut_run(np.array([place]))[0])
 
     def pixels_or_none(self, place: int) -> Pixels | None:
         try:
@@ -174,29 +203,49 @@ class Cutter:
         left, top = math.floor(xs[0] + ALIGNED) - margin, math.floor(y + ALIGNED) - margin
         right, bottom = math.ceil(xs[-1] + side - ALIGNED) + margin, math.ceil(y + side - ALIGNED) + margin
         canvas = self.source.read(left, top, right - left, bottom - top)
-        return [cut(canvas, x - left, y - top, side, self.grid.tile_px) for x in xs.tolist()]
+        image = _image(canvas)
+        return [cut(canvas, image, x - left, y - top, side, self.grid.tile_px) for x in xs.tolist()]
 
 
 def encode(pixels: Pixels, quality: int) -> bytes:
-    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", SUBSAMPLING))
+    order = "RGB" if pixels.shape[2] == 3 else "BGRX"
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, order, SUBSAMPLING))
 
 
-def cut(canvas: Pixels, x: float, y: float, side: float, tile_px: int) -> Pixels:
-    """The square of `side` at (x, y) of the canvas, as tile_px x tile_px: sliced, averaged or resampled."""
+def rgb(pixels: Pixels) -> Pixels:
+    """(h, w, 3) of what a source gives: RGB, or blue, green, red, nothing."""
+    return pixels if pixels.shape[2] == 3 else pixels[..., 2::-1]
+
+
+def cut(canvas: Pixels, image: Image.Image | None, x: float, y: float, side: float, tile_px: int) -> Pixels:
+    """The square of `side` at (x, y) of the canvas, as tile_px x tile_px: sliced, averaged or resampled.
+
+    `image` is the canvas as Pillow sees it without a copy, where it can.
+    """
     whole = round(side / tile_px)
-    if whole >= 1 and abs(side - whole * tile_px) < ALIGNED and _whole(x) and _whole(y):
-        left, top, length = round(x), round(y), whole * tile_px
-        box = canvas[top : top + length, left : left + length]
-        return box if whole == 1 else np.asarray(Image.fromarray(box).reduce(whole))
-    shrink = side / tile_px
-    margin = math.ceil(2 * max(1.0, shrink)) + 1
-    left, top = max(0, math.floor(x) - margin), max(0, math.floor(y) - margin)
-    window = canvas[top : math.ceil(y + side) + margin, left : math.ceil(x + side) + margin]
-    x, y = x - left, y - top
+    aligned = whole >= 1 and abs(side - whole * tile_px) < ALIGNED and _whole(x) and _whole(y)
+    if aligned and whole == 1:
+        return canvas[round(y) : round(y) + tile_px, round(x) : round(x) + tile_px]
+    # Pillow looks this far around a box: the filter is widened by the shrink factor, which is the antialiasing.
+    margin = 0 if aligned else math.ceil(2 * max(1.0, side / tile_px)) + 1
+    left, top = max(0, math.floor(x + ALIGNED) - margin), max(0, math.floor(y + ALIGNED) - margin)
+    if image is None:
+        right, bottom = math.ceil(x + side) + margin, math.ceil(y + side) + margin
+        image = Image.fromarray(canvas[top:bottom, left:right])
+        x, y = x - left, y - top
+    if aligned:
+        box = (round(x), round(y), round(x) + whole * tile_px, round(y) + whole * tile_px)
+        return np.asarray(image.reduce(whole, box))
     # The slide reader's own choice of filters, so that both agree to the grey level.
-    method = Image.Resampling.HAMMING if shrink > 1 else Image.Resampling.BICUBIC
-    resized = Image.fromarray(window).resize((tile_px, tile_px), method, box=(x, y, x + side, y + side))
-    return np.asarray(resized)
+    method = Image.Resampling.HAMMING if side > tile_px else Image.Resampling.BICUBIC
+    return np.asarray(image.resize((tile_px, tile_px), method, box=(x, y, x + side, y + side)))
+
+
+def _image(canvas: Pixels) -> Image.Image | None:
+    """Four channels are taken as they lie, without alpha's meaning; three would have to be copied."""
+    if canvas.shape[2] == 3:
+        return None
+    return Image.frombuffer("RGBX", (canvas.shape[1], canvas.shape[0]), canvas, "raw", "RGBX", 0, 1)
 
 
 def _aligned(side: float, tile_px: int, xs: npt.NDArray[np.float64], y: float) -> bool:
@@ -264,10 +313,23 @@ def cutter_for(
         number = slide.level_for(downsample)
         level = slide.native[number] if slide.native else None
         if level is not None and copyable(level):
-            tiles = NativeTiles(slide.path, level, best_shrink(level, downsample))
+            tiles = NativeTiles(slide.path, level, best_shrink(level, downsample), _under_strip(grid, level))
             tiles.downsample = slide.level_downsamples[number] * tiles.shrink
             return Cutter(grid, "stitched", tiles)
+        if level is not None:
+            try:
+                pixels = TiffPixels(slide.path, slide.level_sizes[number], slide.level_downsamples[number])
+                return Cutter(grid, "stitched", pixels)
+            except SlideError:
+                pass  # then the slide's own library reads it
     return Cutter(grid, "read", SlidePixels(slide, open_again, mpp / slide.mpp_l0))
+
+
+def _under_strip(grid: Grid, level: NativeLevel) -> int:
+    """How many native tiles lie under one row of a strip: the next row may need any of them again."""
+    side = grid.side_l0 / level.downsample
+    across, down = (math.ceil(STRIP_TILES * side / level.tile_width_px), math.ceil(side / level.tile_height_px))
+    return (across + 2) * (down + 2)
 
 
 def _copying(slide: Slide, mpp: float, config: TileConfig) -> Cutter | None:

@@ -111,16 +111,21 @@ def tile_batches(
     world_size: int = 1,
     num_workers: int = 2,
     pin_memory: bool = False,
+    decode_on: torch.device | None = None,
 ) -> TileBatches:
     """The batches of steps start_step .. start_step + num_steps - 1, in order, each read before it is asked for.
 
     Step s takes positions s * global_batch .. (s + 1) * global_batch - 1 of the order, whatever the number of
     processes; each rank gets its contiguous slice. Yields (tiles uint8 (b, 3, H, W), numbers (b,), positions (b,)), the
-    latter two int64 on the CPU. `num_workers=0` reads in the calling thread.
+    latter two int64 on the CPU. `num_workers=0` reads in the calling thread. With `decode_on` (a CUDA device) workers
+    only read; tiles are decoded there when they are asked for, and stay there: for too few cores beside a fast GPU,
+    which `histossl bench views` finds out.
     """
     if global_batch < 1 or global_batch % world_size:
         raise UsageError(f"--batch-size {global_batch}: must be a positive multiple of the {world_size} processes")
-    return TileBatches(index, order, global_batch, start_step, num_steps, rank, world_size, num_workers, pin_memory)
+    return TileBatches(
+        index, order, global_batch, start_step, num_steps, rank, world_size, num_workers, pin_memory, decode_on
+    )
 
 
 class TileBatches(Iterator[Batch]):
@@ -141,8 +146,9 @@ class TileBatches(Iterator[Batch]):
         world_size: int,
         num_workers: int,
         pin_memory: bool,
+        decode_on: torch.device | None,
     ) -> None:
-        self._index, self._order, self._pin_memory = index, order, pin_memory
+        self._index, self._order, self._pin_memory, self._decode_on = index, order, pin_memory, decode_on
         self._global_batch, self._batch, self._rank = global_batch, global_batch // world_size, rank
         self._steps = iter(range(start_step, start_step + num_steps))
         self._pool = ThreadPoolExecutor(num_workers, "tiles") if num_workers else None
@@ -165,12 +171,14 @@ class TileBatches(Iterator[Batch]):
                 pending = self._ahead.popleft() if self._ahead else None
             if pending is None:
                 raise StopIteration
-            batch = pending.wait()
+            for part in pending.parts:
+                part.result()
+            tiles = self._decoded(pending) if self._decode_on is not None else pending.tiles()
         except BaseException:
             self.close()
             raise
         self.wait_s += time.perf_counter() - began_s
-        return batch
+        return tiles, torch.from_numpy(pending.numbers), torch.from_numpy(pending.positions)
 
     def _begin(self) -> _Pending | None:
         """Start reading the next batch; None after the last."""
@@ -178,13 +186,10 @@ class TileBatches(Iterator[Batch]):
         if step is None:
             return None
         start = step * self._global_batch + self._rank * self._batch
-        side = self._index.tile_px
-        shape = (self._batch, side, side, 3)
-        # NumPy's large arrays come in huge pages: a fresh batch costs far fewer page faults than torch.empty's.
-        store = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self._pin_memory else None
-        pixels = np.empty(shape, dtype=np.uint8) if store is None else store.numpy()
         positions = np.arange(start, start + self._batch, dtype=np.int64)
-        pending = _Pending(pixels, self._order.tiles_at(positions), positions, store)
+        pending = _Pending(self._order.tiles_at(positions), positions)
+        if self._decode_on is None:
+            pending.make_room(self._index.tile_px, self._pin_memory)
         for first in range(0, self._batch, CHUNK):
             here = slice(first, min(first + CHUNK, self._batch))
             if self._pool is None:
@@ -199,25 +204,39 @@ class TileBatches(Iterator[Batch]):
         except StoreError:
             jpegs = []  # one of them is damaged: each is read by itself, to see which
         for place in range(here.start, here.stop):
-            jpeg = jpegs[place - here.start] if jpegs else None
-            batch.numbers[place] = self._fill_one(
-                batch.pixels[place], int(batch.numbers[place]), int(batch.positions[place]), jpeg
-            )
+            self._fill_one(batch, place, jpegs[place - here.start] if jpegs else None)
 
-    def _fill_one(self, pixels: NDArray[np.uint8], number: int, position: int, jpeg: bytes | None) -> int:
-        """Decode the tile, or the first good one of its stand-ins; which one it was."""
-        stand_in = position + max(1, self._order.num_tiles // 2)
+    def _fill_one(self, batch: _Pending, place: int, jpeg: bytes | None) -> None:
+        """Decode the tile of one place, or the first good one of its stand-ins, and note which one it was."""
+        number = int(batch.numbers[place])
+        stand_in = int(batch.positions[place]) + max(1, self._order.num_tiles // 2)
         for attempt in range(MAX_STAND_INS):
             try:
                 if number not in self.damaged:
-                    decode_into(pixels, jpeg or self._index.read(number), f"tile {number}")
+                    jpeg = jpeg or self._index.read(number)
+                    if batch.pixels is None:
+                        _refuse_other_size(jpeg, self._index.tile_px, f"tile {number}")
+                        batch.jpegs[place] = jpeg
+                    else:
+                        decode_into(batch.pixels[place], jpeg, f"tile {number}")
+                    batch.numbers[place] = number
                     with self._lock:
                         self.num_read += 1
-                    return number
+                    return
             except StoreError as error:
                 self._note_damage(number, error)
             number, jpeg = int(self._order.tile_numbers(stand_in + attempt, 1)[0]), None
         raise TooManyDamaged(f"no good tile found in {MAX_STAND_INS} tries: {next(reversed(self.damaged.values()))}")
+
+    def _decoded(self, batch: _Pending) -> Tensor:
+        """All at once where `decode_on` says; one by one here if that failed, to find which tile it was."""
+        try:
+            return decode_tiles(batch.jpegs, self._index.tile_px, self._decode_on)
+        except StoreError:
+            batch.make_room(self._index.tile_px, self._pin_memory)
+            for place, jpeg in enumerate(batch.jpegs):
+                self._fill_one(batch, place, jpeg)
+            return batch.tiles().to(self._decode_on)
 
     def _note_damage(self, number: int, error: StoreError) -> None:
         with self._lock:
@@ -251,15 +270,24 @@ class TooManyDamaged(StoreError):
 
 
 class _Pending:
-    """A batch on its way."""
+    """A batch on its way: as JPEGs if it is to be decoded later, else as pixels (B, H, W, 3)."""
 
-    def __init__(self, pixels: NDArray[np.uint8], numbers: Ints, positions: Ints, pinned: Tensor | None) -> None:
-        self.pixels, self.numbers, self.positions = pixels, numbers, positions
-        self.pinned = pinned  # the memory of `pixels`, where it is pinned
+    def __init__(self, numbers: Ints, positions: Ints) -> None:
+        self.numbers, self.positions = numbers, positions
+        self.jpegs = [b""] * len(numbers)
+        self.pixels: NDArray[np.uint8] | None = None
         self.parts: list[Future[None]] = []
+        self._memory: Tensor | None = None
 
-    def wait(self) -> Batch:
-        for part in self.parts:
-            part.result()
-        tiles = torch.from_numpy(self.pixels) if self.pinned is None else self.pinned
-        return tiles.permute(0, 3, 1, 2), torch.from_numpy(self.numbers), torch.from_numpy(self.positions)
+    def make_room(self, side: int, pin_memory: bool) -> None:
+        shape = (len(self.numbers), side, side, 3)
+        if pin_memory:
+            self._memory = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        else:
+            # NumPy's large arrays come in huge pages: a fresh batch costs far fewer page faults than torch.empty's.
+            self._memory = torch.from_numpy(np.empty(shape, dtype=np.uint8))
+        self.pixels = self._memory.numpy()
+
+    def tiles(self) -> Tensor:
+        assert self._memory is not None
+        return self._memory.permute(0, 3, 1, 2)

@@ -8,11 +8,9 @@ the same places of the same slide in one process, turn about, and write every ti
 
 from __future__ import annotations
 
-import io
 import statistics
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,15 +121,13 @@ def _own(slide: Slide, warm: Cutter, places: Ints, config: TileConfig, folder: P
 
 
 def _usual_loop(path: Path, grid: Grid, places: Ints, slide: Slide, config: TileConfig, folder: Path) -> None:
-    """openslide-python and Pillow, one tile after the other, into a zip as well."""
+    """openslide-python and Pillow, one tile after the other, each into a file."""
     xs, ys = grid.corners_l0(places)
-    with openslide.OpenSlide(str(path)) as source, zipfile.ZipFile(folder / "loop.zip", "w") as archive:
+    with openslide.OpenSlide(str(path)) as source:
         level = source.get_best_level_for_downsample(grid.mpp / slide.mpp_l0 * 1.001)
         side = round(grid.side_l0 / source.level_downsamples[level])
         for x_l0, y_l0 in zip(xs.tolist(), ys.tolist(), strict=True):
             tile = source.read_region((x_l0, y_l0), level, (side, side)).convert("RGB")
             if side != config.tile_px:
                 tile = tile.resize((config.tile_px, config.tile_px))
-            buffer = io.BytesIO()
-            tile.save(buffer, "JPEG", quality=config.jpeg_quality)
-            archive.writestr(f"{x_l0}_{y_l0}.jpg", buffer.getvalue())
+            tile.save(folder / f"{x_l0}_{y_l0}.jpg", quality=config.jpeg_quality)

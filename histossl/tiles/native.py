@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 SHRINKS = (8, 4, 2, 1)  # what a JPEG decoder can do on the way, nearly for free
 # Decoded at 1/2, a slide of 0.2527 mpp is at 0.5054: for tiles at 0.5 that is enough, one hundredth is interpolated.
 ENOUGH = 1.05
-CACHE_BYTES = 96 << 20  # of decoded native tiles; holds a strip's row until the next row has used it
+CACHE_BYTES = 96 << 20  # of decoded native tiles, at most
 GLASS = 255
 
 _SOI, _EOI, _SOS, _APP0, _APP15, _COM = 0xD8, 0xD9, 0xDA, 0xE0, 0xEF, 0xFE
@@ -120,9 +120,12 @@ def _decoded(jpeg: bytes, size: tuple[int, int], shrink: int) -> Pixels:
 
 
 class NativeTiles:
-    """The JPEG tiles of one level of a slide, by column and row. Close it, or use it in a `with`."""
+    """The JPEG tiles of one level of a slide, by column and row. Close it, or use it in a `with`.
 
-    def __init__(self, path: Path, level: NativeLevel, shrink: int = 1) -> None:
+    `keep` decoded tiles are remembered: as many as will be asked for again, since a small cache is a fast one.
+    """
+
+    def __init__(self, path: Path, level: NativeLevel, shrink: int = 1, keep: int = 16) -> None:
         assert copyable(level)
         self.path, self.level, self.shrink = path, level, shrink
         self.tile_width_px, self.tile_height_px = level.tile_width_px // shrink, level.tile_height_px // shrink
@@ -130,7 +133,7 @@ class NativeTiles:
         self._splicer = Splicer(level)
         self.byte_counts = np.array(level.byte_counts, np.int64)
         self._cache: OrderedDict[int, Pixels | None] = OrderedDict()
-        self._cache_size = max(16, CACHE_BYTES // (3 * self.tile_width_px * self.tile_height_px))
+        self._cache_size = max(1, min(keep, CACHE_BYTES // (3 * self.tile_width_px * self.tile_height_px)))
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:

@@ -19,7 +19,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,7 @@ class StoreWriter:
         self._members = 0
         self._tiles = bytearray()
         self._finished = False
+        self._crc32 = _fast_crc32()
 
     @property
     def num_tiles(self) -> int:
@@ -112,7 +113,7 @@ class StoreWriter:
 
     def _member(self, name: str, data: bytes) -> tuple[int, int]:
         """Append one stored member; returns where its bytes start, and their checksum."""
-        raw, crc, size = name.encode("ascii"), zlib.crc32(data), len(data)
+        raw, crc, size = name.encode("ascii"), self._crc32(data), len(data)
         start = self._position
         sizes = (0, 0, 0, _MIDNIGHT_1980, crc, size, size, len(raw))
         self._file.write(_LOCAL.pack(b"PK\x03\x04", 20, *sizes, 0) + raw)
@@ -181,6 +182,19 @@ def in_order(table: TileTable) -> TileTable:
 
 _row_struct = struct.Struct("<QIiiIeHB")
 assert _row_struct.size == TILE.itemsize
+
+
+def _fast_crc32() -> Callable[[bytes], int]:
+    """zlib-ng's checksum takes a tenth of zlib's time, which is a third of the time that copying a tile takes."""
+    try:
+        import imagecodecs
+
+        if imagecodecs.zlibng_crc32(b"histossl") == zlib.crc32(b"histossl"):
+            fast: Callable[[bytes], int] = imagecodecs.zlibng_crc32
+            return fast
+    except (ImportError, AttributeError):  # left out of this build of imagecodecs
+        pass
+    return zlib.crc32
 
 
 def _row(*values: float) -> bytes:

@@ -37,7 +37,7 @@ from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import find_regions, read_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
 from histossl.slides.tissue import TissueMask, fold_mask, thumbnail_um, tissue_mask, tissue_thumbnail
-from histossl.tiles.cutting import Cutter, Pixels, agrees, cutter_for, encode, native_side_px
+from histossl.tiles.cutting import Cutter, Pixels, agrees, cutter_for, encode, native_side_px, rgb
 from histossl.tiles.index import find_zips
 from histossl.tiles.native import NativeTiles
 from histossl.tiles.store import StoreWriter, new_store, read_store, scale_name
@@ -763,7 +763,7 @@ class _Making:
                     raise SlideError(f"{self._slide.path.name}: damaged ({damaged} of the first {seen} tiles)")
                 self._beat(0)
                 continue
-            if pixels is not None and not self._good(pixels):
+            if pixels is not None and not self._good(rgb(pixels)):
                 self._beat(0)
                 continue
             if jpeg is None:
