@@ -12,9 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import h5py
 import numpy as np
+from synthetic_store import write_synthetic_store
 
-from histossl.evaluation.tables import Budget, Prediction, write_predictions
+from histossl.evaluation.tables import Budget, Prediction, read_predictions, write_predictions
 from histossl.workspace import FinetuneDir, Workspace
 
 DIMENSIONS = 12
@@ -223,3 +225,25 @@ def write_finetuning(
         )
     )
     return run
+
+
+def write_tiles_and_embeddings(workspace: Workspace, run: FinetuneDir, tiles_per_slide: int = 8) -> None:
+    """Tiles that tell slide and number by their colour, and features that tell the class: half of them for imagenet,
+    nearly all for adapted."""
+    predictions, classes = read_predictions(run.predictions)
+    label_of = {one.slide: one.label for one in predictions}
+    slides = sorted(label_of)
+    write_synthetic_store(workspace, slides, tiles_per_slide)
+    facts = json.loads(run.run_json.read_text())
+    rng = np.random.default_rng(0)
+    for start, strength in (("imagenet", 0.5), ("adapted", 4.0)):
+        folder = workspace.embeddings(f"{start}-0123-64px")
+        folder.mkdir(parents=True)
+        for slide in slides:
+            features = rng.standard_normal((tiles_per_slide, 8))
+            features[:, classes.index(label_of[slide])] += strength
+            with h5py.File(folder / f"{slide}.h5", "w") as file:
+                file["features"] = features.astype(np.float32)
+                file["coords"] = np.zeros((tiles_per_slide, 2), dtype=np.int64)
+        facts["starts"][start]["embeddings"] = folder.name
+    run.run_json.write_text(json.dumps(facts))

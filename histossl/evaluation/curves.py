@@ -396,6 +396,7 @@ def verdict(
     name = PLAIN_NAME.get(metric, metric)
     fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
     limits = _limits(measured, adapted, metric, head, unit, fewest, seen_in_pretraining, site_statement)
+    found = compare(measured, metric, adapted, reference, head)
     if measured.num_patients < FEWEST_PATIENTS or fewest < 2:
         rare = [label for label, count in measured.patients_per_class.items() if count == 1]
         why = f"class {_listed(rare)} has one patient" if rare else f"{measured.num_patients} patients were tested"
@@ -404,8 +405,8 @@ def verdict(
             f"Too few patients to say whether adaptation helped: {why}.",
             [f"At least {FEWEST_PATIENTS} patients, and two in each class, are needed to tell a difference from luck."],
             limits,
+            found,
         )
-    found = compare(measured, metric, adapted, reference, head)
     whole = found.area
     sign = 1 if whole.value > 0 else -1
     if metric in ("log_loss", "calibration_error"):

@@ -27,6 +27,7 @@ from histossl.evaluation.curves import PLAIN_NAME, VERDICT_P, Comparison, in_bud
 from histossl.report import content as contents
 from histossl.report import plots
 from histossl.report.content import Content, read_content
+from histossl.report.features import Features, look_at_features
 from histossl.workspace import FinetuneDir, Workspace, written_aside
 
 METRIC = "auroc"  # what the verdict and the first curve are about
@@ -42,13 +43,13 @@ def write_report(run: FinetuneDir, workspace: Workspace) -> Path:
         aside.write_text(_standalone(plots.svg(figure, "curve")), encoding="utf-8")
     with written_aside(run.curve_png) as aside:
         aside.write_bytes(plots.png(figure))
-    page = render(content)
+    page = render(content, look_at_features(content, workspace))
     with written_aside(run.report) as aside:
         aside.write_text(page, encoding="utf-8")
     return run.report
 
 
-def render(content: Content) -> str:
+def render(content: Content, features: Features | None = None) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("histossl.report"),
         autoescape=True,
@@ -60,7 +61,9 @@ def render(content: Content) -> str:
         score=_score, signed=curves.signed, count=_count, percent=_percent, slides=_slides, shown=plots.shown
     )
     environment.globals.update(plain_name=PLAIN_NAME, look=plots.look_of(content.starts), isnan=math.isnan)
-    return environment.get_template("report.html.j2").render(**sections(content))
+    return environment.get_template("report.html.j2").render(
+        **sections(content), features=features, feature_map=_feature_map(features)
+    )
 
 
 def sections(content: Content) -> dict[str, Any]:
@@ -93,7 +96,6 @@ def sections(content: Content) -> dict[str, Any]:
         "roc": _drawn(plots.roc(rocs), "roc", "ROC curves") if rocs else None,
         "calibration": _calibration_figure(content),
         "class_rows": contents.class_rows(content, tables, rocs),
-        "features": None,
         "pretraining": _pretraining_figure(content),
         "ledger": _ledger(content),
         "sources": _sources(content),
@@ -168,7 +170,7 @@ def _key_figures(
     folds = found.pool.num_folds
     figures.append(
         (
-            "draws of the labelled slides",
+            f"draws of the labelled {content.unit}s",
             str(len(found.draws)),
             f"each tested in {folds} folds by {content.facts.get('split', {}).get('group', 'patient')}"
             if folds
@@ -305,6 +307,12 @@ def _confusion_figure(content: Content, tables: Mapping[str, contents.Floats]) -
 def _calibration_figure(content: Content) -> Markup | None:
     bins = contents.calibration_bins(content)
     return _drawn(plots.calibration(bins), "calibration", "Calibration") if bins else None
+
+
+def _feature_map(features: Features | None) -> Markup | None:
+    if features is None:
+        return None
+    return _drawn(plots.feature_map(features.places, features.colourings), "features", "Map of features")
 
 
 def _pretraining_figure(content: Content) -> dict[str, Any] | None:

@@ -312,8 +312,8 @@ def confusion(tables: Mapping[str, Floats], classes: Sequence[str]) -> Figure:
 def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]]) -> Figure:
     """{class: {start: (false positive rate, true positive rate, area)}}: one small panel per class."""
     num = len(curves)
-    columns = min(num, 4)
-    rows = -(-num // columns)
+    rows = -(-num // 4)
+    columns = -(-num // rows)
     figure, grid = _figure(
         max(3.2, 1.95 * columns + 0.5), 2.15 * rows + 0.35, rows, columns, squeeze=False, sharex=True, sharey=True
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulated import Archive, write_finetuning
+from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
 from histossl.evaluation.curves import measure, read_predictions, summarise
@@ -21,7 +21,7 @@ from histossl.workspace import Workspace
 
 FIGURES = {
     "figure-curve", "figure-curve-balanced_accuracy", "figure-curve-log_loss", "figure-saved", "figure-confusion",
-    "figure-roc", "figure-calibration", "figure-pretraining",
+    "figure-roc", "figure-calibration", "figure-pretraining", "figure-features", "figure-neighbours",
 }  # fmt: skip
 
 
@@ -29,6 +29,7 @@ FIGURES = {
 def reported(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("report") / "ws")
     run = write_finetuning(workspace, "colon")
+    write_tiles_and_embeddings(workspace, run)
     write_report(run, workspace)
     return run, workspace
 
@@ -199,7 +200,7 @@ LOOK = """
 const found = {};
 for (const figure of document.querySelectorAll("figure")) {
   const svg = figure.querySelector("svg"), images = [...figure.querySelectorAll("img")];
-  const box = (svg || images[0]).getBoundingClientRect();
+  const box = (svg || figure).getBoundingClientRect();
   found[figure.id] = {
     width: box.width, height: box.height,
     shapes: svg ? [...svg.querySelectorAll("path, use, image, text")].filter(
@@ -242,7 +243,8 @@ def test_every_figure_is_drawn_in_a_browser(reported, tmp_path):
     for name, figure in seen["found"].items():
         assert figure["width"] > 200, name
         assert figure["height"] > 80, name
-        assert figure["shapes"] >= 10, name
+        assert figure["shapes"] >= 10 or figure["images"] >= 10, name
+        assert figure["loaded"], name
         assert not figure["overflow"], f"{name}: text outside the figure: {figure['overflow']}"
 
 
