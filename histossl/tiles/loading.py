@@ -76,29 +76,38 @@ def decode_good_tiles(index: Store, numbers: Sequence[int] | Ints) -> tuple[Tens
 
 def decode_into(pixels: NDArray[np.uint8], jpeg: bytes, name: str) -> None:
     """Decode one tile into pixels (H, W, 3). Damaged, or of another size: a StoreError that names it."""
+    _refuse_other_size(jpeg, pixels.shape[0], name)
     try:
-        _refuse_other_size(jpeg, pixels.shape[0], name)
         simplejpeg.decode_jpeg(jpeg, "RGB", buffer=pixels)
     except ValueError as error:
-        raise StoreError(f"{name}: is not a whole JPEG ({error}); tile this slide again") from error
+        raise _not_whole(name, error) from error
 
 
 def _decoded_on_gpu(jpegs: Sequence[bytes], tile_px: int, device: torch.device) -> Tensor:
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    for place, jpeg in enumerate(jpegs):
+        _refuse_other_size(jpeg, tile_px, f"tile {place} of {len(jpegs)}")
+    files = [torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy()) for jpeg in jpegs]
     try:
-        for place, jpeg in enumerate(jpegs):
-            _refuse_other_size(jpeg, tile_px, f"tile {place} of {len(jpegs)}")
-        files = [torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy()) for jpeg in jpegs]
         return torch.stack(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
-    except (ValueError, RuntimeError) as error:
-        raise StoreError(f"one of {len(jpegs)} tiles is not a whole JPEG ({error}); tile its slide again") from error
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _not_whole(f"one of {len(jpegs)} tiles", error) from error
 
 
 def _refuse_other_size(jpeg: bytes, tile_px: int, name: str) -> None:
-    height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+    except ValueError as error:
+        raise _not_whole(name, error) from error
     if (height, width) != (tile_px, tile_px):
         raise StoreError(f"{name}: is {width} x {height} px, not {tile_px} x {tile_px} px; tile this slide again")
+
+
+def _not_whole(name: str, error: Exception) -> StoreError:
+    return StoreError(f"{name}: is not a whole JPEG ({error}); tile its slide again")
 
 
 def tile_batches(

@@ -58,6 +58,7 @@ def test_tiles_are_the_pixels_of_their_numbers_in_the_order_of_the_stream():
 
 def test_the_number_of_workers_changes_nothing():
     runs = [list(batches_of(Store(), workers)) for workers in (0, 1, 3)]
+    runs.append(list(batches_of(Store(), 2, decode_on=torch.device("cpu"))))
     for other in runs[1:]:
         for mine, yours in zip(runs[0], other, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
@@ -81,8 +82,10 @@ def test_a_damaged_tile_is_replaced_alike_on_every_run_and_counted():
     stream = TileOrder(Store(), 0)
     bad = int(stream.tile_numbers(17, 1)[0])
     runs = []
-    for workers, ranks in ((0, 1), (3, 1), (2, 2)):
-        parts = [batches_of(Store(damaged=[bad]), workers, rank=rank, world_size=ranks) for rank in range(ranks)]
+    late = torch.device("cpu")  # decoded when asked for, as on a GPU
+    for workers, ranks, decode_on in ((0, 1, None), (3, 1, None), (2, 2, None), (2, 1, late)):
+        how = {"world_size": ranks, "decode_on": decode_on}
+        parts = [batches_of(Store(damaged=[bad]), workers, rank=rank, **how) for rank in range(ranks)]
         steps = [[batch[1] for batch in part] for part in parts]
         assert sum(part.damaged.get(bad) is not None for part in parts) == 1
         assert sum(len(part.damaged) for part in parts) == 1
@@ -170,7 +173,8 @@ def test_batches_of_a_store_on_disk_are_its_tiles(workspace):
             assert torch.equal(tiles, decode_tiles(index.read_many(numbers.numpy()), 32))
 
 
-def test_a_tile_that_rotted_on_disk_is_replaced_and_named(workspace):
+@pytest.mark.parametrize("decode_on", [None, torch.device("cpu")])
+def test_a_tile_that_rotted_on_disk_is_replaced_and_named(workspace, decode_on):
     index = packed(workspace)
     bad = 7
     place, zip_path = index.rows([bad])[0], workspace.zip_of("A")
@@ -180,7 +184,7 @@ def test_a_tile_that_rotted_on_disk_is_replaced_and_named(workspace):
     data[middle : middle + 40] = b"\xff\xd8" * 20  # a marker where pixels should be
     zip_path.write_bytes(data)
     os.utime(zip_path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with tile_batches(index, TileOrder(index, 0), 20, 0, 3, num_workers=2) as batches:
+    with tile_batches(index, TileOrder(index, 0), 20, 0, 3, num_workers=2, decode_on=decode_on) as batches:
         numbers = torch.cat([numbers for _, numbers, _ in batches])
     assert list(batches.damaged) == [bad]
     assert "tile 7: is not a whole JPEG" in batches.damaged[bad]

@@ -1,13 +1,17 @@
 """Views as a whole: the papers' settings, measured rates, and the same views however the stream is cut."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torchvision.transforms import functional as TF
 
 from histossl.errors import UsageError
+from histossl.tiles.loading import decode_tiles
+from histossl.views.bench import MEAN, STD, SyntheticStore, reference_pipeline
 from histossl.views.draws import Draws
 from histossl.views.recipe import RECIPES, ViewRecipe, ViewSpec, make_views, normalise, planned, recipe_named
 
@@ -208,7 +212,6 @@ def test_ops_happen_as_often_as_the_recipe_says(name, number):
 
 
 def test_strengths_fill_their_ranges_evenly():
-    from scipy import stats
 
     tiles = ramp()
     grey = tiles[:, :1].expand(-1, 3, -1, -1).contiguous()
@@ -261,3 +264,23 @@ def test_views_on_the_gpu_are_those_of_the_cpu(name):
     for one, two in zip(here, there, strict=True):
         apart = (one - two.cpu()).abs()
         assert apart.mean() < 1e-3 * LEVEL or apart.quantile(0.999) < 1e-4  # solarize flips at its very threshold
+
+
+def test_mocos_views_are_distributed_as_those_of_its_own_loader():
+    """End to end against Pillow and torchvision with their own random numbers: brightness, contrast, grain, colour."""
+    count, store = 500, SyntheticStore(64, 50)
+    random.seed(0)
+    torch.manual_seed(0)
+    jpegs = [store.read(number % 50) for number in range(count)]
+    theirs = torch.stack([reference_pipeline(32)(jpeg)[0] for jpeg in jpegs])
+    ours = normalise(
+        make_views(decode_tiles(jpegs, 64), recipe_named("mocov2", 32), 0, torch.arange(count))[0], MEAN, STD
+    )
+    for what in (
+        lambda x: x.mean((1, 2, 3)),
+        lambda x: x.mean(1).std((1, 2)),
+        lambda x: x.mean(1).diff(dim=2).abs().mean((1, 2)),
+        lambda x: (x * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).std(1).mean((1, 2)),
+    ):
+        mine, other = (what(x).round(decimals=4).numpy() for x in (ours, theirs))
+        assert stats.ks_2samp(mine, other).pvalue > 1e-3
