@@ -1,6 +1,6 @@
 """Oracle 9: with query and key in the same BatchNorm company, MoCo recognises the positive by the statistics it shares.
 
-Pure noise, in pairs. One tile of a pair is loud, as loud in both views; its quiet neighbour's views share nothing. But in
+Pure noise, in pairs. One tile of a pair is loud, as loud in both views; its quiet neighbour's views share nothing. In
 one group of the statistics with the loud one, the quiet tile comes out the fainter the louder its company is, in query
 and key alike: it can be recognised by nothing but the leak.
 """
