@@ -22,7 +22,7 @@ from torch import Tensor
 
 from histossl.tiles.loading import Store, decode_tiles, tile_batches
 from histossl.tiles.sampling import Ints, Slides, TileOrder
-from histossl.views.recipe import ViewRecipe, make_views, normalise
+from histossl.views.recipe import ViewRecipe, make_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SYNTHETIC_TILES = 256
@@ -201,7 +201,7 @@ def _timed(
 
 
 def _views(tiles: Tensor, recipe: ViewRecipe, positions: Tensor) -> list[Tensor]:
-    return [normalise(view, MEAN, STD) for view in make_views(tiles, recipe, 0, positions)]
+    return make_views(tiles, recipe, 0, positions, (MEAN, STD))
 
 
 def _load(store: TileStore, order: TileOrder, batch: int, num_workers: int) -> None:

@@ -86,8 +86,8 @@ def stain_matrices(scale: Floats, shift: Floats) -> tuple[Floats, Floats]:
 
 
 def restained(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """x (B, 3, H, W) in [0, 1] with its stains changed; clamped to [0, 1] at the end."""
-    minus_od = x.clamp(min=DARKEST).log_().reshape(len(x), 3, -1)
+    """x (B, 3, H, W) in [0, 1] with its stains changed; clamped to [0, 1] at the end. Overwrites x."""
+    minus_od = x.clamp_(min=DARKEST).log_().view(len(x), 3, -1)
     return torch.baddbmm(-b[:, :, None], A, minus_od).exp_().clamp_(max=1).view_as(x)
 
 

@@ -251,25 +251,34 @@ def blurred(x: Tensor, sigma: Floats) -> Tensor:
     Cut off at 3 sigma and a half pixel: the rest weighs 0.1 %. torchvision's `gaussian_blur` with a kernel that wide is
     the same.
     """
-    if not len(x) or not sigma.any():
+    return blur(x.clone(memory_format=torch.contiguous_format), sigma)
+
+
+def blur(x: Tensor, sigma: Floats) -> Tensor:
+    """The same in place: x must be contiguous."""
+    chosen = np.flatnonzero(sigma)
+    if not chosen.size:
         return x
     reach = min(int(np.ceil(3 * sigma.max())), min(x.shape[2:]) - 1)
-    offset = np.abs(np.arange(-reach, reach + 1))
-    kernel = np.exp(-0.5 * (offset / np.maximum(sigma, 1e-3)[:, None]) ** 2)  # 1e-3: all weight in the middle
-    kernel *= offset <= np.ceil(3 * sigma)[:, None]  # each by its own reach, whoever else is in the batch
+    offset, width = np.abs(np.arange(-reach, reach + 1)), sigma[chosen, None]
+    kernel = np.exp(-0.5 * (offset / np.maximum(width, 1e-3)) ** 2)  # 1e-3: all weight in the middle
+    kernel *= offset <= np.ceil(3 * width)  # each by its own reach, whoever else is in the batch
     kernel_BT = on(x.device, (kernel / kernel.sum(1, keepdims=True)).astype(np.float32))
-    for _ in range(2):  # rows, then columns: the second transposition undoes the first
-        x = _blurred_rows(x, kernel_BT, reach).transpose(2, 3).contiguous()
+    part = on(x.device, chosen)
+    rows = _blurred_rows(x, part, kernel_BT, reach).transpose(2, 3).contiguous()
+    columns = _blurred_rows(rows, torch.arange(len(chosen), device=x.device), kernel_BT, reach)
+    x[part] = columns.transpose(2, 3)
     return x
 
 
-def _blurred_rows(x: Tensor, kernel_BT: Tensor, reach: int) -> Tensor:
-    batch, channels, height, width = x.shape
+def _blurred_rows(x: Tensor, part: Tensor, kernel_BT: Tensor, reach: int) -> Tensor:
+    """The samples `part` of x, each row mixed with its neighbours."""
+    channels, height, width = x.shape[1:]
     row = torch.arange(height, device=x.device)[:, None] + torch.arange(-reach, reach + 1, device=x.device)
     row = row.abs()
     row = torch.where(row < height, row, 2 * (height - 1) - row)  # mirrored about the edge pixel, as reflect padding
-    image = torch.arange(batch * channels, device=x.device).view(-1, 1, 1) * height
-    picked = (row + image).view(-1, 2 * reach + 1)
-    weights = kernel_BT[:, None, None].expand(batch, channels, height, 2 * reach + 1).reshape(picked.shape)
-    out = F.embedding_bag(picked, x.reshape(-1, width), mode="sum", per_sample_weights=weights)
-    return out.view(batch, channels, height, width)
+    image = (part[:, None] * channels + torch.arange(channels, device=x.device)) * height
+    picked = (row + image[:, :, None, None]).view(-1, 2 * reach + 1)
+    weights = kernel_BT[:, None, None].expand(len(part), channels, height, 2 * reach + 1).reshape(picked.shape)
+    out = F.embedding_bag(picked, x.view(-1, width), mode="sum", per_sample_weights=weights)
+    return out.view(len(part), channels, height, width)

@@ -109,7 +109,7 @@ def test_only_the_chosen_samples_become_grey():
 
 def restained(x, scale=(0, 0, 0), shift=(0, 0, 0)):
     A, b = colour.stain_matrices(*(np.tile(np.array(value, float), (len(x), 1)) for value in (scale, shift)))
-    return colour.restained(x, torch.from_numpy(A).float(), torch.from_numpy(b).float())
+    return colour.restained(x.clone(), torch.from_numpy(A).float(), torch.from_numpy(b).float())
 
 
 def test_no_stain_jitter_is_the_identity_for_every_colour():

@@ -248,6 +248,10 @@ def test_free_rotation_turns_by_any_angle_up_to_its_limit():
 def test_normalise_is_torchvisions():
     x, mean, std = torch.rand(2, 3, 4, 4), (0.7, 0.54, 0.66), (0.22, 0.26, 0.21)
     assert torch.allclose(normalise(x, mean, std), TF.normalize(x, list(mean), list(std)), atol=1e-6)
+    tiles, recipe = tissue(6), recipe_named("mocov2", 32)
+    plain, normalised = (make_views(tiles, recipe, 0, torch.arange(6), how) for how in (None, (mean, std)))
+    for one, two in zip(plain, normalised, strict=True):
+        assert torch.allclose(normalise(one, mean, std), two, atol=1e-6)
 
 
 def test_tiles_that_are_no_tiles_are_our_own_mistake():
