@@ -5,6 +5,7 @@ Heavy imports (torch, timm, sklearn) happen inside the commands, so that `histos
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -14,6 +15,10 @@ from histossl import __version__, console
 from histossl.cli import bench, demo, evaluate, pretrain, report, slides, tiles, views
 from histossl.errors import HistosslError
 from histossl.launched import failed_before, tell_launcher
+
+# Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
+# own loader's threads, or anybody else on the machine, spinning costs several times what it saves (examples/LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="histossl",
