@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
         "Without tiles, on synthetic ones: histossl bench views --tile-px 256"
     )(views)
     bench.command(epilog="Example: histossl bench train -w WORKSPACE --backbone resnet50 --batch-size 256")(train)
+    bench.command(epilog="Example: histossl bench tile /data/slides/A1.svs")(tile)
     app.add_typer(bench, name="bench")
 
 
@@ -125,3 +127,42 @@ def train(
         console.say("limit: tiles and views; see histossl bench views, give --workers more cores")
     else:
         console.say("limit: the network itself; a smaller --backbone or --view-px, --compile, or more GPUs")
+
+
+def tile(
+    slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="One of your own slides.")],
+    tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 256,
+    mpp: Annotated[float, typer.Option(help="Microns per pixel of the tiles.")] = 0.5,
+    slide_mpp: Annotated[
+        float | None, typer.Option(help="Microns per pixel of the slide, over what it says.", show_default=False)
+    ] = None,
+    tiles: Annotated[int, typer.Option(help="How many tiles each repeat cuts, 1-100000.")] = 400,
+    repeats: Annotated[int, typer.Option(help="How often each figure is measured, 1-50.")] = 3,
+) -> None:
+    """Cut one slide into tiles in each way it allows, and by the usual loop (openslide-python and Pillow) beside it."""
+    from histossl.config import TileConfig
+    from histossl.tiles.measure import measure_tiling
+
+    if not 1 <= tiles <= 100_000:
+        raise UsageError(f"--tiles {tiles}: must be 1 to 100000")
+    if not 1 <= repeats <= 50:
+        raise UsageError(f"--repeats {repeats}: must be 1 to 50")
+    figures = measure_tiling(slide, TileConfig(tile_px=tile_px, mpp=mpp), slide_mpp, tiles, repeats)
+    console.table(
+        f"{slide.name}: CPU time on one core, {repeats} repeats",
+        ("way", "tile", "tiles", "ms per tile", "usual loop", "times faster", "range"),
+        [
+            (
+                one.way,
+                f"{one.tile_px} px at {one.mpp:.4g}",
+                one.num_tiles,
+                f"{one.own_ms:.3f}",
+                f"{one.loop_ms:.2f}",
+                f"{one.ratio:.1f}",
+                f"{min(one.ratios):.1f}-{max(one.ratios):.1f}",
+            )
+            for one in figures
+        ],
+        right=("tiles", "ms per tile", "usual loop", "times faster", "range"),
+    )
+    console.say("copied: its own JPEG tiles as bytes; stitched: each of them decoded once; read: through OpenSlide")

@@ -49,7 +49,8 @@ def tile(
         typer.Option(
             metavar="|".join(GRIDS),
             help="physical: exactly --tile-px at --mpp. native: the slide's own JPEG tiles, copied, where their "
-            "scale is within 5 % of --mpp. auto: copied where they also have --tile-px, else physical.",
+            "scale is within 5 % of --mpp. auto: copied where they also have --tile-px; else physical, but at the "
+            "slide's own scale where that is within 0.5 % of --mpp.",
         ),
     ] = DEFAULTS.grid,
     jpeg_quality: Annotated[int, typer.Option(help="Of tiles that are encoded anew, 1-100.")] = DEFAULTS.jpeg_quality,

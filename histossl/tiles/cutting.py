@@ -31,9 +31,11 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 NATIVE_TOLERANCE = 0.05  # a native tile may be this far from the wanted scale; its real one is recorded
+SAME_SCALE = 0.005
 STRIP_TILES = 16  # tiles across a strip: what one row has decoded is still cached when the next row needs it
 MAX_RUN_PX = 4 << 20  # of one read
 ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling
+NEAR_1 = 1.1
 SUBSAMPLING = "420"  # as nearly all scanners store their tiles
 REFEREE_TILES = 3
 REFEREE_LIMIT = 3.0  # mean difference in grey levels; decoders of the same JPEG differ by less than 1
@@ -59,7 +61,14 @@ class Grid:
         return x.astype(np.int64), y.astype(np.int64)
 
 
-def physical_grid(slide: Slide, tile_px: int, mpp: float) -> Grid:
+def physical_grid(slide: Slide, tile_px: int, mpp: float, exact: bool = True) -> Grid:
+    """Tiles of `mpp`; unless `exact`, of the slide's own scale (or a whole multiple) where 0.5 % is all that differs.
+
+    A scanner states its scale no better than that, and pixels that need no resampling stay as sharp as they are.
+    """
+    whole = max(1, round(mpp / slide.mpp_l0))
+    if not exact and abs(slide.mpp_l0 * whole / mpp - 1) <= SAME_SCALE:
+        mpp = slide.mpp_l0 * whole
     side_l0 = l0_from_px(tile_px, mpp, slide.mpp_l0)
     # Half a pixel of grace: rounded corners keep every tile within it, and 2048.0001 still holds four of 512.
     columns, rows = (max(0, math.floor((length + 0.5) / side_l0)) for length in slide.size_l0)
@@ -236,8 +245,8 @@ def cut(canvas: Pixels, image: Image.Image | None, x: float, y: float, side: flo
     if aligned:
         box = (round(x), round(y), round(x) + whole * tile_px, round(y) + whole * tile_px)
         return np.asarray(image.reduce(whole, box))
-    # The slide reader's own choice of filters, so that both agree to the grey level.
-    method = Image.Resampling.HAMMING if side > tile_px else Image.Resampling.BICUBIC
+    # The slide reader's own choice of filters. Near 1:1, after the decoder has shrunk, Hamming would blur once more.
+    method = Image.Resampling.HAMMING if side > NEAR_1 * tile_px else Image.Resampling.BICUBIC
     return np.asarray(image.resize((tile_px, tile_px), method, box=(x, y, x + side, y + side)))
 
 
@@ -307,7 +316,8 @@ def cutter_for(
             return copied
     if config.grid == "native":
         raise SlideError(_why_not_native(slide, mpp, config.tile_px))
-    grid = physical_grid(slide, config.tile_px, mpp)
+    grid = physical_grid(slide, config.tile_px, mpp, exact=config.grid == "physical")
+    mpp = grid.mpp
     if way in (None, "stitched"):
         downsample = mpp / slide.mpp_l0
         number = slide.level_for(downsample)

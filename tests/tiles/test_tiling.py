@@ -73,6 +73,21 @@ def test_tile_covers_64_um_whatever_the_scanner_resolution(workspace, paint, mon
             assert np.abs(pixels_of(index, number) - seen).mean() < 2
 
 
+@pytest.mark.parametrize(("mpp", "own"), [(0.499, 0.499), (0.2512, 0.5024), (0.505, 0.5), (0.5, 0.5)])
+def test_auto_does_not_resample_for_half_a_percent_and_says_so(workspace, paint, mpp, own):
+    painted = paint("A1.tif", mpp=mpp, pyramid=False)
+    tile_archive(painted.path.parent, workspace, everything(tile_px=128), 0)
+    index = TileIndex.open(workspace)
+    (scale,) = index.facts("A1")["scales"]
+    assert scale["mpp"] == pytest.approx(own, rel=1e-4)
+    assert scale["side_l0"] == pytest.approx(128 * own / mpp, rel=1e-4)
+    if own == mpp:
+        with open_slide(painted.path) as slide:
+            for number, (x_l0, y_l0) in enumerate(index.coords_l0(range(len(index))).tolist()):
+                seen = slide.read_level(0, x_l0, y_l0, 128, 128)
+                assert np.abs(pixels_of(index, number) - seen).mean() < 1.5
+
+
 def test_coordinates_agree_with_openslide(workspace, painted_slide):
     tile_archive(painted_slide.path.parent, workspace, everything(tile_px=128, grid="physical"), 0)
     index = TileIndex.open(workspace)
