@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -316,8 +316,9 @@ def labels_saved(
         low, high = np.quantile(x_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
         found = estimate(measured, metric, _one(measured, b, int(column)))
         reason = ""
-        if chance is not None and interval(measured, metric, found)[0] <= chance:
-            reason = "the reference is not above chance here"
+        at_chance = chance is not None and interval(measured, metric, replace(found, df=math.inf), 0.9)[0] <= chance
+        if at_chance:
+            reason = "the reference is not clearly above chance here"
         rows.append(
             Saved(
                 measured.budgets[column],
@@ -395,11 +396,13 @@ def verdict(
     """
     name = PLAIN_NAME.get(metric, metric)
     fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
-    limits = _limits(measured, adapted, metric, head, unit, fewest, seen_in_pretraining, site_statement)
+    limits = _limits(measured, unit, fewest, seen_in_pretraining, site_statement)
     found = compare(measured, metric, adapted, reference, head)
     if measured.num_patients < FEWEST_PATIENTS or fewest < 2:
         rare = [label for label, count in measured.patients_per_class.items() if count == 1]
-        why = f"class {_listed(rare)} has one patient" if rare else f"{measured.num_patients} patients were tested"
+        why = f"{measured.num_patients} were tested"
+        if rare:
+            why += f", and {_classes(rare)} {'has one' if len(rare) == 1 else 'have one each'}"
         return Verdict(
             "too few patients",
             f"Too few patients to say whether adaptation helped: {why}.",
@@ -415,6 +418,7 @@ def verdict(
     slides = measured.slides[[measured.budgets.index(row.budget) for row in found.budgets if row.budget is not None]]
     span = f"from {in_slides(slides.min())} to {in_slides(slides.max())} labelled {unit}s per class"
     size = f"{signed(whole.value)} (95 % interval {signed(whole.low)} to {signed(whole.high)})"
+    limits[1:1] = _floors(measured, adapted, metric, head)
     sentences = []
     if decided:
         outcome: Outcome = "helped" if sign > 0 else "hurt"
@@ -465,6 +469,27 @@ def _saved_in_words(rows: Sequence[Saved], unit: str, adapted: str, reference: s
     ]
 
 
+def _floors(measured: Measured, adapted: str, metric: str, head: str | None) -> list[str]:
+    """What the adapted start should clear, and does not: the colour floor, and guessing."""
+    said = []
+    if measured.has("colour", head):
+        floor = compare(measured, metric, adapted, "colour", head).area
+        higher = floor.value < 0 if metric in ("log_loss", "calibration_error") else floor.value > 0
+        if not (higher and floor.p < 1 - LEVEL):
+            ahead = "is not clearly above" if higher else "does not reach"
+            said.append(
+                f"{_first_upper(named(adapted))} {ahead} the colour floor ({signed(floor.value)}, 95 % interval "
+                f"{signed(floor.low)} to {signed(floor.high)}): what it scores, staining alone may score too."
+            )
+    number = measured.number(adapted, head)
+    last = int(np.flatnonzero(_has_budget(measured, metric, number))[-1])
+    low, _ = interval(measured, metric, estimate(measured, metric, _one(measured, number, last)))
+    chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
+    if chance is not None and metric in BOUNDED and low <= chance:
+        said.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing.")
+    return said
+
+
 def most_telling(rows: Sequence[Saved]) -> Saved:
     """The row to quote: the reference's largest budget whose score the start reaches inside its own curve."""
     return max(rows, key=lambda one: (not one.at_most, one.reference_slides))
@@ -472,9 +497,6 @@ def most_telling(rows: Sequence[Saved]) -> Saved:
 
 def _limits(
     measured: Measured,
-    adapted: str,
-    metric: str,
-    head: str | None,
     unit: str,
     fewest: int,
     seen_in_pretraining: int,
@@ -482,28 +504,16 @@ def _limits(
 ) -> list[str]:
     rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
     even = len(rare) == sum(count > 0 for count in measured.patients_per_class.values())
-    which = f"{fewest} of each class" if even else f"the rarest class, {_listed(rare[:3])}, has {fewest}"
+    if even:
+        which = f"{fewest} of each class"
+    else:
+        which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
     if seen_in_pretraining:
         limits.append(
             f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s were in the pretraining pool, without "
             "their labels (transductive). On slides from elsewhere the gain may be smaller."
         )
-    if measured.has("colour", head) and measured.has(adapted, head):
-        floor = compare(measured, metric, adapted, "colour", head).area
-        if not (floor.value > 0 and floor.p < 1 - LEVEL):
-            limits.append(
-                f"{_first_upper(named(adapted))} does not clear the colour floor ({signed(floor.value)}, "
-                f"{signed(floor.low)} to {signed(floor.high)}): staining alone, without any network, does as well on "
-                "these slides."
-            )
-    if measured.has(adapted, head):
-        number = measured.number(adapted, head)
-        last = int(np.flatnonzero(_has_budget(measured, metric, number))[-1])
-        low, _ = interval(measured, metric, estimate(measured, metric, _one(measured, number, last)))
-        chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
-        if chance is not None and metric in BOUNDED and low <= chance:
-            limits.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing.")
     if site_statement:
         limits.append(site_statement)
     return limits
@@ -513,6 +523,10 @@ def named(start: str) -> str:
     """A start in a sentence."""
     words = {"imagenet": "the ImageNet start", "random": "the random start", "adapted": "the adapted start"}
     return words.get(start, start)
+
+
+def _classes(labels: Sequence[str]) -> str:
+    return f"class {labels[0]}" if len(labels) == 1 else f"classes {_listed(labels)}"
 
 
 def _first_upper(text: str) -> str:

@@ -73,6 +73,7 @@ class Features:
     deciding: list[tuple[str, list[Picture]]] = field(default_factory=list)
     deciding_by: str = ""  # attention or probability
     deciding_start: str = ""
+    deciding_items: int = 0  # labelled items that the saved model was trained on
 
 
 def look_at_features(content: Content, workspace: Workspace) -> Features | None:
@@ -96,7 +97,7 @@ def look_at_features(content: Content, workspace: Workspace) -> Features | None:
     with suppress(HistosslError, OSError):
         index = TileIndex.open(workspace)
     panels: list[Panel] = []
-    deciding: tuple[list[tuple[str, list[Picture]]], str, str] = ([], "", "")
+    deciding: tuple[list[tuple[str, list[Picture]]], str, str, int] = ([], "", "", 0)
     if index is not None:
         with suppress(HistosslError, OSError):
             panels = _panels(content, sample, nearest, index)
@@ -110,9 +111,7 @@ def look_at_features(content: Content, workspace: Workspace) -> Features | None:
         agreement,
         clumping,
         panels,
-        deciding[0],
-        deciding[1],
-        deciding[2],
+        *deciding,
     )
 
 
@@ -260,10 +259,10 @@ def _tile(index: TileIndex, slide: str, row: int) -> str:
 
 def _deciding(
     content: Content, workspace: Workspace, index: TileIndex
-) -> tuple[list[tuple[str, list[Picture]]], str, str]:
+) -> tuple[list[tuple[str, list[Picture]]], str, str, int]:
     """Per class the tile of each of some slides that weighs most in the saved model: by attention, else probability."""
     if not (content.run.model / "model.json").exists():
-        return [], "", ""
+        return [], "", "", 0
     # Here, since it needs torch, and most remakes of a report have no model to look at.
     from histossl.evaluation.model import load_model
     from histossl.evaluation.predict import predict_tiles
@@ -271,7 +270,7 @@ def _deciding(
     model = load_model(content.run.model)
     folder = _folder(content, workspace, model.info.start)
     if folder is None:
-        return [], "", ""
+        return [], "", "", 0
     rng = np.random.default_rng(2)
     found: list[tuple[str, list[Picture]]] = []
     by_attention = False
@@ -288,4 +287,4 @@ def _deciding(
             row_of_pictures.append(Picture(_tile(index, slide, int(weight.argmax())), called, called == label))
         if row_of_pictures:
             found.append((label, row_of_pictures))
-    return found, "attention" if by_attention else "probability", model.info.start
+    return found, "attention" if by_attention else "probability", model.info.start, model.info.num_items

@@ -145,7 +145,10 @@ def curve(
         colour, marker, dash = look[line.start]
         main = line.start not in ("random", "colour")
         if line.start != "colour":
-            axes.fill_between(line.slides, line.low, line.high, color=colour, alpha=0.16 if main else 0.1, linewidth=0)
+            axes.fill_between(line.slides, line.low, line.high, color=colour, alpha=0.14 if main else 0.08, linewidth=0)
+            if main:  # edges keep bands apart that lie upon each other
+                for edge in (line.low, line.high):
+                    axes.plot(line.slides, edge, color=colour, linewidth=0.7, alpha=0.55, linestyle=dash)
         axes.plot(
             line.slides,
             line.mean,
@@ -430,8 +433,11 @@ def pretraining(log: Mapping[str, tuple[Floats, Floats]], titles: Mapping[str, s
     for axes, key in zip(grid.flat, keys, strict=False):
         steps, values = log[key]
         fine = np.isfinite(values)
-        axes.plot(steps[fine], values[fine], color="#0B5C93", linewidth=0.7, alpha=0.4 if fine.sum() > 40 else 1)
-        if fine.sum() > 40:
+        many = fine.sum() > 40
+        axes.plot(steps[fine], values[fine], color="#0B5C93", linewidth=0.7 if many else 1.4, alpha=0.4 if many else 1)
+        if key == "loss" and "loss_ceiling" in log:  # what a method that tells nothing apart would have
+            axes.plot(*log["loss_ceiling"], color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
+        if many:
             axes.plot(steps[fine], smoothed(values[fine]), color="#0B5C93", linewidth=1.5)
         axes.set_title(titles[key], fontsize=8.5)
         axes.yaxis.set_major_locator(MaxNLocator(4))

@@ -109,7 +109,7 @@ def test_tiles_that_decide_are_those_with_the_most_attention(content, monkeypatc
     page, workspace = content
     (page.run.model).mkdir()
     (page.run.model / "model.json").write_text("{}")
-    info = SimpleNamespace(classes=tuple(page.classes), start="adapted")
+    info = SimpleNamespace(classes=tuple(page.classes), start="adapted", num_items=33)
 
     def predicted(model, slide, features):
         attention = np.zeros(len(features))
