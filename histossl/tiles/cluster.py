@@ -33,7 +33,7 @@ def run_on_dask(address: str, function: Job, jobs: Sequence[Any]) -> Iterator[Ev
         for number, job in enumerate(jobs):
             futures.append(client.submit(_on_worker, function, job, key=f"histossl-tile-{run}-{number}", pure=False))
         numbers = {future.key: number for number, future in enumerate(futures)}
-        for future in distributed.as_completed(futures):
+        for future in distributed.as_completed(futures, loop=client.loop):
             number = numbers[future.key]
             try:
                 result, reported = future.result()
