@@ -640,6 +640,7 @@ def _facts(
             ],
         },
         "site_statement": "",
+        "sites": {item.slide: item.site for item in table.items if item.site},
     }
 
 

@@ -87,6 +87,9 @@ def look_at_features(content: Content, workspace: Workspace) -> Features | None:
     colourings = {"label": sample.label, "slide": sample.slide}
     if len(set(sample.patient)) < len(set(sample.slide)):
         colourings = {"label": sample.label, "patient": sample.patient, "slide": sample.slide}
+    sites = content.facts.get("sites", {})
+    if len(set(sites.values())) > 1:
+        colourings["site"] = [str(sites.get(slide, "not known")) for slide in sample.slide]
     places, agreement, clumping, nearest = {}, {}, {}, {}
     for start in starts:
         places[start] = _two_dimensions(sample.features[start])

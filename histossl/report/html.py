@@ -238,11 +238,15 @@ def _ledger(content: Content) -> dict[str, Any] | None:
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name.replace("_", "-"), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-        for name, value in config.items()
-        if value not in (None, "", [])
-    ]
+    return [(name.replace("_", "-"), _plainly(value)) for name, value in config.items() if value not in (None, "", [])]
+
+
+def _plainly(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', '-')} {_plainly(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plainly, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _commands(content: Content) -> list[str]:

@@ -85,6 +85,23 @@ def test_the_same_features_give_the_same_page(content):
     assert first == second
 
 
+def test_sites_colour_the_map_where_they_are_known(content):
+    page, workspace = content
+    slides = sorted({one.slide for one in page.predictions})
+    page.facts["sites"] = {slide: f"site {number % 2}" for number, slide in enumerate(slides)}
+    page.facts["site"] = {
+        "start": "imagenet", "num_sites": 2, "site_from_features": 0.91, "site_chance": 0.5, "label_from_site": 0.34,
+        "label_chance": 0.33, "entangled": False,
+    }  # fmt: skip
+    found = look_at_features(page, workspace)
+    text = render(page, found)
+    del page.facts["sites"], page.facts["site"]
+    assert set(found.colourings["site"]) == {"site 0", "site 1"}
+    assert "by site" in text
+    assert "balanced accuracy of 0.91 (chance 0.50)" in text
+    assert "not entangled" in text
+
+
 def test_missing_embeddings_are_said_and_break_nothing(content, tmp_path):
     page, workspace = content
     copied = Workspace(shutil.copytree(workspace.root, tmp_path / "ws"))
