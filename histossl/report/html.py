@@ -12,6 +12,7 @@ import datetime
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,16 @@ def _key_figures(
 
 
 def _other_comparisons(content: Content) -> list[Comparison]:
-    """Every start but the reference and the adapted one, against the reference."""
+    """Every other start against the reference, and the adapted one against the colour floor; p by Holm over these."""
     if content.reference is None:
         return []
     others = [name for name in content.starts if name not in (content.reference, content.adapted)]
     pairs = [(name, content.reference) for name in others]
     if content.adapted and "colour" in content.starts:
         pairs.append((content.adapted, "colour"))
-    return [curves.compare(content.measured, METRIC, start, other, content.head) for start, other in pairs]
+    found = [curves.compare(content.measured, METRIC, start, other, content.head) for start, other in pairs]
+    adjusted = curves.holm([one.area.p for one in found])
+    return [replace(one, area=replace(one.area, p_adjusted=p)) for one, p in zip(found, adjusted, strict=True)]
 
 
 # ---- tables
