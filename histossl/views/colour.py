@@ -64,7 +64,8 @@ def greyscale(matrices: Floats, chosen: Ints) -> Floats:
 def recoloured(x: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
     """x (B, 3, H, W) under matrices (B, 2, 3, 3); clamped to [0, 1]. Written to `out`, where given."""
     flat = x.reshape(len(x), 3, -1)
-    offset = matrices[:, 1] @ flat.mean(2, keepdim=True)
+    # Rows first: a sum that many threads share would depend on how many, and on the batch.
+    offset = matrices[:, 1] @ x.mean(3).mean(2, keepdim=True)
     out = torch.empty_like(x) if out is None else out
     torch.baddbmm(offset, matrices[:, 0], flat, out=out.view(len(x), 3, -1))
     return out.clamp_(0, 1)

@@ -288,3 +288,20 @@ def test_mocos_views_are_distributed_as_those_of_its_own_loader():
     ):
         mine, other = (what(x).round(decimals=4).numpy() for x in (ours, theirs))
         assert stats.ks_2samp(mine, other).pvalue > 1e-3
+
+
+def test_cores_share_a_batch_without_changing_it():
+    tiles, recipe = tissue(20, 64), recipe_named("mocov2-histology", 224)  # five tiles a chunk
+    before, made = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            made.append(make_views(tiles, recipe, 0, torch.arange(20)))
+            assert torch.get_num_threads() == num_threads
+        with torch.inference_mode():
+            made.append(make_views(tiles, recipe, 0, torch.arange(20)))
+    finally:
+        torch.set_num_threads(before)
+    for other in made[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(made[0], other, strict=True))
+    assert not any(view.is_inference() or view.requires_grad for view in made[1])
