@@ -331,6 +331,28 @@ def test_intervals_hold_the_truth_at_their_nominal_rate(archive):
 
 
 @pytest.mark.slow
+def test_intervals_of_labels_saved_hold_the_true_number():
+    archive = Archive(separation={"imagenet": 1.5, "adapted": 2.1})
+    metric = "balanced_accuracy"
+    height = {
+        start: np.array([true_balanced_accuracy(archive, start, budget) for budget in archive.budgets])
+        for start in archive.separation
+    }
+    x = np.log2(np.array(archive.budgets, dtype=float))
+    truth = [2 ** reached(x, height["adapted"][None], height["imagenet"][[b]])[0] for b in range(len(x))]
+    rng = np.random.default_rng(5)
+    held = np.zeros(len(x))
+    for run in range(100):
+        measured = measure(predictions_of(archive, rng), archive.classes, wanted=(metric,), num_resamples=300, seed=run)
+        for b, row in enumerate(labels_saved(measured, metric, "adapted", "imagenet")):
+            low, high = (math.inf if end is None else end for end in (row.low, row.high))
+            held[b] += low <= truth[b] + 1e-9 and truth[b] <= high + 1e-9
+    assert truth[0] == 1
+    assert 1 < truth[-1] < 3
+    assert held.min() >= 92
+
+
+@pytest.mark.slow
 def test_permuted_labels_are_called_no_difference_and_chance():
     archive = Archive(permuted=True)
     rng = np.random.default_rng(2)
