@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
 DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
-MAX_THUMBNAIL_PX, MIN_THUMBNAIL_PX = 4096, 1024
+MAX_THUMBNAIL_PX, MIN_THUMBNAIL_PX = 2560, 1024
 
 Mask = NDArray[np.bool_]
 Image = NDArray[np.uint8]
@@ -106,7 +107,7 @@ def tissue_mask(thumbnail: Image, um_per_px: float, config: TissueConfig | None 
         return _cleaned(_darkfield_mask(thumbnail), um_per_px, config)
     density = optical_density(thumbnail)
     if is_grey(thumbnail):
-        score = density.mean(axis=2)
+        score = mean_of(density)
         return _cleaned(score > (config.tissue_threshold or otsu_within(score, *GREY_BOUNDS)), um_per_px, config)
     score = tissue_score(density)
     other = ink = np.zeros(score.shape, dtype=bool)
@@ -127,9 +128,13 @@ def glass_colour(thumbnail: Image) -> NDArray[np.float64]:
 
 def optical_density(thumbnail: Image) -> NDArray[np.float32]:
     """(h, w, 3) float32, 0 for glass; lightly smoothed, so that sensor noise is not taken for stain."""
-    smooth = ndimage.uniform_filter(thumbnail.astype(np.float32), size=(3, 3, 1), mode="nearest")
-    glass = glass_colour(thumbnail).astype(np.float32)
-    density: NDArray[np.float32] = np.maximum(-np.log10((smooth + 1) / (glass + 1)), 0).astype(np.float32)
+    density: NDArray[np.float32] = thumbnail.astype(np.float32)
+    ndimage.uniform_filter(density, size=(3, 3, 1), mode="nearest", output=density)
+    density += 1  # in place from here on: the thumbnail of a large slide is the most that a worker ever holds
+    density /= glass_colour(thumbnail).astype(np.float32) + 1
+    np.log10(density, out=density)
+    np.negative(density, out=density)
+    np.maximum(density, 0, out=density)
     return density
 
 
@@ -138,8 +143,8 @@ def tissue_score(density: NDArray[np.float32]) -> NDArray[np.float32]:
 
     Pale pink stroma is hardly darker than glass but has a hue; glass in the lamp's shade is darker without one.
     """
-    spread = density.max(axis=2) - density.min(axis=2)
-    score: NDArray[np.float32] = spread + np.maximum(density.mean(axis=2) - np.float32(LAMP), 0)
+    spread = highest(density) - lowest(density)
+    score: NDArray[np.float32] = spread + np.maximum(mean_of(density) - np.float32(LAMP), 0)
     return score
 
 
@@ -172,14 +177,35 @@ def is_grey(thumbnail: Image) -> bool:
 
 def is_darkfield(thumbnail: Image) -> bool:
     """Bright on black (fluorescence), rather than stain on glass."""
-    brightness = thumbnail.max(axis=2)
+    brightness = highest(thumbnail)
     return bool(np.median(brightness) < DARKFIELD and np.percentile(brightness, 5) < DARKFIELD / 2)
 
 
 def _darkfield_mask(thumbnail: Image) -> Mask:
-    brightness = thumbnail.max(axis=2).astype(np.float32) / 255
+    brightness = highest(thumbnail).astype(np.float32) / np.float32(255)
     mask: Mask = brightness > otsu_within(brightness, 0.05, 0.3)
     return mask
+
+
+# NumPy reduces an axis of three at a tenth of the speed of three whole planes.
+
+
+def highest(pixels: NDArray[Any]) -> NDArray[Any]:
+    """The highest of each pixel's three channels."""
+    result: NDArray[Any] = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
+    return result
+
+
+def lowest(pixels: NDArray[Any]) -> NDArray[Any]:
+    result: NDArray[Any] = np.minimum(np.minimum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
+    return result
+
+
+def mean_of(density: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean = density[..., 0] + density[..., 1]
+    mean += density[..., 2]
+    mean /= 3
+    return mean
 
 
 # ---- what is not tissue
@@ -192,8 +218,8 @@ def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
     green least, red ink passes red while it stops green and blue alike, black stops all. Ink over tissue adds to it.
     """
     red, green, blue = (density[..., channel] for channel in range(3))
-    mean = density.mean(axis=2)
-    low, high = density.min(axis=2), density.max(axis=2)
+    mean = mean_of(density)
+    low, high = lowest(density), highest(density)
     sure = (
         ((red > 0.35) & (red > 1.2 * green))  # blue and green
         | ((mean > 0.25) & (green < 0.85 * red) & (green < 0.85 * blue))  # green
@@ -229,8 +255,8 @@ def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
 
 def grey_mask(density: NDArray[np.float32]) -> Mask:
     """Absorbs, but has no stain's colour: edges of cover slips, dirt, shadows, black borders."""
-    mean = density.mean(axis=2)
-    spread = density.max(axis=2) - density.min(axis=2)
+    mean = mean_of(density)
+    spread = highest(density) - lowest(density)
     mask: Mask = spread < 0.18 * mean
     return mask
 
@@ -244,15 +270,15 @@ def fold_mask(thumbnail: Image, tissue: Mask) -> Mask:
     if not tissue.any():
         return np.zeros_like(tissue)
     density = ndimage.uniform_filter(optical_density(thumbnail), size=(3, 3, 1), mode="nearest")
-    mean = density.mean(axis=2)
+    mean = mean_of(density)
     hue = np.clip(density[..., 0] / np.maximum(density[..., 1], 1e-3), 0, 1.99)
-    bins = (hue * 20).astype(np.int64)
-    usual = np.full(40, np.inf)
+    bins = (hue * 20).astype(np.int8)
+    usual = np.full(40, np.inf, dtype=np.float32)
     for one in np.unique(bins[tissue]):
         usual[one] = np.median(mean[tissue & (np.abs(bins - one) <= 1)])
-    # Folded once, tissue is twice as dense. At 1.7 times the usual, of the 6,362 tiles of a real colon archive 0.2 % are
-    # rejected, and of those made twice as dense 74 % (at 1.5: 0.8 % and 87 %). The second bound keeps the faintest hues
-    # out, where a little more of a little is still nothing.
+    # Folded once, tissue is twice as dense. At 1.7 times the usual, 0.2 % of the 6,362 tiles of a real colon archive
+    # are rejected, and of those made twice as dense 74 % (at 1.5: 0.8 % and 87 %). The second bound keeps the faintest
+    # hues out, where a little more of a little is still nothing.
     mask: Mask = tissue & (mean > np.maximum(1.7 * usual[bins], 1.3 * float(np.median(mean[tissue]))))
     mask = ndimage.binary_opening(mask)
     return ndimage.binary_closing(mask, iterations=2) & tissue
