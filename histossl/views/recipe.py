@@ -252,8 +252,8 @@ def make_views(
 
 
 def _side_by_side(make: Callable[[slice], None], chunks: Sequence[slice]) -> None:
-    """Each core makes whole chunks. Torch's own way, all cores on one small op after another, waits at the end of each
-    for the slowest: beside the loader's threads that was ten times slower than one core alone.
+    """Each core makes whole chunks. Torch's own way, all cores on one small op after another, waits after each op for
+    the slowest: with other work on the same two cores (a loader is some) that was ten times slower than one core alone.
     """
     num_threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
