@@ -426,14 +426,23 @@ def verdict(
     else:
         outcome = "no measurable difference"
         headline = f"Adaptation made no measurable difference: {name} {size}, on average over budgets {span}."
+        if whole.p < 1 - LEVEL:
+            wished = "helped" if sign > 0 else "hurt"
+            headline = f"A hint, but no proof, that adaptation {wished}: {name} {size}, on average over budgets {span}."
+            sentences.append(
+                f"Where nothing differs, about one archive in {round(1 / whole.p)} shows as much by chance; "
+                f"a verdict asks for one in {round(1 / VERDICT_P)}."
+            )
     clear = [row for row in found.budgets if row.p_adjusted < 1 - LEVEL and (row.value > 0) == (whole.value > 0)]
     if decided:
         sentences.append(_at_budgets(clear, len(found.budgets), unit, adapted, reference))
     else:
+        equal = "" if whole.p < 1 - LEVEL else "This does not show that the two are equal: "
         sentences.append(
-            f"This does not show that the two are equal: with {measured.num_patients} patients, a difference "
-            f"of about {found.detectable:.2f} is the smallest that would be found four times in five."
+            f"{equal}with {measured.num_patients} patients, a difference of about {found.detectable:.2f} is the "
+            "smallest that would be found four times in five."
         )
+        sentences[-1] = _first_upper(sentences[-1])
     if outcome == "helped":
         sentences += _saved_in_words(labels_saved(measured, metric, adapted, reference, head), unit, adapted, reference)
     return Verdict(outcome, headline, sentences, limits, found)
@@ -510,9 +519,12 @@ def _limits(
         which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
     if seen_in_pretraining:
+        of_all = f"{seen_in_pretraining} of {measured.num_tested} tested slides"
+        if unit != "slide":
+            of_all = f"{seen_in_pretraining} tested slides"
         limits.append(
-            f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s were in the pretraining pool, without "
-            "their labels (transductive). On slides from elsewhere the gain may be smaller."
+            f"{of_all} were in the pretraining pool, without their labels (transductive). "
+            "On slides from elsewhere the gain may be smaller."
         )
     if site_statement:
         limits.append(site_statement)

@@ -248,6 +248,21 @@ def test_a_big_effect_is_found_and_told():
     assert turned.comparison.area.value == pytest.approx(-found.comparison.area.value)
 
 
+def test_a_difference_between_one_in_twenty_and_one_in_fifty_is_a_hint():
+    """The headline's interval leaves out zero, so the headline must not read as if it did not; nor is it a verdict."""
+    archive = Archive(separation={"imagenet": 1.3, "adapted": 1.9}, budgets=(1, 2, 4, 8), num_draws=4)
+    for seed in range(200):
+        measured = measure(predictions_of(archive, np.random.default_rng(seed)), archive.classes, wanted=("auroc",))
+        if curves.VERDICT_P < compare(measured, "auroc", "adapted", "imagenet").area.p < 0.05:
+            break
+    found = verdict(measured)
+    assert found.outcome == "no measurable difference"
+    assert found.headline.startswith("A hint, but no proof, that adaptation helped: AUROC +0.")
+    assert found.comparison.area.low > 0
+    assert "a verdict asks for one in 50" in found.sentences[0]
+    assert found.sentences[1].startswith("With 36 patients")
+
+
 def test_log_loss_is_better_when_it_is_lower():
     archive = Archive(separation={"imagenet": 1.0, "adapted": 2.6}, budgets=(2, 4, 8), num_draws=6)
     measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
