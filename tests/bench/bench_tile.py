@@ -2,18 +2,22 @@
 
     pytest tests/bench/bench_tile.py -s -m ""
 
-About two minutes. `histossl bench tile SLIDE` prints the same table for any slide.
+About ten minutes, most of them for a slide of 100,000 px a side (3 GB of disk). `histossl bench tile SLIDE` prints
+the same table for any slide.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 
 import pytest
 from svs_like import write_svs_like
 
 from histossl.config import TileConfig
-from histossl.demo.paint import paint_slide
+from histossl.demo.paint import paint_huge_slide, paint_slide
 from histossl.tiles.measure import measure_tiling
 
 pytestmark = pytest.mark.slow
@@ -52,3 +56,26 @@ def test_real_slides(real_data):
     tcga = slides / "TCGA-CR-7395-01A-01-TS1.svs"
     ratios = told("TCGA JPEG 2000", measure_tiling(tcga, TileConfig(), slide_mpp=0.25))
     assert max(ratios.values()) >= 1.5
+
+
+TILE_ONE = """
+import json, resource, sys, time
+from pathlib import Path
+from histossl.config import TileConfig
+from histossl.tiles.one_slide import TileJob, tile_slide
+slide, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+started_s = time.process_time()
+made = tile_slide(TileJob(slide, "A1", "A1", out, TileConfig(**settings)), lambda count: None)
+peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+cpu_s, told = time.process_time() - started_s, made.tiling
+print(json.dumps([told["counts"]["tiles"], told["scales"][0]["way"], cpu_s, peak_mb]))
+"""
+
+
+def test_a_slide_of_100_000_px_a_side_takes_less_than_600_mb(tmp_path):
+    slide = paint_huge_slide(tmp_path / "huge.tif")
+    for settings in ({}, {"mpp": 0.25}, {"mpp": 0.45}):
+        command = [sys.executable, "-c", TILE_ONE, str(slide), str(tmp_path / "A1.zip"), json.dumps(settings)]
+        tiles, way, cpu_s, peak_mb = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        print(f"100,000 x 100,000 px, {settings}: {tiles:,} tiles {way}, {cpu_s:.0f} s of CPU, peak {peak_mb:.0f} MB")
+        assert peak_mb < 600

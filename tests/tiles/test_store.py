@@ -68,7 +68,7 @@ def test_two_scales_may_share_a_corner(tmp_path):
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):
         write(tmp_path / "a.zip", {(0, 0): b"one", (8, 0): None})
     assert list(tmp_path.iterdir()) == []
 
@@ -76,7 +76,7 @@ def test_a_failure_midway_leaves_nothing(tmp_path):
 def test_a_failure_midway_leaves_the_old_zip(tmp_path):
     write(tmp_path / "a.zip", {(0, 0): b"old"})
     before = (tmp_path / "a.zip").read_bytes()
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):
         write(tmp_path / "a.zip", {(0, 0): b"new", (8, 0): None})
     assert (tmp_path / "a.zip").read_bytes() == before
 

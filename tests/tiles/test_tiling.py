@@ -20,10 +20,11 @@ import tifffile
 from PIL import Image
 
 from histossl.config import TileConfig, TissueConfig
+from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
 from histossl.slides.ledger import read_ledger
 from histossl.slides.reader import open_slide
-from histossl.tiles import tiling
+from histossl.tiles import one_slide, tiling
 from histossl.tiles.index import TileIndex, find_zips
 from histossl.tiles.store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
@@ -47,8 +48,8 @@ def pixels_of(index, number):
 
 def force(monkeypatch, way):
     """Cut in this way, whatever would be chosen."""
-    choose = tiling.cutter_for
-    monkeypatch.setattr(tiling, "cutter_for", lambda *chosen: choose(*chosen[:4], way))
+    choose = one_slide.cutter_for
+    monkeypatch.setattr(one_slide, "cutter_for", lambda *chosen: choose(*chosen[:4], way))
 
 
 # ---- where tiles lie and what they cover
@@ -135,13 +136,13 @@ def test_several_scales_share_a_zip_and_keep_apart(workspace, painted_slide):
 
 
 def test_slides_of_two_resolutions_give_the_same_tiles_of_the_same_tissue(workspace, paint):
-    paint("fine.tif", mpp=0.25, width_px=2048, height_px=2048, seed=4)
-    paint("coarse.tif", mpp=0.5, width_px=1024, height_px=1024, seed=4)
-    tile_archive(workspace.root.parent / "slides", workspace, everything(grid="physical"), 0)
+    paint("fine.tif", mpp=0.25, width_px=1024, height_px=1024, seed=4)
+    paint("coarse.tif", mpp=0.5, width_px=512, height_px=512, seed=4)
+    tile_archive(workspace.root.parent / "slides", workspace, everything(grid="physical", tile_px=128), 0)
     index = TileIndex.open(workspace)
     assert index.counts.tolist() == [16, 16]
-    assert index.facts("fine")["scales"][0]["side_l0"] == 512
-    assert index.facts("coarse")["scales"][0]["side_l0"] == 256
+    assert index.facts("fine")["scales"][0]["side_l0"] == 256
+    assert index.facts("coarse")["scales"][0]["side_l0"] == 128
 
 
 # ---- filters
@@ -161,9 +162,15 @@ def test_tiles_hold_tissue_and_the_ledger_counts_the_rest(workspace, painted_sli
     assert (index.table["tissue"] >= 0.5).all()
 
 
+@pytest.fixture(scope="module")
+def blurred_slide(tmp_path_factory):
+    path = tmp_path_factory.mktemp("blurred") / "A1.tif"
+    return paint_slide(path, width_px=2048, height_px=2048, num_blurs=2, seed=3, pyramid=False)
+
+
 @pytest.mark.parametrize("grid", ["physical", "auto"])
-def test_tiles_out_of_focus_are_left_out_also_where_tiles_are_copied(workspace, paint, grid):
-    painted = paint("A1.tif", width_px=2048, height_px=2048, num_blurs=2, seed=3)
+def test_tiles_out_of_focus_are_left_out_also_where_tiles_are_copied(workspace, blurred_slide, grid):
+    painted = blurred_slide
     config = TileConfig(grid=grid, tissue=TissueConfig(min_sharpness=0.23, min_saturation=0, max_fold=1))
     row = only_row(tile_archive(painted.path.parent, workspace, config, 0))
     assert row.tile_way == ("copied" if grid == "auto" else "stitched")

@@ -1,0 +1,66 @@
+"""What the zips of a store are named: as their slides, or in an anonymous store by a keyed hash."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import hmac
+import secrets
+
+from histossl.config import TileConfig
+from histossl.errors import StoreError
+from histossl.tiles.index import find_zips
+from histossl.workspace import Workspace, written_aside
+
+
+class Names:
+    """Slide ids, or keyed hashes of them with the mapping in one file outside the store."""
+
+    def __init__(self, workspace: Workspace, config: TileConfig) -> None:
+        self._path = workspace.anonymous_names
+        self._tiles = workspace.tiles
+        self._given: dict[str, tuple[str, str]] = {}
+        self._changed = False
+        self.key = b""
+        if config.anonymize:
+            self._read()
+
+    def of(self, slide: str, file: str) -> str:
+        if not self.key:
+            return slide
+        name = hmac.new(self.key, slide.encode(), hashlib.sha256).hexdigest()[:16]
+        if self._given.get(name) != (slide, file):
+            self._given[name] = (slide, file)
+            self._changed = True
+        return name
+
+    def _read(self) -> None:
+        try:
+            with self._path.open(encoding="utf-8", newline="") as text:
+                first = text.readline().split()
+                self.key = bytes.fromhex(first[-1])
+                self._given = {row["name"]: (row["slide"], row["file"]) for row in csv.DictReader(text)}
+        except FileNotFoundError as error:
+            if find_zips(self._tiles):
+                raise StoreError(
+                    f"{self._path}: gone, and with it the key to the names of the tiles in {self._tiles}. "
+                    "Restore it, or use another --workspace"
+                ) from error
+            self.key = secrets.token_bytes(32)
+            self._changed = True
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise StoreError(
+                f"{self._path}: cannot be read ({error}); without its key and names the tiles cannot be continued. "
+                "Restore it, or use another --workspace"
+            ) from error
+
+    def write(self) -> None:
+        """Before any tile is: no anonymous zip is ever without its entry here."""
+        if not self._changed:
+            return
+        with written_aside(self._path) as aside, aside.open("w", encoding="utf-8", newline="") as text:
+            aside.chmod(0o600)
+            text.write(f"# keep this file private: it names the slides. key {self.key.hex()}\n")
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(["name", "slide", "file"])
+            table.writerows([name, *given] for name, given in sorted(self._given.items()))
