@@ -92,7 +92,9 @@ def svg(figure: Figure, name: str, title: str = "") -> str:
     """One <svg> element to put into a page or a file. `name` keeps the ids of several figures on a page apart."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", dpi=220, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
@@ -382,7 +384,7 @@ def feature_map(maps: Mapping[str, Floats], colourings: Mapping[str, Sequence[st
             shuffled = np.random.default_rng(0).permutation(len(places))
             axes.scatter(
                 places[shuffled, 0], places[shuffled, 1], s=5, c=palette[given[shuffled]], linewidths=0, alpha=0.8,
-                rasterized=len(places) > 2000,
+                rasterized=True,
             )  # fmt: skip
             axes.set_xticks([])
             axes.set_yticks([])
