@@ -320,9 +320,9 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     slide.native_tile = tiff.tile_size or slide.native_tile
     if tiff.orientation not in (0, 1):
         slide.warnings.append(f"TIFF Orientation tag {tiff.orientation} is not applied: pixels are read as stored")
-    cut = tiff.cut_short()
-    if cut:
-        raise SlideError(f"{slide.path.name}: truncated ({cut}); copy or download it again")
+    damage = tiff.damage()
+    if damage:
+        raise SlideError(f"{slide.path.name}: {damage}")
     return slide
 
 
@@ -337,6 +337,7 @@ class OpenSlideLevels:
 
     def __init__(self, path: Path, vendor: str) -> None:
         self.path, self.vendor = path, vendor
+        self._closed = False
         self.tiff: TiffLevels | None = None  # the same file's pages, where they are OpenSlide's levels
         self._exact: dict[int, int] = {}  # levels that tifffile reads in OpenSlide's stead, and their number there
         with blaming(path, "opening it with OpenSlide"):
@@ -410,6 +411,9 @@ class OpenSlideLevels:
         return pixels if opaque else None
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._slide.close()
         if self.tiff is not None:
             self.tiff.close()

@@ -142,6 +142,10 @@ class TiffLevels:
 
     def scale(self) -> Scale | None:
         """OME-XML first, then Aperio's header, then the resolution tags, which many programs fill with defaults."""
+        with blaming(self.path, "reading its scale"):
+            return self._scale()
+
+    def _scale(self) -> Scale | None:
         page = self.pages[0]
         if self.is_ome and self._tiff.ome_metadata:
             scale = scale_from_ome(self._tiff.ome_metadata, *self.sizes[0])
@@ -160,17 +164,25 @@ class TiffLevels:
             return scale_from_resolution(page.tags[282].value, page.tags[283].value, unit)
         return None
 
-    def cut_short(self) -> str:
-        """'12 of 80 tiles lie beyond the end of the file', or nothing: a copy or a download that stopped."""
-        end = self.path.stat().st_size
-        total = beyond = 0
-        for pages in self._levels:
-            for page in pages:
+    def damage(self) -> str:
+        """What the directories tell of damage before any pixel is read: a copy that stopped, a size gone wild."""
+        with blaming(self.path, "reading where its tiles lie"):
+            end = self.path.stat().st_size
+            total = beyond = 0
+            for page in (page for pages in self._levels for page in pages):
                 offsets = np.asarray(page.dataoffsets, dtype=np.uint64)
                 counts = np.asarray(page.databytecounts, dtype=np.uint64)
+                width, height = _segment_size(page)
+                planes = int(page.samplesperpixel) if int(page.planarconfig) == 2 else 1
+                due = -(-int(page.imagewidth) // width) * -(-int(page.imagelength) // height) * planes
+                if not len(offsets) == len(counts) == due:
+                    size = f"{page.imagewidth} x {page.imagelength} px"
+                    return f"damaged: {size} take {due} tiles, it lists {len(offsets)}"
                 total += len(offsets)
-                beyond += int(np.sum((offsets + counts > end) & (counts > 0))) if len(offsets) == len(counts) else 0
-        return f"{beyond} of {total} tiles lie beyond the end of the file" if beyond else ""
+                beyond += int(np.sum((offsets + counts > end) & (counts > 0)))
+            if beyond:
+                return f"truncated: {beyond} of {total} tiles lie beyond the end of the file; copy or download it again"
+        return ""
 
     # ---- pixels
 
@@ -284,7 +296,8 @@ class TiffLevels:
 
     @cached_property
     def native(self) -> tuple[NativeLevel | None, ...]:
-        return tuple(self.native_level(level) for level in range(len(self.sizes)))
+        with blaming(self.path, "reading where its tiles lie"):
+            return tuple(self.native_level(level) for level in range(len(self.sizes)))
 
 
 def snapped_downsample(size_l0: tuple[int, int], size: tuple[int, int]) -> float:
