@@ -144,7 +144,7 @@ class Workspace:
 
     @property
     def anonymous_names(self) -> Path:
-        """What the hashed names of an anonymous store stand for, and their key: outside the store, to be kept private."""
+        """What the hashed names of an anonymous store stand for, and their key: outside the store, kept private."""
         return self.root / "anonymous-names.csv"
 
     @property
