@@ -113,6 +113,9 @@ def pretrain(
         int,
         typer.Option(help="Micro-batches per step. Default: as few as GPU memory allows.", min=0, show_default=False),
     ] = 0,
+    decode_on_gpu: Annotated[
+        bool, typer.Option("--decode-on-gpu", help="Decode tiles on the GPU; `histossl bench views` says when it pays.")
+    ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the networks: minutes at first, faster after.")
     ] = False,
@@ -181,6 +184,7 @@ def pretrain(
         num_workers=workers if workers >= 0 else max(1, (os.cpu_count() or 2) - 1),
         precision=precision,
         micro_batches=accumulate,
+        decode_on_gpu=decode_on_gpu,
         compiled=compiled,
         deterministic=deterministic,
         log_every=log_every,

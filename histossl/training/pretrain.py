@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from histossl import console
 from histossl.backbones import BackboneInfo, create_backbone, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
-from histossl.errors import MismatchError, TrainingError
-from histossl.methods import classes_of, entry_of
+from histossl.errors import MismatchError, TrainingError, UsageError
+from histossl.methods import classes_of, entry_of, gather
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
@@ -54,6 +54,7 @@ class Operation:
     num_workers: int = 2
     precision: str = "auto"  # auto, fp32, bf16, fp16
     micro_batches: int = 0  # 0: as few as GPU memory allows
+    decode_on_gpu: bool = False
     compiled: bool = False
     deterministic: bool = False
     log_every: int = 10  # steps
@@ -146,6 +147,8 @@ class _Pretraining:
         self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
         self.probe = probe if processes.writes else None
         self.device = processes.device
+        if operation.decode_on_gpu and self.device.type != "cuda":
+            raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
         self.precision = precision_for(operation.precision, self.device)
         excluded = set(config.excluded_slides)
         self.keep = np.array([slide not in excluded for slide in index.slides])
@@ -361,18 +364,22 @@ class _Pretraining:
             self.processes.count,
             self.operation.num_workers,
             pin_memory=self.device.type == "cuda",
+            decode_on=self.device if self.operation.decode_on_gpu else None,
         )
 
     def _views(self, tiles: TileBatches) -> Iterator[Views]:
         recipe = self.method.views()
         for pixels, numbers, positions in tiles:
             on_device = pixels.to(self.device, non_blocking=True)
-            views = make_views(on_device, recipe, self.config.seed, positions.to(self.device))
-            images = [normalise(view, self.info.mean, self.info.std) for view in views]
+            statistics = (self.info.mean, self.info.std)
+            images = make_views(on_device, recipe, self.config.seed, positions, statistics)
             if self.device.type == "cuda":
                 images = [image.contiguous(memory_format=torch.channels_last) for image in images]
-            slides = torch.from_numpy(self.index.slide_of(numbers.numpy()).astype(np.int64))
-            yield Views(images, numbers.to(self.device), slides.to(self.device), step=0)
+            owners = torch.stack([numbers, torch.from_numpy(self.index.slide_of(numbers.numpy()))])
+            if self.device.type == "cuda":
+                owners = owners.pin_memory()
+            tiles_B, slides_B = owners.to(self.device, non_blocking=True)
+            yield Views(images, tiles_B, slides_B, step=0)
 
     def _clean_batches(self, purpose: int, num_tiles: int, size: int = 64) -> Iterator[Tensor]:
         """Tiles as they are, at the size of the views, normalised: the same ones whenever asked."""
@@ -412,16 +419,14 @@ class _Pretraining:
 
     def _fits(self, tiles_per_pass: int) -> bool:
         failed = torch.zeros((), device=self.device)
-        with self._unchanged():
+        with self._unchanged(), gather.alone():  # who runs out of memory would keep the others waiting
             try:
                 side = self.index.tile_px
                 tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=self.device)
                 numbers = torch.arange(tiles_per_pass)
-                views = make_views(tiles, self.method.views(), 0, numbers)
+                images = make_views(tiles, self.method.views(), 0, numbers, (self.info.mean, self.info.std))
                 numbers = numbers.to(self.device)
-                self._pass(
-                    Views([normalise(view, self.info.mean, self.info.std) for view in views], numbers, numbers, 0)
-                )
+                self._pass(Views(images, numbers, numbers, 0))
             except torch.OutOfMemoryError:
                 failed += 1
         torch.cuda.empty_cache()
@@ -447,7 +452,7 @@ class _Pretraining:
         """
         tiles = self._tile_batches(0, self._order(PREFILL), num_steps + 1)
         taken: list[float] = []
-        with tiles, self._unchanged():
+        with tiles, self._unchanged(), gather.alone():  # processes may differ in when they have seen enough
             views = self._views(tiles)
             if resident:
                 views = itertools.repeat(next(views))
