@@ -240,6 +240,7 @@ def test_every_figure_is_drawn_in_a_browser(reported, tmp_path):
     seen = looked_at(reported[0].report, tmp_path)
     assert set(seen["found"]) == FIGURES
     assert not seen["wide"], "the page scrolls sideways"
+    assert not looked_at(reported[0].report, tmp_path, 600)["wide"], "it does on a narrow screen"
     for name, figure in seen["found"].items():
         assert figure["width"] > 200, name
         assert figure["height"] > 80, name
