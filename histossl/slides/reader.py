@@ -190,7 +190,8 @@ def open_slide(
     """
     path = Path(path)
     _refuse_hollow(path)
-    slide = _opened(path)
+    with blaming(path, "opening it"):
+        slide = _opened(path)
     try:
         if slide_mpp is not None:
             slide.mpp_l0, slide.mpp_source = slide_mpp, mpp_source

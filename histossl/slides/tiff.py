@@ -126,6 +126,8 @@ class TiffLevels:
         chosen = max(series, key=lambda one: _size(one)[0] * _size(one)[1])
         self._levels = [_pages(self.path, level) for level in chosen.levels]
         self.sizes = tuple(_size(level) for level in chosen.levels)
+        if min(min(size) for size in self.sizes) < 1:
+            raise SlideError(f"{self.path.name}: damaged: one of its levels has no size")
         self.pages = [pages[0] for pages in self._levels]
         page = self.pages[0]
         self.is_ome = bool(self._tiff.is_ome)
