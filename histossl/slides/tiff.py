@@ -171,14 +171,15 @@ class TiffLevels:
         with blaming(self.path, "reading where its tiles lie"):
             end = self.path.stat().st_size
             total = beyond = 0
-            for page in (page for pages in self._levels for page in pages):
+            for first, page in ((pages[0], page) for pages in self._levels for page in pages):
                 offsets = np.asarray(page.dataoffsets, dtype=np.uint64)
                 counts = np.asarray(page.databytecounts, dtype=np.uint64)
-                width, height = _segment_size(page)
-                planes = int(page.samplesperpixel) if int(page.planarconfig) == 2 else 1
-                due = -(-int(page.imagewidth) // width) * -(-int(page.imagelength) // height) * planes
+                # A further colour plane is laid out as the first, and tifffile keeps no second copy of that.
+                width, height = _segment_size(first)
+                planes = int(first.samplesperpixel) if int(first.planarconfig) == 2 else 1
+                due = -(-int(first.imagewidth) // width) * -(-int(first.imagelength) // height) * planes
                 if not len(offsets) == len(counts) == due:
-                    size = f"{page.imagewidth} x {page.imagelength} px"
+                    size = f"{first.imagewidth} x {first.imagelength} px"
                     return f"damaged: {size} take {due} tiles, it lists {len(offsets)}"
                 total += len(offsets)
                 beyond += int(np.sum((offsets + counts > end) & (counts > 0)))
