@@ -12,12 +12,14 @@ A class without a labelled item gets probability 0.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -88,15 +90,24 @@ class MeanHead:
     def fit(
         self, bags: BagsLike, train: Ints, labels: Ints, *, pool: Ints, groups: Ints, num_classes: int, seed: int
     ) -> FittedLinear:
-        centre, scale = _statistics(bags.pooled[pool])
-        x = (bags.pooled[train] - centre) / scale
-        # The penalised solution lies in the span of the labelled rows: in their own coordinates the fit is the same
-        # and has as many columns as there are labelled items, not as the backbone has features.
-        basis = np.linalg.svd(x, full_matrices=False)[2] if len(x) < x.shape[1] else np.eye(x.shape[1])
-        z = x @ basis.T
-        strength = _chosen_strength(z, labels, groups, seed) if self.choose else DEFAULT_STRENGTH
-        weight, bias, present = _logistic(z, labels, strength)
-        return FittedLinear(centre, scale, weight @ basis, bias, present, np.array(num_classes))
+        # The matrices are a few dozen rows: sharing them among threads costs twenty times what it saves.
+        with _threads().limit(limits=1):
+            centre, scale = _statistics(bags.pooled[pool])
+            x = (bags.pooled[train] - centre) / scale
+            # The penalised solution lies in the span of the labelled rows: in their own coordinates the fit is the same
+            # and has as many columns as there are labelled items, not as the backbone has features.
+            basis = np.linalg.svd(x, full_matrices=False)[2] if len(x) < x.shape[1] else np.eye(x.shape[1])
+            z = x @ basis.T
+            strength = _chosen_strength(z, labels, groups, seed) if self.choose else DEFAULT_STRENGTH
+            weight, bias, present = _logistic(z, labels, strength)
+            return FittedLinear(centre, scale, weight @ basis, bias, present, np.array(num_classes))
+
+
+@functools.cache
+def _threads() -> ThreadpoolController:
+    import sklearn.linear_model  # noqa: F401  (it brings libraries of its own, which the controller must find)
+
+    return ThreadpoolController()
 
 
 class FittedLinear:
