@@ -49,6 +49,25 @@ SlidesOption = Annotated[
     ),
 ]
 
+# ---- what scan and tile mean by scale and by tissue
+
+SlideMppOption = Annotated[
+    float | None,
+    typer.Option(help="Microns per pixel of all slides here, over what they say.", show_default=False),
+]
+MppCsvOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.csv", help="The same slide by slide: columns slide,mpp.", show_default=False),
+]
+MinTissueOption = Annotated[float, typer.Option(help="Share of a tile that must be tissue.")]
+TissueUmOption = Annotated[float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")]
+TissueThresholdOption = Annotated[
+    float, typer.Option(help="Optical density that divides tissue from glass. 0: found by Otsu's method.")
+]
+MinSpeckOption = Annotated[float, typer.Option(help="Tissue smaller than a square of this side is dust.")]
+MaxHoleOption = Annotated[float, typer.Option(help="A hole smaller than a square of this side belongs to the tissue.")]
+RejectPenOption = Annotated[bool, typer.Option(help="Leave out pen ink and grey edges.")]
+
 
 def workspace_at(given: Path | None) -> Workspace:
     return Workspace.at(given).make()

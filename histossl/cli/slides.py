@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from histossl import console
-from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.cli.options import (
+    ConfigOption,
+    MaxHoleOption,
+    MinSpeckOption,
+    MinTissueOption,
+    MppCsvOption,
+    RejectPenOption,
+    SlideMppOption,
+    TissueThresholdOption,
+    TissueUmOption,
+    WorkspaceOption,
+    workspace_at,
+)
 from histossl.config import ScanConfig, TissueConfig
 from histossl.errors import UsageError
 
@@ -39,28 +51,14 @@ def scan(
     mpp: Annotated[
         str, typer.Option(help="Microns per pixel of the tiles to expect (0.5 is 20x); several as 0.5,1,2.")
     ] = f"{DEFAULTS.mpp:g}",
-    slide_mpp: Annotated[
-        float | None,
-        typer.Option(help="Microns per pixel of all slides here, over what they say.", show_default=False),
-    ] = None,
-    mpp_csv: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.csv", help="The same slide by slide: columns slide,mpp.", show_default=False),
-    ] = None,
-    min_tissue: Annotated[float, typer.Option(help="Share of a tile that must be tissue.")] = TISSUE.min_tissue,
-    tissue_um: Annotated[
-        float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")
-    ] = TISSUE.tissue_um,
-    tissue_threshold: Annotated[
-        float, typer.Option(help="Optical density that divides tissue from glass. 0: found by Otsu's method.")
-    ] = TISSUE.tissue_threshold,
-    min_speck_um: Annotated[
-        float, typer.Option(help="Tissue smaller than a square of this side is dust.")
-    ] = TISSUE.min_speck_um,
-    max_hole_um: Annotated[
-        float, typer.Option(help="A hole smaller than a square of this side belongs to the tissue.")
-    ] = TISSUE.max_hole_um,
-    reject_pen: Annotated[bool, typer.Option(help="Leave out pen ink and grey edges.")] = TISSUE.reject_pen,
+    slide_mpp: SlideMppOption = None,
+    mpp_csv: MppCsvOption = None,
+    min_tissue: MinTissueOption = TISSUE.min_tissue,
+    tissue_um: TissueUmOption = TISSUE.tissue_um,
+    tissue_threshold: TissueThresholdOption = TISSUE.tissue_threshold,
+    min_speck_um: MinSpeckOption = TISSUE.min_speck_um,
+    max_hole_um: MaxHoleOption = TISSUE.max_hole_um,
+    reject_pen: RejectPenOption = TISSUE.reject_pen,
     regions: Annotated[
         Path | None,
         typer.Option(
