@@ -126,7 +126,7 @@ def _empty(timm_name: str, seed: int) -> tuple[nn.Module, BackboneInfo]:
         timm_name=timm_name,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        feature_dim=cast(int, backbone.num_features),
+        feature_dim=cast(int, getattr(backbone, "head_hidden_size", None) or backbone.num_features),
         input_px=int(config["input_size"][-1]),
     )
     return backbone, info

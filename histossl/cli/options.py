@@ -14,8 +14,14 @@ from histossl.workspace import Workspace
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Values of a TOML file become the command's defaults: what stands on the command line wins."""
     if path is not None:
-        known = [parameter.name for parameter in context.command.params if parameter.name]
-        context.default_map = {**(context.default_map or {}), **read_toml(path, known)}
+        name_of = {
+            option.lstrip("-").replace("-", "_"): parameter.name
+            for parameter in context.command.params
+            for option in parameter.opts
+            if parameter.name and not (option.startswith("-") and not option.startswith("--"))
+        }
+        values = {name_of[key]: value for key, value in read_toml(path, name_of).items()}
+        context.default_map = {**(context.default_map or {}), **values}
     return path
 
 

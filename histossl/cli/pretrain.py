@@ -17,7 +17,7 @@ import typer
 from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import PretrainConfig, TileConfig, nearest
-from histossl.errors import UsageError
+from histossl.errors import LabelsError, UsageError
 from histossl.methods import REGISTRY, classes_of, entry_of
 
 if TYPE_CHECKING:
@@ -178,10 +178,10 @@ def pretrain(
         tile_for(at, slides, tile_px, mpp, slide_mpp)
     index = TileIndex.open(at)
     table = labelled_slides(labels, index) if labels else None
-    left_out = excluded_slides(exclude, index) | (test_slides(table) if table else set())
+    left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
     settings = replace(settings, excluded_slides=tuple(left_out))
     operation = Operation(
-        num_workers=workers if workers >= 0 else max(1, (os.cpu_count() or 2) - 1),
+        num_workers=workers if workers >= 0 else _loader_threads(num_processes),
         precision=precision,
         micro_batches=accumulate,
         decode_on_gpu=decode_on_gpu,
@@ -195,7 +195,7 @@ def pretrain(
     )
     run = at.pretrain(name or method)
     if only_plan:
-        show_plan(index, run, settings, operation)
+        show_plan(index, run, settings, operation, num_processes)
         return 0
     if num_processes > 1:
         check(index, run, settings, operation, num_processes)
@@ -251,21 +251,42 @@ def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None
     tile_archive(slides, at, config, slide_mpp=slide_mpp)
 
 
-def labelled_slides(path: Path, index: TileIndex) -> LabelTable:
-    from histossl.evaluation.labels import match_labels, read_rows
+def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
+    """What may judge the run as it goes; None, with the reason told, where the labels do not serve for that."""
+    from histossl.evaluation.labels import SlideNames, match_labels, read_rows
 
-    table = match_labels(read_rows(path), index.slides, source=str(path))
-    if not table.has_split:
+    rows = read_rows(path)
+    if not any(row.split for row in rows):
         console.warn(
             f"{path}: has no split column, so no slide is left out of pretraining; patients tested later will have "
             "been seen here (without their labels), and the report will say so"
         )
-    return table
+    try:
+        return match_labels(rows, index.slides, source=str(path), mixed_patients=True)
+    except LabelsError as error:
+        if not any(SlideNames(index.slides).find(row.slide) for row in rows):
+            raise
+        console.warn(f"no probe during the run: {error}")
+        return None
 
 
-def test_slides(table: LabelTable) -> set[str]:
-    """Slides of every patient who has one marked `test`."""
-    return {item.slide for item in table.items if item.split == "test"}
+def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
+    """Every slide of every patient who has one marked `test`; by TCGA barcode also those that the file leaves out."""
+    from histossl.evaluation.labels import TCGA_CASE, SlideNames, read_rows
+
+    def case_of(name: str) -> str:
+        found = TCGA_CASE.search(name)
+        return found.group().upper() if found else ""
+
+    rows, names = read_rows(path), SlideNames(index.slides)
+    marked = [row for row in rows if row.split == "test"]
+    patients = {row.patient for row in marked if row.patient}
+    cases = {case_of(row.slide) for row in marked} - {""}
+    found = {slide for row in rows if row.split == "test" or row.patient in patients for slide in names.find(row.slide)}
+    missing = [row.slide for row in marked if not names.find(row.slide)]
+    if missing:
+        console.warn(f"{path}: {len(missing)} test slides have no tiles here ({', '.join(missing[:3])}, ...)")
+    return found | {slide for slide in index.slides if case_of(slide) in cases}
 
 
 def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
@@ -284,6 +305,13 @@ def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
             raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides{nearest(name, index.slides)}")
         slides.update(found)
     return slides
+
+
+def _loader_threads(num_processes: int) -> int:
+    """Every core that this process may use, but one, shared among the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    return max(1, cores // here - 1)
 
 
 def _every(text: str) -> tuple[float, int]:

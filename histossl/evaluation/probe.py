@@ -15,14 +15,15 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from histossl import console
 from histossl.backbones import BackboneInfo
-from histossl.errors import LabelsError
 from histossl.evaluation.labels import LabelTable
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_good_tiles
 from histossl.views.recipe import clean_view, normalise
 
 TILES_PER_SLIDE = 32
+TILES_MOST = 4096  # all slides together: a look takes seconds, and on several GPUs the others wait for it
 NEIGHBOURS = 20
 
 
@@ -47,21 +48,26 @@ def knn_score(
     return float(balanced_accuracy_score(label_N, votes_NC.argmax(1)))
 
 
-def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn.Module, BackboneInfo], float]:
-    """A function that scores a backbone by `knn_score` on tiles of the slides that are not marked `test`."""
+def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn.Module, BackboneInfo], float] | None:
+    """A function that scores a backbone by `knn_score` on tiles of the slides that are not marked `test`.
+
+    None, with the reason told, where a class has too few training patients for it.
+    """
     items = [item for item in table.items if item.split != "test"]
     patients = sorted({item.patient for item in items})
     for label in sorted({item.label for item in items}):
         if len({item.patient for item in items if item.label == label}) < 2:
-            raise LabelsError(
-                f"--labels: class {label!r} has one training patient, and the probe needs two; "
-                "add a patient, or leave --labels out"
-            )
+            console.warn(f"no probe during the run: class {label!r} has one training patient, and it needs two")
+            return None
+    if len({item.label for item in items}) < 2:
+        console.warn("no probe during the run: the training slides are all of one class")
+        return None
     classes = sorted({item.label for item in items})
     numbers, labels, owners = [], [], []
+    per_slide = max(1, min(TILES_PER_SLIDE, TILES_MOST // len(items)))
     for item in items:
         tiles = index.tiles_of(item.slide)
-        chosen = np.unique(np.linspace(tiles.start, tiles.stop - 1, TILES_PER_SLIDE).astype(np.int64))
+        chosen = np.unique(np.linspace(tiles.start, tiles.stop - 1, per_slide).astype(np.int64))
         numbers += chosen.tolist()
         labels += [classes.index(item.label)] * len(chosen)
         owners += [patients.index(item.patient)] * len(chosen)

@@ -67,18 +67,23 @@ def has_batchnorm(network: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-@torch.no_grad()
-def average_batchnorm_buffers(network: nn.Module) -> None:
-    """Running statistics become their mean over processes: what one process would have seen in all groups."""
-    if gather.world_size() == 1:
-        return
-    buffers = [
+def batchnorm_buffers(network: nn.Module) -> list[Tensor]:
+    """Running means and variances of every BatchNorm."""
+    return [
         buffer
         for module in network.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]
+
+
+@torch.no_grad()
+def average_batchnorm_buffers(network: nn.Module) -> None:
+    """Running statistics become their mean over processes: what one process would have seen in all groups."""
+    if gather.world_size() == 1:
+        return
+    buffers = batchnorm_buffers(network)
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+NEVER = -1e4  # as a logit: weight 0 in fp32, and a finite gradient also where nothing is left
+
 
 class InfoNCE:
     """What InfoNCE gives: the loss, and the logits for whoever wants to look at them."""
@@ -39,7 +41,7 @@ def info_nce(
         if log_weight_BK is not None:
             logits_BK = logits_BK + log_weight_BK
         if allowed_BK is not None:
-            logits_BK = logits_BK.masked_fill(~allowed_BK, -torch.inf)
+            logits_BK = logits_BK.masked_fill(~allowed_BK, NEVER)
         # The cross-entropy of [positive, negatives] against the first, in a form that keeps its digits in fp32 when the
         # positive is far ahead: 65,536 terms of 1e-7 each, added to 1 one by one, lose 0.2 %.
         loss = F.softplus(torch.logsumexp(logits_BK, 1) - positive_B / temperature).mean()

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from histossl.config import require
+from histossl.errors import UsageError
 from histossl.methods import gather
 from histossl.methods.batchnorm import average_batchnorm_buffers, group_batchnorms
 from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import moco_head
-from histossl.methods.losses import InfoNCE, info_nce
+from histossl.methods.losses import NEVER, InfoNCE, info_nce
 from histossl.methods.method import Method, Outcome, Views
 from histossl.views.recipe import ViewRecipe
 
@@ -51,7 +52,10 @@ class MoCoV2Config:
         require(self.temperature > 0, "set temperature", self.temperature, "above 0")
         require(self.embedding_dim >= 2, "set embedding_dim", self.embedding_dim, "at least 2")
         require(0 <= self.same_slide_weight <= 1, "set same_slide_weight", self.same_slide_weight, "between 0 and 1")
-        require(self.batchnorm_group_tiles >= 0, "set batchnorm_group_tiles", self.batchnorm_group_tiles, "0 or more")
+        group = self.batchnorm_group_tiles
+        require(
+            group == 0 or group >= 2, "set batchnorm_group_tiles", group, "0, or 2 or more: one tile has no variance"
+        )
 
 
 class Keys(NamedTuple):
@@ -65,6 +69,10 @@ class Keys(NamedTuple):
 class MoCoV2(Method):
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: MoCoV2Config) -> None:
         super().__init__()
+        if len(recipe.views) != 2:
+            raise UsageError(
+                f"--recipe {recipe.name}: makes {len(recipe.views)} views, and MoCo takes 2 (mocov2, simclr)"
+            )
         self.config = config
         self.recipe = recipe
         self.num_batchnorms = group_batchnorms(backbone, config.batchnorm_group_tiles)
@@ -132,7 +140,7 @@ class MoCoV2(Method):
         if weight == 1:
             return None
         same_BK = slides_B[:, None] == self.queue_slides_K[None, :]
-        return torch.where(same_BK, -math.inf if weight == 0 else math.log(weight), 0.0)
+        return torch.where(same_BK, math.log(weight) if weight else NEVER, 0.0)
 
     @torch.no_grad()
     def _metrics(self, nce: InfoNCE, slides_B: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from histossl import console
+from histossl.errors import TrainingError
 from histossl.workspace import PretrainDir, written_aside
 
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -25,6 +26,7 @@ def save_checkpoint(run: PretrainDir, state: Mapping[str, Any]) -> None:
 
 def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
     """The newest whole checkpoint, or None when there is none. A damaged one is passed over and named."""
+    broken: list[str] = []
     for path in (run.checkpoint, run.previous_checkpoint):
         if not path.exists():
             continue
@@ -44,7 +46,14 @@ def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
             pickle.UnpicklingError,
             zipfile.BadZipFile,
         ) as error:
-            console.warn(f"{path}: damaged ({error}); falling back to the checkpoint before it")
+            broken.append(f"{path.name} ({error})")
+            if path == run.checkpoint and run.previous_checkpoint.exists():
+                console.warn(f"{path}: damaged ({error}); falling back to the checkpoint before it")
+    if broken:
+        raise TrainingError(
+            f"{run.root}: no whole checkpoint to go on from: {', '.join(broken)}. Restore one from a backup, or "
+            "delete them to begin this run again from step 0"
+        )
     return None
 
 

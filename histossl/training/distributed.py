@@ -24,7 +24,7 @@ from histossl import console, launched
 from histossl.errors import TrainingError, UsageError
 
 # Longer than a checkpoint to a slow disk takes, short enough that a dead neighbour is noticed and all are restarted.
-TIMEOUT = timedelta(minutes=5)
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
             rdzv_endpoint="localhost:0",
             max_restarts=max_restarts,
             monitor_interval=0.5,
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         )
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "histossl", *arguments)
@@ -138,7 +139,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
                     "own words are above. The same command goes on from the last checkpoint"
                 ) from error
         except SignalException:
-            return 0  # the workers got the signal too: they have saved and stopped by themselves
+            return 0  # handed on to the workers, which save and stop, and say so
         finally:
             del os.environ[launched.NOTE]
         told = launched.read_note(note)

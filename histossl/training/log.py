@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from histossl.errors import HistosslError
 from histossl.workspace import PretrainDir, written_aside
 
 
@@ -19,7 +20,10 @@ def _plain(value: float) -> float | None:
 class RunLog:
     def __init__(self, run: PretrainDir) -> None:
         self.path: Path = run.log
-        self._board = SummaryWriter(str(run.tensorboard))
+        try:
+            self._board = SummaryWriter(str(run.tensorboard))
+        except OSError as error:
+            raise HistosslError(f"{run.root}: cannot be written ({error.strerror}); use another --workspace") from error
 
     def forget_from(self, step: int) -> None:
         """Drop what a resumed run will write again."""
@@ -36,9 +40,15 @@ class RunLog:
             aside.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
-        self._board.flush()
+        line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(row["step"]))
+            self._board.flush()
+        except OSError as error:
+            raise HistosslError(
+                f"{self.path}: cannot be written ({error.strerror}); what the last checkpoint holds is safe"
+            ) from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from histossl.errors import TrainingError
+from histossl.methods.batchnorm import batchnorm_buffers
 from histossl.methods.method import Method, Outcome, Views
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -73,6 +74,8 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wrapped = parallel if parallel is not None else method
     skipped_in_a_row = 0
+    statistics = batchnorm_buffers(method)
+    before = [buffer.clone() for buffer in statistics]
     views = next(batches, None)
     for number in range(start_step, num_steps):
         lr = lr_at(number)
@@ -81,6 +84,8 @@ def train(
         # Dropout and drop path draw from the step's own stream: a resumed run draws what the unbroken one did.
         torch.manual_seed((seed * 1_000_003 + number) & 0x7FFFFFFF)
         optimizer.zero_grad(set_to_none=True)
+        if statistics:
+            torch._foreach_copy_(before, statistics)
         outcomes: list[Outcome] = []
         for part in range(micro_batches):
             assert views is not None, "fewer batches than steps"
@@ -99,8 +104,12 @@ def train(
         # Gradients are averaged over processes, so all of them decide alike.
         skipped = not bool(torch.isfinite(grad_norm))
         if skipped:
-            skipped_in_a_row += 1
-            scaler.update(scaler.get_scale() / 2 if scaler.is_enabled() else None)
+            if statistics:  # forward has put the NaN into them already
+                torch._foreach_copy_(statistics, before)
+            falling = scaler.is_enabled() and scaler.get_scale() > 1  # fp16 finding its scale: no fault of the run
+            skipped_in_a_row += not falling
+            if scaler.is_enabled():
+                scaler.update(scaler.get_scale() / 2)
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise TrainingError(
                     f"step {number}: loss or gradient was not finite {skipped_in_a_row} times in a row "

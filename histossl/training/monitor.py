@@ -27,6 +27,8 @@ def feature_spread(x_ND: Tensor) -> float:
 
 def effective_rank(x_ND: Tensor) -> float:
     """RankMe: exp of the entropy of the singular values' shares; at most min(N, D). Garrido et al. 2022, 2210.02885."""
+    if not bool(torch.isfinite(x_ND).all()):
+        return float("nan")
     singular = torch.linalg.svdvals(x_ND.double())
     share = singular / singular.sum().clamp(min=1e-12) + 1e-12
     return float(torch.exp(-(share * share.log()).sum()))

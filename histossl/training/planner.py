@@ -19,6 +19,7 @@ QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the 
 QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
+BATCHNORM_GROUP = 32  # tiles per statistic, as the methods' knob has it
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def plan(
     queue_size = _queue(config, num_tiles, num_slides, knobs, reasons) if config.method.startswith("moco") else 0
     momentum = _momentum(num_tiles, num_steps, queue_size, batch, knobs, reasons) if queue_size else 0.0
     optimizer, lr, weight_decay, layer_decay = _optimizer(config, batchnorm, reasons)
+    group = int(knobs.get("batchnorm_group_tiles", BATCHNORM_GROUP))
+    if batchnorm and group and pieces > 1 and (batch // pieces) % group:
+        reasons.append(
+            f"warning: passes of {batch // pieces} tiles are no whole groups of {group}: BatchNorm takes each pass as "
+            "it comes, so another number of GPUs gives other statistics; --set batchnorm_group_tiles=N"
+        )
     return Plan(
         num_tiles=num_tiles,
         num_slides=num_slides,

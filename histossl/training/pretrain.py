@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from histossl import console
 from histossl.backbones import BackboneInfo, create_backbone, save_backbone
@@ -34,7 +33,7 @@ from histossl.training.loop import Step, train
 from histossl.training.monitor import Ceiling, Health, Watch, weight_change
 from histossl.training.planner import Plan, plan
 from histossl.training.schedules import warmup_cosine
-from histossl.training.setup import name_of, optimizer_for, precision_for, tune
+from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
 from histossl.workspace import PretrainDir
@@ -113,13 +112,18 @@ def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig
 def check(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_processes: int) -> None:
     """Refuse what no process could carry out, before any is started."""
     _refuse_other_run(index, run, config)
+    if torch.cuda.is_available():  # this process stays on the CPU; its workers will not
+        operation = replace(operation, precision="auto", decode_on_gpu=False)
     _Pretraining(index, run, config, operation, None, Processes(0, 0, num_processes, torch.device("cpu")))
 
 
-def show_plan(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation = Operation()) -> None:
-    """What `pretrain` would do, how long it would take, and why."""
+def show_plan(
+    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_processes: int = 1
+) -> None:
+    """What `pretrain` would do, how long it would take, and why. Timed on one process with its share of the batch."""
     with joined() as processes:
-        _Pretraining(index, run, config, operation, None, processes).show_plan()
+        shared = replace(processes, count=num_processes)
+        _Pretraining(index, run, config, operation, None, shared).show_plan()
 
 
 def step_times_s(
@@ -154,6 +158,7 @@ class _Pretraining:
         self.keep = np.array([slide not in excluded for slide in index.slides])
         self.order = self._order(0)
         backbone, self.info = create_backbone(config.backbone, config.weights, config.seed)
+        _refuse_view_size(backbone, config)
         method_class, knobs_class = classes_of(config.method)
         knobs = with_overrides(knobs_class(), config.set)
         by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
@@ -173,7 +178,7 @@ class _Pretraining:
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
         torch.manual_seed(config.seed)  # of the heads
         self.method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs).to(self.device).train()
-        tune(self.method, self.device, operation.compiled, operation.deterministic)
+        tune(self.method, self.device, self.precision.name, operation.compiled, operation.deterministic)
         self.optimizer = optimizer_for(self.method, self.plan, self.device)
         self.scaler = self.precision.scaler(self.device)
         self.watch = Watch()
@@ -236,7 +241,7 @@ class _Pretraining:
             self.config.clip_norm,
             self.plan.micro_batches,
             self.config.seed,
-            DistributedDataParallel(self.method, broadcast_buffers=False) if self.processes.count > 1 else None,
+            in_parallel(self.method) if self.processes.count > 1 else None,
         )
         saved_s = logged_s = time.monotonic()
         waited_s, logged, done = 0.0, first, first
@@ -266,10 +271,11 @@ class _Pretraining:
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
-                if not last and (stop.is_set() or by_steps or by_time):
+                stopping = self._all_stop(stop, done)
+                if last or stopping or by_steps or by_time:
                     self._save(done)
                     saved_s = time.monotonic()
-                if self._all_stop(stop):
+                if stopping:
                     break
         for number, what in tiles.damaged.items():
             console.warn(f"tile {number} was left out: {what}")
@@ -316,7 +322,8 @@ class _Pretraining:
             return None
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
         self.best = Best(**state["best"])
         first = int(state["step"])
@@ -337,10 +344,15 @@ class _Pretraining:
             }
             save_checkpoint(self.run, state)
 
-    def _all_stop(self, stop: threading.Event) -> bool:
-        """Whether any process was asked to stop: they must leave the loop at the same step."""
+    def _all_stop(self, stop: threading.Event, done: int) -> bool:
+        """Whether any process was asked to stop: they must save and leave the loop at the same step.
+
+        GPUs are asked at every tenth step, for the answer makes the host wait for them.
+        """
         if self.processes.count == 1:
             return stop.is_set()
+        if self.device.type == "cuda" and done % 10:
+            return False
         flag = torch.tensor(float(stop.is_set()), device=self.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         if flag.item() and not stop.is_set():
@@ -412,7 +424,9 @@ class _Pretraining:
         """On a GPU: halve the tiles of a pass until one fits, on the fullest GPU of all."""
         if self.device.type != "cuda" or self.operation.micro_batches:
             return
-        pieces = fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
+        before = read_run(self.run.run_json)["plan"]["micro_batches"] if self.run.run_json.exists() else 0
+        known = before and self.plan.batch_size % (before * self.processes.count) == 0
+        pieces = before if known else fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
         self.plan = replace(
             self.plan, micro_batches=pieces, tiles_per_pass=self.plan.batch_size // pieces // self.processes.count
         )
@@ -607,6 +621,16 @@ class _Pretraining:
 
 
 # ---- pieces
+
+
+@torch.no_grad()
+def _refuse_view_size(backbone: nn.Module, config: PretrainConfig) -> None:
+    """One empty image through the backbone, before anything else: some take no other size than their own."""
+    backbone.eval()
+    try:
+        backbone(torch.zeros(1, 3, config.view_px, config.view_px))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--view-px {config.view_px}: {config.backbone} does not take that size ({error})") from error
 
 
 def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: int) -> int:

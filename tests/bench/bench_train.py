@@ -147,10 +147,12 @@ def on_gpu_beside_the_original_recipe() -> None:
     steps = []
     for fast in (False, True):
         backbone, info = create_backbone("resnet50", "random")
-        method = MoCoV2(backbone, info.feature_dim, recipe_named("mocov2"), MoCoV2Config(batchnorm_group_tiles=0))
+        method = MoCoV2(
+            backbone, info.feature_dim, recipe_named("mocov2"), MoCoV2Config(batchnorm_group_tiles=32 if fast else 0)
+        )
         method.to(DEVICE)
         if fast:
-            tune(method, DEVICE, compiled=True, deterministic=False)
+            tune(method, DEVICE, "bf16", compiled=True, deterministic=False)
         optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01, fused=fast)
         tiles = torch.arange(256, device=DEVICE)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from synthetic_store import write_synthetic_store
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
+from histossl.cli.pretrain import slides_of_test_patients
 from histossl.config import PretrainConfig
 from histossl.errors import MismatchError, TrainingError
 from histossl.methods.method import Outcome, Views
@@ -139,7 +140,7 @@ def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_pat
 
 
 def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
-    """Groups of 4 tiles in batches of 8 or twice 4: the same statistics, keys and gradients."""
+    """A LayerNorm backbone: the same keys, queue and gradients, whether 8 tiles come at once or in twice 4."""
     whole, parts = run_dir(tmp_path, "whole"), run_dir(tmp_path, "parts")
     config = replace(TINY, steps=4, backbone="test_vit", view_px=32, set=())
     pretrain(index, whole, config, QUICK)
@@ -184,7 +185,27 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, capsys: pytest.Cap
     assert "damaged" in capsys.readouterr().err
     run.checkpoint.write_bytes(b"")
     run.previous_checkpoint.write_bytes(b"no zip")
-    assert load_checkpoint(run) is None
+    with pytest.raises(TrainingError, match=r"no whole checkpoint to go on from: checkpoint.pt .*previous"):
+        load_checkpoint(run)  # never silently from step 0
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One poisoned batch: the weights, the queue and BatchNorm's statistics are those of before, and looks go on."""
+    run = run_dir(tmp_path)
+    forward = MoCoV2.forward
+
+    def poisoned(self: MoCoV2, views: Views) -> Outcome:
+        if views.step == 2:
+            views = views._replace(images=[image * float("nan") for image in views.images])
+        return forward(self, views)
+
+    monkeypatch.setattr(MoCoV2, "forward", poisoned)
+    assert pretrain(index, run, TINY, replace(QUICK, monitor_every=1)).finished
+    assert all(torch.isfinite(value).all() for value in load_file(run.backbone).values())
+    assert all(math.isfinite(row["effective_rank"]) for row in rows(run) if "effective_rank" in row)
+    assert next(row for row in rows(run) if row["step"] == 3 and "loss" in row)["loss"] is None
 
 
 def test_learning_starts_at_the_ceiling_of_its_queue(index: TileIndex, tmp_path: Path) -> None:
@@ -232,6 +253,10 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--epochs", "2"), 2, "only one of them"),
         (("--checkpoint-every", "soon"), 2, "must be like 10m"),
         (("--recipe", "mocov9"), 2, "mocov9"),
+        (("--recipe", "dino-histology"), 2, "MoCo takes 2"),
+        (("--backbone", "deit_tiny_patch16_224", "--view-px", "40"), 2, "does not take that size"),
+        (("--set", "batchnorm_group_tiles=1"), 2, "one tile has no variance"),
+        (("--decode-on-gpu",), 2, "shows no GPU"),
         (("--precision", "fp8"), 2, "must be auto"),
         (("--name", "../x"), 2, "plain directory name"),
     ],
@@ -276,10 +301,31 @@ def test_config_file_gives_defaults_and_the_command_line_wins(index: TileIndex, 
     assert cli(*command(index.path.parents[1], "--config", str(toml), "--seed", "4", steps=1)).code == 0
     run = PretrainDir(index.path.parents[1] / "pretrain" / "from-file")
     assert json.loads(run.run_json.read_text())["config"]["seed"] == 4
+    toml.write_text('set = ["temperature=0.3"]\ncompile = false\nname = "named-as-on-the-command-line"\n')
+    assert cli(*command(index.path.parents[1], "--config", str(toml), steps=1)).code == 0
     toml.write_text("sede = 3\n")
     told = cli(*command(index.path.parents[1], "--config", str(toml)))
     assert told.code == 2
     assert "unknown setting 'sede', did you mean 'seed'?" in told.err
+
+
+def test_a_signal_to_any_process_saves_the_run(index: TileIndex) -> None:
+    """SLURM warns one machine of several: all save, at the same step, and exit well."""
+    workspace = index.path.parents[1]
+    options = command(workspace, "--gpus", "2", "--name", "warned", steps=4000)
+    process = subprocess.Popen([sys.executable, "-m", "histossl", *options], stderr=subprocess.PIPE, text=True)
+    run = PretrainDir(workspace / "pretrain" / "warned")
+    deadline_s = time.monotonic() + 200
+    while not (run.log.exists() and len(rows(run)) > 3) and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    last = max(workers_of(psutil.Process(process.pid)), key=lambda worker: worker.pid)
+    last.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "the same command goes on from there" in said
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["step"] == max(row["step"] for row in rows(run))
 
 
 def test_two_processes_compute_the_run_of_one(index: TileIndex) -> None:
@@ -489,3 +535,19 @@ def test_two_machines_compute_the_run_of_one(index: TileIndex) -> None:
     together = PretrainDir(workspace / "pretrain" / "hosts")
     for (key, one), two in zip(load_file(alone.backbone).items(), load_file(together.backbone).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_every_slide_of_a_test_patient_stays_out(tmp_path: Path) -> None:
+    names = ("A1", "A2", "B1", "TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "C1")
+    index = write_synthetic_store(Workspace(tmp_path), slides=names, tiles_per_slide=4, tile_px=16)
+    labels = tmp_path / "labels.csv"
+    labels.write_text(
+        "slide,label,patient,split\nA1,x,P1,test\nA2,,P1,\nB1,y,P2,train\nC1,x,P3,train\nTCGA-AA-0001-01Z-00-DX1,,,test\n"
+    )
+    assert slides_of_test_patients(labels, index) == {"A1", "A2", "TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2"}
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050", "lcnet_050", "convnext_atto", "test_vit"])
+def test_feature_dim_is_what_comes_out(name: str) -> None:
+    backbone, info = create_backbone(name, "random")
+    assert backbone.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, info.feature_dim)
