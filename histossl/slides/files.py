@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import stat
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ TIFF_SUFFIXES = (".tif", ".tiff", ".qptiff", ".btf", ".tf2", ".tf8", ".gtif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = frozenset(OPENSLIDE_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)
 VOLUME = "VOLUME"
+NOT_REGULAR = "not a regular file (a named pipe, a socket or a device)"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -62,11 +64,17 @@ def walk(directory: Path) -> Walk:
         raise UsageError(f"{directory}: a file, not a folder; give the folder that holds the slides")
     result = Walk(directory)
     files: list[tuple[Path, str, str]] = []  # path, problem, note
+    like_slides: list[Path] = []  # folders by their name
     for folder, names, problem in _folders(directory):
         if problem:
             files.append((folder, problem, ""))
             continue
         files += _slides_of(folder, names, result.ignored)
+        if folder != directory and folder.suffix.lower() in SUFFIXES - {".dcm"}:
+            like_slides.append(folder)
+    for folder in like_slides:
+        if not any(path.is_relative_to(folder) for path, _, _ in files):
+            files.append((folder, "a folder named like a slide, without a slide in it", ""))
     result.found = _named(directory, files)
     return result
 
@@ -97,8 +105,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str], str]]:
                 links.append(folder / entry.name)
             else:
                 waiting.append(folder / entry.name)
-        hollow = folder.suffix.lower() in SUFFIXES - {".dcm"} and folder != root and not entries
-        yield folder, files, "a folder named like a slide, and empty" if hollow else ""
+        yield folder, files, ""
 
 
 def _slides_of(folder: Path, names: list[str], ignored: Counter[str]) -> list[tuple[Path, str, str]]:
@@ -112,6 +119,9 @@ def _slides_of(folder: Path, names: list[str], ignored: Counter[str]) -> list[tu
         if name in companions:
             continue
         known = suffix in SUFFIXES
+        if known and _irregular(path):
+            files.append((path, NOT_REGULAR, ""))
+            continue
         head = _head(path)
         if head[128:132] == b"DICM":
             uid, kind = dicom_series(path)
@@ -143,7 +153,7 @@ def _companions(folder: Path, names: list[str]) -> set[str]:
         return set(names)
     found: set[str] = set()
     for name in names:
-        if Path(name).suffix.lower() in (".vms", ".vmu"):
+        if Path(name).suffix.lower() in (".vms", ".vmu") and not _irregular(folder / name):
             parser = configparser.ConfigParser(strict=False, interpolation=None)
             try:
                 parser.read(folder / name, encoding="latin-1")
@@ -174,7 +184,17 @@ def _named(root: Path, files: list[tuple[Path, str, str]]) -> list[SlideFile]:
     return sorted(named, key=lambda one: (one.slide, one.path))
 
 
+def _irregular(path: Path) -> bool:
+    """A named pipe, a socket, a device: opening one may wait for ever. What cannot be asked is opened, to say why."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
 def _head(path: Path) -> bytes:
+    if _irregular(path):
+        return b""
     try:
         with path.open("rb") as file:
             return file.read(132)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import stat
 import sys
 import warnings
 from functools import cached_property
@@ -21,12 +22,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.errors import SlideError
+from histossl.slides.files import NOT_REGULAR
 from histossl.slides.scale import Scale, missing, scale_from
 from histossl.slides.tiff import NativeLevel, TiffLevels, blaming, snapped_downsample
 
 CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wide read
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
-MAX_PLAIN_PX = 150_000_000  # a PNG or JPEG is decoded whole
+MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: a PNG or JPEG is decoded whole, at 7 to 13 bytes per pixel
+PLAIN_BAND = 256  # rows of it turned into RGB at a time
 GRID = 1 / 64  # a shift below this many pixels is not worth a resampling
 
 FORMATS = {
@@ -225,7 +228,9 @@ def _objective(slide: Slide) -> str:
 def _refuse_hollow(path: Path) -> None:
     """The commonest damage, in plain words, before a library says it in its own."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise SlideError(f"{path.name}: {NOT_REGULAR}")  # opening a named pipe waits for ever
         with path.open("rb") as file:
             head = file.read(4096)
     except IsADirectoryError as error:
@@ -236,7 +241,7 @@ def _refuse_hollow(path: Path) -> None:
         raise SlideError(f"{path.name}: no permission to read it; chmod or chown it") from error
     except OSError as error:
         raise SlideError(f"{path.name}: cannot be read ({error.strerror})") from error
-    if size == 0:
+    if status.st_size == 0:
         raise SlideError(f"{path.name}: empty (0 bytes); copy or download it again")
     if not any(head):
         raise SlideError(f"{path.name}: begins with zeros; copy or download it again")
@@ -433,8 +438,9 @@ class PlainLevels:
         self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
         if width * height > MAX_PLAIN_PX:
             raise SlideError(
-                f"{path.name}: {width} x {height} px are too many for a plain image; "
-                "convert it: vips tiffsave in out.tif --tile --pyramid --compression jpeg --Q 90"
+                f"{path.name}: {width} x {height} px are too many for a plain image, which is decoded whole (at most "
+                f"{MAX_PLAIN_PX / 1e6:.0f} million); make it a tiled TIFF: "
+                f"vips tiffsave {path.name} {path.stem}.tif --tile --pyramid --compression jpeg --Q 90"
             )
 
     def _image(self) -> Any:
@@ -461,17 +467,24 @@ class PlainLevels:
     def _decoded(self) -> NDArray[np.uint8]:
         if self._pixels is None:
             with blaming(self.path, "decoding it"), self._image() as image:
-                if image.mode.startswith("I;16") or image.mode == "I":
-                    grey = (np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)
-                    self._pixels = np.repeat(grey[..., None], 3, axis=2)
-                elif image.has_transparency_data:
-                    rgba = image.convert("RGBA")
-                    self._pixels = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba))[
-                        ..., :3
-                    ]
-                else:
-                    self._pixels = np.asarray(image.convert("RGB"))
+                pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+                # Band by band: Pillow's copies on the way to RGB are each as large as what they are made of.
+                for top in range(0, image.height, PLAIN_BAND):
+                    bottom = min(top + PLAIN_BAND, image.height)
+                    pixels[top:bottom] = _rgb(image.crop((0, top, image.width, bottom)))
+            self._pixels = pixels
         return self._pixels
 
     def close(self) -> None:
         self._pixels = None
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Any image as (h, w, 3), what is transparent over white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = (np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba))[..., :3]
+    return np.asarray(image.convert("RGB"))

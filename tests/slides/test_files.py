@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from histossl.errors import UsageError
+from histossl.errors import SlideError, UsageError
 from histossl.slides.files import dicom_series, find_slides, walk
+from histossl.slides.reader import open_slide
 
 TIFF = b"II*\0" + bytes(200)
 
@@ -90,10 +94,41 @@ def test_folder_that_cannot_be_listed_has_its_own_row(tmp_path: Path, monkeypatc
 
 def test_folder_named_like_a_slide(tmp_path: Path) -> None:
     touch(tmp_path, "A1.svs/A1.svs")
+    touch(tmp_path, "C1.svs/notes.txt", "D1.svs/.DS_Store", "E1.svs/deep/F1.svs")
     (tmp_path / "B1.svs").mkdir()
     found = {one.slide: one.problem for one in walk(tmp_path).found}
-    assert found == {"A1.svs/A1": "", "B1": "a folder named like a slide, and empty"}
-    assert ids(tmp_path) == ["A1.svs/A1"]
+    hollow = dict.fromkeys(("B1", "C1", "D1"), "a folder named like a slide, without a slide in it")
+    assert found == {"A1.svs/A1": "", "E1.svs/deep/F1": "", **hollow}
+    assert ids(tmp_path) == ["A1.svs/A1", "E1.svs/deep/F1"]
+
+
+def test_named_pipes_are_told_and_never_opened(tmp_path: Path) -> None:
+    """Opening one would wait for ever for somebody to write into it."""
+    touch(tmp_path, "A1.svs")
+    for name in ("x.svs", "y.dcm", "v.vms", "w.txt", "nosuffix"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "link.tif").symlink_to(tmp_path / "x.svs")
+    found = {one.path.name: one.problem for one in in_time(lambda: walk(tmp_path)).found}
+    assert found.pop("A1.svs") == ""
+    assert set(found) == {"x.svs", "y.dcm", "v.vms", "link.tif"}
+    assert all(problem.startswith("not a regular file") for problem in found.values())
+    assert walk(tmp_path).ignored == {".txt": 1, "no suffix": 1}
+    with pytest.raises(SlideError, match="x.svs: not a regular file"):
+        in_time(lambda: open_slide(tmp_path / "x.svs"))
+
+
+def in_time(call: Callable[[], Any]) -> Any:
+    """What the call answers within 10 seconds; an alarm ends one that waits for ever."""
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("waited for ever")
+
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(10)
+    try:
+        return call()
+    finally:
+        signal.alarm(0)
 
 
 def test_mirax_and_vms_are_one_slide_each(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,6 +244,46 @@ def test_png_and_jpeg_need_a_scale_and_are_read_whole(tmp_path: Path) -> None:
         assert (slide.read_region_l0(-50, -50, 40, 40, 40, 40) == 255).all()
     with open_slide(tmp_path / "a.jpg", 0.5) as slide:
         assert np.abs(slide.thumbnail(300).astype(int) - image).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16"])
+def test_plain_images_of_any_mode_are_decoded_in_bands(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "PLAIN_BAND", 37)
+    alpha = Image.fromarray(picture(300, 200, seed=1)).convert("L")
+    image = Image.fromarray(picture(300, 200))
+    image.putalpha(alpha)
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        wanted = image.convert("L").convert("RGB")
+    else:
+        stored = image.quantize(64) if mode == "P" else image.convert(mode)
+        clear = stored.convert("RGBA") if mode in ("RGBA", "LA", "P") else stored.convert("RGB").convert("RGBA")
+        wanted = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    stored.save(path, **({"quality": 95} if mode == "CMYK" else {}))
+    with open_slide(path, 0.5) as slide:
+        found = slide.read_region_l0(0, 0, 300, 200, 300, 200)
+    off = np.abs(found.astype(int) - np.asarray(wanted))
+    assert off.max() == 0 if mode != "CMYK" else off.mean() < 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_plain_images_take_little_memory_or_are_refused(tmp_path: Path) -> None:
+    """In a process of its own: the largest image that is taken, decoded, with all of Pillow's copies."""
+    side = 5120
+    Image.new("RGBA", (side, side), (200, 120, 160, 200)).save(tmp_path / "a.png", compress_level=1)
+    Image.new("L", (side, side + 1), 200).save(tmp_path / "b.png", compress_level=1)
+    with pytest.raises(SlideError, match=r"b\.png: 5120 x 5121 px are too many .* vips tiffsave b\.png b\.tif --tile"):
+        open_slide(tmp_path / "b.png", 0.5)
+    code = (
+        "import sys; from histossl.slides.reader import open_slide\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "slide = open_slide(sys.argv[1], 0.5); before = peak(); slide.thumbnail(500); print(peak() - before)"
+    )
+    told = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], capture_output=True, check=True, text=True)
+    assert int(told.stdout) * 1024 < 10 * side * side, "4 bytes per pixel decoded and 3 kept, not 16 and more"
 
 
 def test_memory_stays_flat_on_an_image_without_levels(tmp_path: Path) -> None:
