@@ -15,9 +15,10 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +36,14 @@ from histossl.slides.scale import MppTable, read_mpp_csv
 from histossl.slides.stain import OTHER, Stain, stain_of
 from histossl.slides.tissue import TissueMask, tissue_mask, tissue_thumbnail
 from histossl.units import l0_from_px, um_from_l0
-from histossl.workers import Report, run_jobs
+from histossl.workers import Job, Report, run_jobs
 from histossl.workspace import Workspace
 
 __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 
 NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how large tiles get
 PREVIEW_PX = 360
+DIGEST_BYTES = 8 << 20  # read between two signs of life
 JPEG_QUALITY = 90
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
 
@@ -130,7 +132,8 @@ def scan(
             if preview is not None:
                 shown[row.file] = preview
             bar.advance(note=row.file if row.status == UNREADABLE else "")
-    found = _with_duplicates(directory, [rows[relative(one.path, directory)] for one in walked.found])
+    found = [rows[relative(one.path, directory)] for one in walked.found]
+    found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
     gone = [_gone(row) for file, row in known.items() if file not in rows and row.tile_status]
     write_ledger(workspace.make().archive_csv, [*found, *gone])
     return Scanned(found, dict(walked.ignored.most_common()), shown)
@@ -216,8 +219,7 @@ def _tell_unused(table: MppTable, walked: Walk) -> None:
 def _looked_at(
     jobs: Sequence[ScanJob], num_workers: int | None, time_limit_s: float
 ) -> Iterator[tuple[LedgerRow, Preview | None]]:
-    workers = min(len(jobs), num_workers if num_workers is not None else os.cpu_count() or 1)
-    for event in run_jobs(look_at, jobs, max(1, workers), time_limit_s) if jobs else ():
+    for event in run_jobs(look_at, jobs, _num_workers(jobs, num_workers), time_limit_s) if jobs else ():
         if event.kind == "done":
             yield event.value
         elif event.kind == "failed":
@@ -228,6 +230,10 @@ def _looked_at(
                     "a huge image without smaller levels; --time-limit gives it longer"
                 )
             yield replace(jobs[event.job].row, status=UNREADABLE, reason=reason), None
+
+
+def _num_workers(jobs: Sequence[object], asked: int | None) -> int:
+    return max(1, min(len(jobs), asked if asked is not None else os.cpu_count() or 1))
 
 
 # ---- one file, in a worker
@@ -410,23 +416,33 @@ def _preview(thumbnail: NDArray[np.uint8], tissue: TissueMask, corners: NDArray[
 # ---- the same content under two names
 
 
-def _with_duplicates(directory: Path, rows: list[LedgerRow]) -> list[LedgerRow]:
+def _with_duplicates(
+    directory: Path, rows: list[LedgerRow], num_workers: int | None, time_limit_s: float
+) -> list[LedgerRow]:
     """Mark files whose content an earlier one has. Only files of the same size are compared, then byte for byte."""
-    groups = [rows]
-    for key in (
-        lambda row: row.bytes,
-        lambda row: _sample(directory / row.file),
-        lambda row: _digest(directory / row.file),
-    ):
-        groups = [same for group in groups for same in _grouped(group, key)]
+    groups = _grouped(rows, {row.file: row.bytes for row in rows})
+    for digest in (_sample, _digest):
+        # In workers, as all that opens a slide: a disk that does not answer costs a file its twin, not the scan.
+        jobs = [directory / row.file for group in groups for row in group]
+        digests = dict(_results(digest, jobs, num_workers, time_limit_s))
+        keys = {row.file: digests.get(directory / row.file) for group in groups for row in group}
+        groups = [same for group in groups for same in _grouped(group, keys)]
     twins = {row.file: group[0].file for group in groups for row in group[1:]}
     return [_as_duplicate(row, twins.get(row.file, "")) for row in rows]
 
 
-def _grouped(rows: Sequence[LedgerRow], key: Callable[[LedgerRow], object]) -> list[list[LedgerRow]]:
+def _results(
+    function: Job, jobs: Sequence[Path], num_workers: int | None, time_limit_s: float
+) -> Iterator[tuple[Path, Any]]:
+    for event in run_jobs(function, jobs, _num_workers(jobs, num_workers), time_limit_s) if jobs else ():
+        if event.kind == "done":
+            yield jobs[event.job], event.value
+
+
+def _grouped(rows: Sequence[LedgerRow], keys: Mapping[str, object]) -> list[list[LedgerRow]]:
     groups: dict[object, list[LedgerRow]] = defaultdict(list)
     for row in rows:
-        value = key(row)
+        value = keys[row.file]
         if value:  # nothing is known of a file that cannot be read
             groups[value].append(row)
     return [group for group in groups.values() if len(group) > 1]
@@ -443,7 +459,7 @@ def _as_duplicate(row: LedgerRow, twin: str) -> LedgerRow:
     return replace(row, duplicate_of=twin, reason="; ".join(reasons), status=status)
 
 
-def _sample(path: Path) -> str:
+def _sample(path: Path, report: Report) -> str:
     """A digest of 16 pieces of a file: enough to tell slides apart without reading them whole."""
     digest = hashlib.sha256()
     try:
@@ -452,14 +468,19 @@ def _sample(path: Path) -> str:
             for piece in range(16):
                 file.seek((size - min(size, 16384)) * piece // 15)
                 digest.update(file.read(16384))
+                report(0)
     except OSError:
         return ""
     return digest.hexdigest()
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, report: Report) -> str:
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(DIGEST_BYTES):
+                digest.update(piece)
+                report(0)  # the time limit is for silence: a large file takes what it takes
     except OSError:
         return ""
+    return digest.hexdigest()

@@ -207,8 +207,10 @@ def test_a_crash_and_a_hang_cost_their_own_row(
 ) -> None:
     from histossl import workers
 
+    look_at = scanning.look_at
+
     def answers(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
-        real = workers.run_jobs(sabotaged, jobs, num_workers, silence_s)
+        real = workers.run_jobs(sabotaged if function is look_at else function, jobs, num_workers, silence_s)
         yield from real
 
     monkeypatch.setattr(scanning, "run_jobs", answers)
@@ -218,6 +220,31 @@ def test_a_crash_and_a_hang_cost_their_own_row(
     assert "crashed" in found["glass.tif"][1]
     assert found["screen.tif"][0] == "unreadable"
     assert "longer than 4 s" in found["screen.tif"][1]
+
+
+def test_a_disk_that_hangs_while_twins_are_compared_does_not_stop_the_scan(
+    tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from histossl import workers
+
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    for name in ("A1.tif", "B1.tif", "C1.tif"):
+        shutil.copy(painted_slide.path, folder / name)
+    silent = {scanning._sample: hanging}
+
+    def answers(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
+        yield from workers.run_jobs(silent.get(function, function), jobs, num_workers, silence_s)
+
+    monkeypatch.setattr(scanning, "run_jobs", answers)
+    rows = {row.file: row.duplicate_of for row in scan(folder, workspace, ScanConfig(time_limit_s=4), 2).rows}
+    assert rows == {"A1.tif": "", "B1.tif": "", "C1.tif": "A1.tif"}
+
+
+def hanging(path: Path, report: Any) -> str:
+    if path.name == "B1.tif":
+        time.sleep(600)
+    return scanning._sample(path, report)
 
 
 def sabotaged(job: Any, report: Any) -> Any:
