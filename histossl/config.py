@@ -39,6 +39,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # ---- scan and tile
 
 GRIDS = ("auto", "native", "physical")
+JPEG_QUALITY = 90  # of tiles that are encoded anew
+
+
+def _require_tiles(tile_px: int, mpps: tuple[float, ...], jpeg_quality: int) -> None:
+    """What scan and tile ask of tiles alike."""
+    require(16 <= tile_px <= 4096, "tile-px", tile_px, "a side of 16 to 4096 pixels")
+    for mpp in mpps:
+        require(0.05 <= mpp <= 100, "mpp", mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+    given = ",".join(f"{mpp:g}" for mpp in mpps)
+    require(
+        all(finer < coarser for finer, coarser in itertools.pairwise(mpps)),
+        "mpp",
+        given,
+        "different scales, finest first (0.5,1,2)",
+    )
+    require(len(mpps) <= 16, "mpp", given, "16 scales at most")
+    require(1 <= jpeg_quality <= 100, "jpeg-quality", jpeg_quality, "1 to 100")
 
 
 @dataclass(frozen=True)
@@ -78,11 +95,12 @@ class ScanConfig:
     slide_mpp: float | None = None  # microns per pixel of every slide, over what the files say
     mpp_csv: str | None = None  # columns slide,mpp: the same, slide by slide
     time_limit_s: float = 120.0
+    jpeg_quality: int = JPEG_QUALITY
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
-        require(16 <= self.tile_px <= 4096, "tile-px", self.tile_px, "a side of 16 to 4096 pixels")
-        require(0.05 <= self.mpp <= 100, "mpp", self.mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+        object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
+        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality)
         require(
             self.slide_mpp is None or 0.05 <= self.slide_mpp <= 5,
             "slide-mpp",
@@ -90,6 +108,10 @@ class ScanConfig:
             "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)",
         )
         require(0 < self.time_limit_s < 1e6, "time-limit", self.time_limit_s, "seconds, more than 0")
+
+    @property
+    def mpps(self) -> tuple[float, ...]:
+        return (self.mpp, *self.coarser_mpp)
 
 
 @dataclass(frozen=True)
@@ -103,25 +125,14 @@ class TileConfig:
     mpp: float = 0.5  # of the finest tiles
     coarser_mpp: tuple[float, ...] = ()  # further scales, each with its own grid
     grid: str = "auto"  # auto, native, physical: whether the slide's own JPEG tiles are copied
-    jpeg_quality: int = 90  # of tiles that are encoded anew; copied ones keep the scanner's
+    jpeg_quality: int = JPEG_QUALITY  # copied tiles keep the scanner's
     anonymize: bool = False  # name zips by a keyed hash
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
-        require(16 <= self.tile_px <= 4096, "tile-px", self.tile_px, "a side of 16 to 4096 pixels")
-        for mpp in self.mpps:
-            require(0.05 <= mpp <= 100, "mpp", mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
-        given = ",".join(f"{mpp:g}" for mpp in self.mpps)
-        require(
-            all(finer < coarser for finer, coarser in itertools.pairwise(self.mpps)),
-            "mpp",
-            given,
-            "different scales, finest first (0.5,1,2)",
-        )
-        require(len(self.mpps) <= 16, "mpp", given, "16 scales at most")
+        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality)
         require(self.grid in GRIDS, "grid", self.grid, f"one of {', '.join(GRIDS)}{nearest(self.grid, GRIDS)}")
-        require(1 <= self.jpeg_quality <= 100, "jpeg-quality", self.jpeg_quality, "1 to 100")
 
     @property
     def mpps(self) -> tuple[float, ...]:

@@ -59,6 +59,9 @@ def scan(
     min_speck_um: MinSpeckOption = TISSUE.min_speck_um,
     max_hole_um: MaxHoleOption = TISSUE.max_hole_um,
     reject_pen: RejectPenOption = TISSUE.reject_pen,
+    jpeg_quality: Annotated[
+        int, typer.Option(help="JPEG quality (1-100) of the tiles to expect.")
+    ] = DEFAULTS.jpeg_quality,
     regions: Annotated[
         Path | None,
         typer.Option(
@@ -84,6 +87,9 @@ def scan(
     """Look through an archive: which slides can be read, at which scale, with how much tissue, and what is wrong.
 
     Writes WORKSPACE/archive.csv with one row per file. Exit code 0 also with warnings, 1 if nothing can be read.
+
+    Tiles and disk are an estimate by tissue and regions. It leaves out what tile sees only when it cuts (blur, folds,
+    pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its quality.
     """
     from histossl.slides.scan import scan as scan_archive
 
@@ -99,6 +105,7 @@ def scan(
         slide_mpp=slide_mpp,
         mpp_csv=str(mpp_csv) if mpp_csv else None,
         time_limit_s=time_limit,
+        jpeg_quality=jpeg_quality,
         tissue=TissueConfig(
             min_tissue=min_tissue,
             tissue_um=tissue_um,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,11 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histossl.errors import SlideError
+from histossl import console
+from histossl.errors import SlideError, UsageError
+from histossl.slides.files import SlideFile
 
 Ring = NDArray[np.float64]  # (n, 2): x, y in level-0 pixels
 NAMELESS = ""
 MAX_BYTES = 512 << 20
+MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
 NOT_DRAWN = ("detection", "cell", "tile", "TMACore", "root")  # what QuPath finds by itself; regions are annotations
 
 
@@ -68,13 +73,78 @@ class Regions:
         return {name: label == number for number, name in enumerate(names, start=1)}
 
 
+def match_regions(slides: Iterable[SlideFile], directory: Path | None = None) -> dict[Path, Path | None]:
+    """The GeoJSON of each slide of an archive, by the slide's path; from `directory`, or beside the slides.
+
+    A name without its folder (A1.geojson) is taken only if one slide alone answers to it. Files of `directory` that no
+    slide answers to, and slides without one, are told; if no slide has one at all, that is an error.
+    """
+    slides = [one for one in slides if not one.problem]
+    if directory is None:
+        return {one.path: find_regions(one.path, one.slide) for one in slides}
+    matched = {one.path: _first_file(directory, _own_names(one.path, one.slide)) for one in slides}
+    owned = set(matched.values())
+    claims: dict[Path, list[SlideFile]] = defaultdict(list)
+    for one in slides:
+        file = _first_file(directory, _bare_names(one.path, one.slide)) if matched[one.path] is None else None
+        if file is not None and file not in owned:
+            claims[file].append(one)
+    for file, claimants in claims.items():
+        if len(claimants) > 1:
+            names = [one.slide for one in claimants]
+            raise UsageError(
+                f"--regions {directory}: {file.name} could be of {_some(names, ' or ')}; name it by the slide's path, "
+                f"like {directory / names[0]}.geojson"
+            )
+        matched[claimants[0].path] = file
+    _tell_unmatched(directory, slides, matched)
+    return matched
+
+
+def _tell_unmatched(directory: Path, slides: Sequence[SlideFile], matched: Mapping[Path, Path | None]) -> None:
+    files = sorted(directory.rglob("*.geojson"))
+    used = set(matched.values())
+    unused = [file.relative_to(directory).as_posix() for file in files if file not in used]
+    whole = [one.slide for one in slides if matched[one.path] is None]
+    if slides and len(whole) == len(slides):
+        told = f"its {_some(unused)}" if unused else "it holds no .geojson"
+        raise UsageError(
+            f"--regions {directory}: none of it is named after a slide here ({told}; the slides: {_some(whole)}); "
+            "case1/A1.svs goes with case1/A1.geojson or A1.geojson"
+        )
+    if unused:
+        console.warn(f"--regions {directory}: no slide here answers to {_some(unused)}")
+    if whole:
+        console.warn(
+            f"--regions {directory}: {len(whole)} slides have no file there and are taken whole: {_some(whole)}"
+        )
+
+
+def _some(names: Sequence[str], between: str = ", ") -> str:
+    return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _own_names(path: Path, slide: str) -> tuple[str, ...]:
+    return slide, f"{slide}{path.suffix}"
+
+
+def _bare_names(path: Path, slide: str) -> tuple[str, ...]:
+    return PurePosixPath(slide).name, path.stem, path.name
+
+
+def _first_file(directory: Path, names: Iterable[str]) -> Path | None:
+    candidates = [directory / f"{name}.geojson" for name in names]
+    return next((one for one in candidates if one.is_file()), None)
+
+
 def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path | None:
-    """The GeoJSON of a slide, if there is one: in `directory` (by the slide's id or name), or beside the slide."""
+    """The GeoJSON of one slide, if there is one: in `directory` (by the slide's id or name), or beside the slide.
+
+    Of an archive, `match_regions` finds them all, and sees where one name could be of several slides.
+    """
     if directory is not None:
-        names = (slide, f"{slide}{path.suffix}", PurePosixPath(slide).name, path.stem, path.name)
-        candidates = [directory / f"{name}.geojson" for name in names]
-    else:
-        candidates = [path.with_suffix(".geojson"), path.with_name(f"{path.name}.geojson")]
+        return _first_file(directory, (*_own_names(path, slide), *_bare_names(path, slide)))
+    candidates = [path.with_suffix(".geojson"), path.with_name(f"{path.name}.geojson")]
     return next((one for one in candidates if one.is_file()), None)
 
 

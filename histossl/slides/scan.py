@@ -31,7 +31,7 @@ from histossl.errors import HistosslError, SlideError
 from histossl.slides.files import SlideFile, Walk, find_slides, relative, walk
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import Slide, open_slide
-from histossl.slides.regions import find_regions, read_regions
+from histossl.slides.regions import MIN_INSIDE, match_regions, read_regions
 from histossl.slides.scale import MppTable, read_mpp_csv
 from histossl.slides.stain import OTHER, Stain, stain_of
 from histossl.slides.tissue import TissueMask, tissue_mask, tissue_thumbnail
@@ -44,7 +44,6 @@ __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how large tiles get
 PREVIEW_PX = 360
 DIGEST_BYTES = 8 << 20  # read between two signs of life
-JPEG_QUALITY = 90
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
 
 
@@ -112,11 +111,12 @@ def scan(
     table = read_mpp_csv(Path(config.mpp_csv)) if config.mpp_csv else None
     if table:
         _tell_unused(table, walked)
+    drawn = match_regions(walked.found, regions)
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
     rows: dict[str, LedgerRow] = {}
     jobs: list[ScanJob] = []
     for one in walked.found:
-        job = _job(one, directory, config, table, regions, previews, known)
+        job = _job(one, directory, config, table, drawn.get(one.path), previews, known)
         before = known.get(job.row.file)
         if one.problem:
             rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
@@ -144,7 +144,7 @@ def _job(
     directory: Path,
     config: ScanConfig,
     table: MppTable | None,
-    regions: Path | None,
+    region_file: Path | None,
     preview: bool,
     known: dict[str, LedgerRow],
 ) -> ScanJob:
@@ -152,7 +152,6 @@ def _job(
     mpp = table.mpp_of(file, one.slide) if table else None
     source = "--mpp-csv" if mpp is not None else "--slide-mpp"
     mpp = config.slide_mpp if mpp is None else mpp
-    region_file = find_regions(one.path, one.slide, regions)
     size, modified_s = stamp(one.path)
     told = plain([__version__, asdict(replace(config, slide_mpp=None, mpp_csv=None, time_limit_s=1.0)), mpp, source])
     told.append([str(region_file), *stamp(region_file)] if region_file else None)
@@ -279,18 +278,15 @@ class _Look:
             thumbnail, downsample = tissue_thumbnail(slide, config.tissue.tissue_um)
             um_per_px = um_from_l0(downsample, slide.mpp_l0)
             tissue = TissueMask(tissue_mask(thumbnail, um_per_px, config.tissue), downsample)
-            wanted = tissue
+            drawn = None
             if job.regions is not None:
                 regions = read_regions(job.regions, slide.size_l0)
-                wanted = replace(tissue, mask=tissue.mask & regions.mask(tissue.mask.shape, downsample))
+                drawn = TissueMask(regions.mask(tissue.mask.shape, downsample), downsample)
             stain = stain_of(thumbnail, tissue.mask)
             self._warn_of(slide, tissue, stain)
-            corners, side_l0 = self._places(slide, wanted)
+            corners, side_l0 = self._places(slide, tissue, drawn)
             tile_bytes = self._probe(slide, corners, side_l0)
-            per_scale = [len(corners)] + [
-                len(_grid(slide, config.tile_px, mpp, wanted, config.tissue.min_tissue)[0])
-                for mpp in config.coarser_mpp
-            ]
+            per_scale = [len(corners)] + [len(self._grid(slide, mpp, tissue, drawn)[0]) for mpp in config.coarser_mpp]
             self.row = replace(
                 self.row,
                 stain=stain.family,
@@ -299,7 +295,8 @@ class _Look:
                 expected_tiles=sum(per_scale),
                 expected_mb=round(sum(per_scale) * tile_bytes / 1e6, 3),
             )
-            preview = _preview(thumbnail, wanted, corners, side_l0) if job.preview else None
+            shown = tissue if drawn is None else replace(tissue, mask=tissue.mask & drawn.mask)
+            preview = _preview(thumbnail, shown, corners, side_l0) if job.preview else None
         reason = "; ".join(self.warnings)
         self.row = replace(self.row, status=WARNING if reason else OK, reason=reason)
         return preview
@@ -334,18 +331,31 @@ class _Look:
         if not tissue.mask.any():
             self.warnings.append("no tissue found: blank glass, ink only, or tissue smaller than --min-speck-um")
 
-    def _places(self, slide: Slide, wanted: TissueMask) -> tuple[NDArray[np.float64], float]:
+    def _places(self, slide: Slide, tissue: TissueMask, drawn: TissueMask | None) -> tuple[NDArray[np.float64], float]:
         config = self.job.config
-        corners, side_l0 = _grid(slide, config.tile_px, config.mpp, wanted, config.tissue.min_tissue)
+        corners, side_l0 = self._grid(slide, config.mpp, tissue, drawn)
         if min(slide.size_l0) < side_l0:
             width_um, height_um = (um_from_l0(side, slide.mpp_l0) for side in slide.size_l0)
             self.warnings.append(
                 f"smaller than one tile: {width_um:.0f} x {height_um:.0f} microns, a tile of {config.tile_px} px at "
                 f"{config.mpp:g} covers {config.tile_px * config.mpp:.0f}"
             )
-        elif not len(corners) and wanted.mask.any():
-            self.warnings.append(f"no place has {config.tissue.min_tissue:.0%} tissue (--min-tissue)")
+        elif not len(corners) and tissue.mask.any():
+            where = "in the drawn regions " if drawn else ""
+            self.warnings.append(f"no place {where}has {config.tissue.min_tissue:.0%} tissue (--min-tissue)")
         return corners, side_l0
+
+    def _grid(
+        self, slide: Slide, mpp: float, tissue: TissueMask, drawn: TissueMask | None
+    ) -> tuple[NDArray[np.float64], float]:
+        """Corners (n, 2) of the tiles that tiling would cut, by tissue and regions, and their side; level-0 pixels."""
+        side_l0 = l0_from_px(self.job.config.tile_px, mpp, slide.mpp_l0)
+        columns, rows = (int(side // side_l0) for side in slide.size_l0)
+        y, x = np.mgrid[:rows, :columns].reshape(2, -1) * side_l0
+        kept = tissue.share(x, y, side_l0) >= self.job.config.tissue.min_tissue
+        if drawn is not None:
+            kept &= drawn.share(x, y, side_l0) >= MIN_INSIDE
+        return np.stack([x[kept], y[kept]], axis=1), side_l0
 
     def _probe(self, slide: Slide, corners: NDArray[np.float64], side_l0: float) -> float:
         """Read a few tiles as tiling would. Bytes per tile; SlideError if none of them can be read."""
@@ -368,7 +378,7 @@ class _Look:
                 errors.append(_without_name(str(error), self.job.path))
                 continue
             buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            Image.fromarray(pixels).save(buffer, "JPEG", quality=self.job.config.jpeg_quality)
             sizes.append(buffer.tell())
         if errors and not sizes:
             raise SlideError(f"damaged: {errors[0]}")
@@ -377,17 +387,6 @@ class _Look:
                 f"damaged: {len(errors)} of {len(chosen)} places looked at cannot be read ({errors[0]})"
             )
         return float(np.mean(sizes))
-
-
-def _grid(
-    slide: Slide, tile_px: int, mpp: float, tissue: TissueMask, min_tissue: float
-) -> tuple[NDArray[np.float64], float]:
-    """Corners (n, 2) of the grid's tiles with enough tissue, and their side, in level-0 pixels."""
-    side_l0 = l0_from_px(tile_px, mpp, slide.mpp_l0)
-    columns, rows = (int(side // side_l0) for side in slide.size_l0)
-    y, x = np.mgrid[:rows, :columns].reshape(2, -1) * side_l0
-    kept = tissue.share(x, y, side_l0) >= max(min_tissue, 1e-9)
-    return np.stack([x[kept], y[kept]], axis=1), side_l0
 
 
 def _preview(thumbnail: NDArray[np.uint8], tissue: TissueMask, corners: NDArray[np.float64], side_l0: float) -> Preview:

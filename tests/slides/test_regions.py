@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from histossl.errors import SlideError
-from histossl.slides.regions import find_regions, rasterised, read_regions
+from histossl.errors import SlideError, UsageError
+from histossl.slides.files import SlideFile
+from histossl.slides.regions import find_regions, match_regions, rasterised, read_regions
 
 SIZE = (1000, 800)
 
@@ -124,3 +125,48 @@ def test_found_beside_the_slide_or_in_a_folder(tmp_path: Path) -> None:
     (folder / "case1").mkdir()
     nested = write(folder / "case1" / "A1.geojson", feature([square(0, 0, 9)]))
     assert find_regions(slide, "case1/A1", folder) == nested
+
+
+def archive(root: Path, *names: str) -> list[SlideFile]:
+    return [SlideFile(root / name, name.rpartition(".")[0]) for name in names]
+
+
+def geojson(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def matches(slides: list[SlideFile], folder: Path) -> dict[str, str]:
+    found = match_regions(slides, folder)
+    return {one.slide: str(found[one.path].relative_to(folder)) for one in slides if found[one.path]}
+
+
+def test_a_name_without_folder_goes_to_one_slide_or_is_refused(tmp_path: Path) -> None:
+    """Regions of one slide laid over another of the same name would be wrong labels without a word."""
+    slides = archive(tmp_path, "c1/A1.svs", "c2/A1.svs", "c2/B1.svs")
+    folder = tmp_path / "regions"
+    geojson(folder, "A1.geojson", "B1.geojson")
+    with pytest.raises(UsageError, match=r"A1\.geojson could be of c1/A1 or c2/A1; name it .*c1/A1\.geojson"):
+        match_regions(slides, folder)
+    (folder / "A1.geojson").unlink()
+    geojson(folder, "c2/A1.geojson")
+    assert matches(slides, folder) == {"c2/A1": "c2/A1.geojson", "c2/B1": "B1.geojson"}
+
+
+def test_a_slide_of_that_very_id_goes_before_one_in_a_folder(tmp_path: Path) -> None:
+    geojson(tmp_path / "regions", "A1.geojson")
+    assert matches(archive(tmp_path, "A1.svs", "c1/A1.svs"), tmp_path / "regions") == {"A1": "A1.geojson"}
+
+
+def test_regions_and_slides_that_do_not_meet_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slides, folder = archive(tmp_path, "A1.svs", "B1.svs"), tmp_path / "regions"
+    geojson(folder, "A1.geojson", "deep/C1.geojson")
+    assert matches(slides, folder) == {"A1": "A1.geojson"}
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no slide here answers to deep/C1.geojson" in told
+    assert "1 slides have no file there and are taken whole: B1" in told
+    (folder / "A1.geojson").rename(folder / "a-1.geojson")
+    with pytest.raises(UsageError, match=r"none of it is named after a slide here \(its a-1\.geojson, deep/C1"):
+        match_regions(slides, folder)
+    assert set(match_regions(slides).values()) == {None}, "beside the slides nothing was asked for"

@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histossl.config import ScanConfig
+from histossl.config import ScanConfig, TileConfig, TissueConfig
 from histossl.demo.paint import PaintedSlide
 from histossl.errors import HistosslError, SlideError
 from histossl.slides import scan as scanning
@@ -114,6 +114,17 @@ def test_expected_tiles_follow_the_scale(painted_slide: PaintedSlide, workspace:
 
     assert tiles(tile_px=64) > 3 * tiles(tile_px=128) > 0
     assert tiles(tile_px=64, coarser_mpp=(1.0,)) == tiles(tile_px=64) + tiles(tile_px=64, mpp=1.0)
+
+
+@pytest.mark.usefixtures("here")
+def test_expected_tiles_follow_the_settings_of_tiling(painted_slide: PaintedSlide, workspace: Workspace) -> None:
+    def look(tissue: TissueConfig = TissueConfig(), **options: Any) -> LedgerRow:
+        return scan(painted_slide.path.parent, workspace, ScanConfig(tile_px=128, tissue=tissue, **options)).rows[0]
+
+    assert look(TissueConfig(min_tissue=0)).expected_tiles == 64, "no filter: tile cuts the glass too"
+    assert look().expected_tiles < 64
+    assert look(jpeg_quality=50).expected_mb < 0.7 * look().expected_mb
+    assert ScanConfig().jpeg_quality == TileConfig().jpeg_quality
 
 
 @pytest.mark.usefixtures("here")
@@ -284,6 +295,8 @@ def test_regions_limit_what_is_expected(tmp_path: Path, painted_slide: PaintedSl
     half = scan(folder, workspace, ScanConfig(tile_px=64)).rows[0]
     assert everything.expected_tiles is not None
     assert half.expected_tiles == pytest.approx(everything.expected_tiles / 2, rel=0.25)
+    none = scan(folder, workspace, ScanConfig(tile_px=64, tissue=TissueConfig(min_tissue=0))).rows[0]
+    assert none.expected_tiles == 8 * 16, "half of the places, with tissue or without"
     (folder / "A1.geojson").write_text("not json")
     assert "not a GeoJSON" in scan(folder, workspace, ScanConfig(tile_px=64)).rows[0].reason
 
@@ -333,6 +346,17 @@ def test_real_slides(real_data: Path, workspace: Workspace) -> None:
 # ---- the command
 
 
+def test_command_tells_regions_that_no_slide_answers_to(
+    painted_slide: PaintedSlide, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    (tmp_path / "regions").mkdir()
+    (tmp_path / "regions" / "B1.geojson").touch()
+    options = ("-w", tmp_path / "ws", "--workers", 1, "--regions", tmp_path / "regions")
+    told = cli("scan", painted_slide.path.parent, *options)
+    assert told.code == 2
+    assert "B1.geojson" in told.err
+
+
 def test_command_prints_rows_reasons_and_totals(archive: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     told = cli("scan", archive, "-w", tmp_path / "ws", "--workers", 1, "--contact-sheet")
     assert told.code == 0
@@ -363,6 +387,11 @@ def test_command_fails_when_nothing_can_be_read(archive: Path, tmp_path: Path, c
     [
         (["--mpp", "fine"], "--mpp fine"),
         (["--mpp", "0"], "--mpp 0"),
+        (["--mpp", "0.5,0"], "--mpp 0"),
+        (["--mpp", "0.5,nan"], "--mpp nan"),
+        (["--mpp", "1,0.5"], "--mpp 1,0.5"),
+        (["--mpp", "1,0.5,-1"], "--mpp -1"),
+        (["--jpeg-quality", "0"], "--jpeg-quality 0"),
         (["--slide-mpp", "-1"], "--slide-mpp -1"),
         (["--slide-mpp", "0"], "--slide-mpp 0"),
         (["--slide-mpp", "text"], "--slide-mpp"),
