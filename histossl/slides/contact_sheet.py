@@ -24,7 +24,7 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr
 article { border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
 figure { margin: 0; position: relative; background: #fff; aspect-ratio: var(--w) / var(--h); }
 figure > * { position: absolute; inset: 0; width: 100%; height: 100%; }
-.grid path { fill: none; stroke: #0b5fd6; stroke-width: 1px; stroke-opacity: .8; vector-effect: non-scaling-stroke; }
+.grid { image-rendering: pixelated; }
 body:has(#show-mask:not(:checked)) .mask, body:has(#show-grid:not(:checked)) .grid { display: none; }
 body:has(#only-trouble:checked) article.ok { display: none; }
 .about { padding: .5rem .7rem; }
@@ -73,15 +73,15 @@ def _card(row: LedgerRow, preview: Preview | None) -> str:
 
 
 def _figure(preview: Preview) -> str:
-    width, height = preview.width_px, preview.height_px
-    side_x, side_y = preview.side[0] * width, preview.side[1] * height
-    squares = "".join(
-        f"M{column * side_x:.1f} {row * side_y:.1f}h{side_x:.1f}v{side_y:.1f}h-{side_x:.1f}z"
-        for column, row in preview.places
-    )
+    grid = ""
+    if preview.grid_png:
+        width, height = (f"{share:.3%}" for share in preview.grid_size)
+        grid = (
+            f'<img class="grid" alt="" style="width:{width};height:{height}" '
+            f'src="data:image/png;base64,{preview.grid_png}">'
+        )
     return (
-        f'<figure style="--w:{width};--h:{height}"><img alt="" src="data:image/jpeg;base64,{preview.jpeg}">'
-        f'<img class="mask" alt="" src="data:image/png;base64,{preview.mask_png}">'
-        f'<svg class="grid" viewBox="0 0 {width} {height}" preserveAspectRatio="none"><path d="{squares}"/></svg>'
-        "</figure>"
+        f'<figure style="--w:{preview.width_px};--h:{preview.height_px}">'
+        f'<img alt="" src="data:image/jpeg;base64,{preview.jpeg}">{grid}'
+        f'<img class="mask" alt="" src="data:image/png;base64,{preview.mask_png}"></figure>'
     )

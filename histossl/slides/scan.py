@@ -14,6 +14,9 @@ import io
 import json
 import math
 import os
+import pickle
+import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -43,20 +46,46 @@ __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 
 NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how large tiles get
 PREVIEW_PX = 360
+PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
 DIGEST_BYTES = 8 << 20  # read between two signs of life
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What the contact sheet shows of a slide: pictures as base64, the grid in shares of the picture's sides."""
+    """What the contact sheet shows of a slide: pictures as base64, some 25 kB however many tiles the slide has."""
 
     jpeg: str
     mask_png: str  # veils what is not tissue
-    side: tuple[float, float]  # a tile's width and height
-    places: tuple[tuple[int, int], ...]  # column and row of the tiles with enough tissue
+    grid_png: str  # one pixel per place of the grid, coloured if it has enough tissue; empty if there is no place
+    grid_size: tuple[float, float]  # width and height that the grid covers, in shares of the picture's
     width_px: int
     height_px: int
+
+
+class Previews(Mapping[str, Preview]):
+    """Previews by file, kept on disk: those of a large archive are more than memory should hold."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = tempfile.SpooledTemporaryFile(PREVIEWS_BYTES, dir=str(directory))  # noqa: SIM115  (closed by finalize)
+        self._at: dict[str, int] = {}
+        weakref.finalize(self, self._file.close)
+
+    def add(self, file: str, preview: Preview) -> None:
+        self._at[file] = self._file.seek(0, os.SEEK_END)
+        pickle.dump(preview, self._file)
+
+    def __getitem__(self, file: str) -> Preview:
+        self._file.seek(self._at[file])
+        preview = pickle.load(self._file)
+        assert isinstance(preview, Preview)
+        return preview
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,7 @@ class Scanned:
 
     rows: list[LedgerRow]
     ignored: dict[str, int]
-    previews: dict[str, Preview] = field(default_factory=dict)  # by file
+    previews: Mapping[str, Preview] = field(default_factory=dict)  # by file
 
     @property
     def num_readable(self) -> int:
@@ -124,13 +153,13 @@ def scan(
             rows[job.row.file] = before
         else:
             jobs.append(job)
-    shown: dict[str, Preview] = {}
+    shown = Previews(workspace.make().root)
     # Slow files first would be better still, but a file's size says little about how long it takes to look at.
     with console.progress("scanning", len(jobs), "files") as bar:
         for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
             rows[row.file] = row
             if preview is not None:
-                shown[row.file] = preview
+                shown.add(row.file, preview)
             bar.advance(note=row.file if row.status == UNREADABLE else "")
     found = [rows[relative(one.path, directory)] for one in walked.found]
     found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
@@ -296,7 +325,7 @@ class _Look:
                 expected_mb=round(sum(per_scale) * tile_bytes / 1e6, 3),
             )
             shown = tissue if drawn is None else replace(tissue, mask=tissue.mask & drawn.mask)
-            preview = _preview(thumbnail, shown, corners, side_l0) if job.preview else None
+            preview = _preview(thumbnail, shown, corners, side_l0, slide.size_l0) if job.preview else None
         reason = "; ".join(self.warnings)
         self.row = replace(self.row, status=WARNING if reason else OK, reason=reason)
         return preview
@@ -389,7 +418,13 @@ class _Look:
         return float(np.mean(sizes))
 
 
-def _preview(thumbnail: NDArray[np.uint8], tissue: TissueMask, corners: NDArray[np.float64], side_l0: float) -> Preview:
+def _preview(
+    thumbnail: NDArray[np.uint8],
+    tissue: TissueMask,
+    corners: NDArray[np.float64],
+    side_l0: float,
+    size_l0: tuple[int, int],
+) -> Preview:
     shrink = min(1.0, PREVIEW_PX / max(thumbnail.shape[:2]))
     size = (max(1, round(thumbnail.shape[1] * shrink)), max(1, round(thumbnail.shape[0] * shrink)))
     picture = io.BytesIO()
@@ -402,12 +437,20 @@ def _preview(thumbnail: NDArray[np.uint8], tissue: TissueMask, corners: NDArray[
     overlay = io.BytesIO()
     painted.save(overlay, "PNG", transparency=bytes([0, 150, 255]), bits=2)
     places = np.rint(corners / side_l0).astype(int)
+    columns, rows = (int(side // side_l0) for side in size_l0)
+    grid = np.zeros((rows, columns), np.uint8)
+    grid[places[:, 1], places[:, 0]] = 1 + places.sum(axis=1) % 2  # two blues by turns, to tell tiles apart
+    tiles = io.BytesIO()
+    if grid.size:
+        squares = Image.fromarray(grid, "P")
+        squares.putpalette([0, 0, 0, 11, 95, 214, 70, 150, 255])
+        squares.save(tiles, "PNG", transparency=bytes([0, 110, 110]), bits=2)
     covered_l0 = [side * tissue.downsample for side in (thumbnail.shape[1], thumbnail.shape[0])]
     return Preview(
         base64.b64encode(picture.getvalue()).decode(),
         base64.b64encode(overlay.getvalue()).decode(),
-        (side_l0 / covered_l0[0], side_l0 / covered_l0[1]),
-        tuple((int(x), int(y)) for x, y in places),
+        base64.b64encode(tiles.getvalue()).decode(),
+        (columns * side_l0 / covered_l0[0], rows * side_l0 / covered_l0[1]),
         *size,
     )
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
 import re
+import tracemalloc
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from histossl.config import ScanConfig
 from histossl.demo.paint import PaintedSlide
+from histossl.slides import scan as scanning
 from histossl.slides.contact_sheet import write_contact_sheet
 from histossl.slides.ledger import LedgerRow
-from histossl.slides.scan import ScanJob, look_at
+from histossl.slides.scan import Previews, ScanJob, look_at
+from histossl.slides.tissue import TissueMask
 
 NASTY = '<b>&"bold".svs'
 
@@ -41,8 +47,13 @@ def test_page_shows_thumbnail_mask_and_grid(tmp_path: Path, painted_slide: Paint
     job = ScanJob(painted_slide.path, LedgerRow("A1.tif"), config, None, "--slide-mpp", preview=True)
     row, preview = look_at(job, lambda count: None)
     assert preview is not None
-    assert len(preview.places) == row.expected_tiles
-    assert preview.side[0] * 8 == np.float64(1).item(), "eight tiles of 128 px cross 1,024 px"
+    tiles = np.asarray(Image.open(io.BytesIO(base64.b64decode(preview.grid_png))).convert("RGBA"))[..., 3] > 0
+    assert tiles.shape == (8, 8), "eight tiles of 128 px cross 1,024 px"
+    assert preview.grid_size == (1.0, 1.0)
+    assert tiles.sum() == row.expected_tiles
+    share = painted_slide.tissue_mask.reshape(8, 8, 8, 8).mean(axis=(1, 3))
+    assert tiles[share > 0.7].all()
+    assert not tiles[share < 0.3].any()
     mask = Image.open(io.BytesIO(base64.b64decode(preview.mask_png))).convert("RGBA")
     clear = np.asarray(mask)[..., 3] == 0
     assert abs(clear.mean() - painted_slide.tissue_mask.mean()) < 0.1
@@ -53,7 +64,28 @@ def test_page_shows_thumbnail_mask_and_grid(tmp_path: Path, painted_slide: Paint
     assert page.tags.count("article") == page.tags.count("figure") == 1
     assert all(source.startswith("data:image/") for source in page.sources)
     assert not re.search(r"https?://|url\(|<script", text)
-    assert text.count("M") >= len(preview.places)
+    assert 'class="grid" alt="" style="width:100.000%;height:100.000%"' in text
+
+
+def test_memory_does_not_grow_with_tiles_or_slides(tmp_path: Path) -> None:
+    thumbnail = np.full((500, 1000, 3), 200, np.uint8)
+    x, y = np.meshgrid(np.arange(400) * 256.0, np.arange(200) * 256.0)
+    corners = np.stack([x.ravel(), y.ravel()], axis=1)
+    tissue = TissueMask(np.ones((500, 1000), bool), 102.5)
+    preview = scanning._preview(thumbnail, tissue, corners, 256.0, (102500, 51250))
+    assert len(pickle.dumps(preview)) < 30e3, "80,000 tiles"
+    assert preview.grid_size == pytest.approx((400 * 256 / 102500, 200 * 256 / 51250))
+
+    tracemalloc.start()
+    previews = Previews(tmp_path)
+    for number in range(300):
+        previews.add(f"{number}.tif", replace(preview, jpeg=f"{number} " + "x" * 200_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 45e6, "of 60 MB, 16 MB are held, and once more as they go to disk"
+    assert previews["7.tif"].jpeg.startswith("7 ")
+    assert previews.get("nowhere.tif") is None
+    assert len(previews) == len(list(previews)) == 300
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
