@@ -31,6 +31,11 @@ from histossl.workspace import written_aside
 
 # Where checkpoints of the field keep the part that we want, outermost first.
 WRAPPERS = ("state_dict", "model", "teacher", "student", "model_ema")
+# What torch and safetensors raise on files that are something else, or half of something.
+UNREADABLE = (
+    OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, SafetensorError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "_orig_mod.")
 
 
@@ -217,8 +222,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             f"{path}: refused, it is not a plain set of tensors (pickled code or not a torch file); "
             "save its state_dict alone, or convert it to safetensors"
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path}: cannot be read as weights, is it truncated? ({error})") from error
+    except UNREADABLE as error:
+        raise WeightsError(f"{path}: is no weights file, or is truncated ({type(error).__name__}: {error})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content

@@ -290,7 +290,7 @@ def with_overrides(config: Any, assignments: Iterable[str]) -> Any:
             raise UsageError(f"--set {assignment}: must be KEY=VALUE")
         if key not in known:
             raise UsageError(
-                f"--set {assignment}: unknown key {key!r}{nearest(key, known)} Known: {', '.join(sorted(known))}"
+                f"--set {assignment}: unknown key {key!r}{nearest(key, known) or '.'} Known: {', '.join(sorted(known))}"
             )
         changes[key] = _as_type_of(known[key], text.strip(), assignment)
     return replace(config, **changes)
@@ -367,7 +367,7 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
     now = plain(asdict(config))
     free = set(may_change)
     differ = [
-        f"{field.name} was {before.get(field.name)!r}, now {now[field.name]!r}"
+        f"{field.name} was {_short(before.get(field.name))}, now {_short(now[field.name])}"
         for field in fields(config)
         if field.name not in free and before.get(field.name) != now[field.name]
     ]
@@ -376,6 +376,11 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
             f"{path.parent} was made with other settings: {'; '.join(differ)}. "
             "Use the same settings to go on, or another --name"
         )
+
+
+def _short(value: object) -> str:
+    """A long list by its length: the slides left out of a run may be hundreds."""
+    return f"{len(value)} entries" if isinstance(value, list) and len(value) > 3 else repr(value)
 
 
 def _version(package: str) -> str | None:

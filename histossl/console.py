@@ -58,6 +58,7 @@ class Bar:
     def __init__(self, what: str, total: int, unit: str, live: Progress | None) -> None:
         self.what, self.total, self.unit, self.done, self.note = what, total, unit, 0, ""
         self._live = live
+        self._said = -1
         self._task = live.add_task(escape(what), total=total, note="") if live else None
         self._started_s = self._printed_s = time.monotonic()
 
@@ -77,11 +78,12 @@ class Bar:
 
     def _line(self) -> None:
         self._printed_s = time.monotonic()
+        self._said = self.done
         elapsed_s = self._printed_s - self._started_s
         say(f"{self.what}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s  {self.note}".rstrip())
 
     def finish(self) -> None:
-        if self._live is None:
+        if self._live is None and self._said != self.done:
             self._line()
 
 

@@ -61,7 +61,7 @@ def test_there_are_command_lines_to_try() -> None:
 
 def test_command_lines_run_as_written(lab: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lab)
-    order = ("scan", "plan", "views", "pretrain", "finetune", "demo")
+    order = ("scan", "tile", "views", "plan", "pretrain", "finetune", "demo")
     lines = sorted(COMMAND_LINES, key=lambda line: (order.index(shlex.split(line)[1]), line))
     for line in lines:
         name, *rest = shlex.split(line.replace("/data/slides", "slides"))[1:]

@@ -174,7 +174,12 @@ def pretrain(
     )
     entry_of(method)
     num_processes = 1 if is_worker() else num_processes_for(gpus)
-    if slides is not None and not is_worker():
+    if slides is not None and only_plan and not at.tiles.exists():
+        raise UsageError(
+            f"no tiles in {at.root} to plan with; cut them first with histossl tile --slides {slides} "
+            f"(histossl scan {slides} says how many there will be)"
+        )
+    if slides is not None and not only_plan and not is_worker():
         tile_for(at, slides, tile_px, mpp, slide_mpp)
     index = TileIndex.open(at)
     table = labelled_slides(labels, index) if labels else None
@@ -204,7 +209,8 @@ def pretrain(
     if int(os.environ.get("RANK", "0")) == 0:
         console.say(result.text)
         if result.finished:
-            console.say("next: histossl finetune --labels labels.csv")
+            here = f" -w {workspace}" if workspace else ""
+            console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{here}")
     return 0
 
 

@@ -64,8 +64,9 @@ def finetune(
     table = labelled_items(workspace, index, config)
     show_labels(table, config.labels)
     run = workspace.finetune(name)
-    refuse_other_config(run.run_json, config, MAY_CHANGE)
-    splits = _splits(run, table, config)
+    if not dry_run:  # which looks at these labels, whatever was done under this name before
+        refuse_other_config(run.run_json, config, MAY_CHANGE)
+    splits = _splits(run, table, config, anew=dry_run)
     _show_splits(splits, table)
     if dry_run:
         console.say("dry run: the labels are in order, nothing was computed")
@@ -313,8 +314,8 @@ def show_labels(table: LabelTable, source: str) -> None:
         console.warn(note)
 
 
-def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig) -> Splits:
-    if run.splits.exists():
+def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig, anew: bool) -> Splits:
+    if run.splits.exists() and not anew:
         return read_splits(run.splits, table)
     return make_splits(
         table,

@@ -34,7 +34,7 @@ REGISTRY: dict[str, Entry] = {
 def entry_of(name: str) -> Entry:
     if name not in REGISTRY:
         raise UsageError(
-            f"--method {name}: not known{nearest(name, REGISTRY)} There are: {', '.join(sorted(REGISTRY))}"
+            f"method {name!r}: not known{nearest(name, REGISTRY) or '.'} There are: {', '.join(sorted(REGISTRY))}"
         )
     return REGISTRY[name]
 

@@ -117,10 +117,11 @@ class Ceiling:
         self.lowest = float("inf")
         self.told = False
 
-    def stuck(self, loss: float, ceiling: float | None, progress: float) -> str:
-        """'' while all is well. Judged after a fifth of the run: a full queue of fresh keys starts near the ceiling."""
+    def stuck(self, loss: float, ceiling: float | None, done: int, num_steps: int) -> str:
+        """'' while all is well. Judged after a fifth of the run, and 100 steps: fresh keys start near the ceiling."""
         self.lowest = min(self.lowest, loss)
-        if ceiling is None or self.told or progress < 0.2 or self.lowest < 0.98 * ceiling:
+        early = done < max(100, num_steps / 5)
+        if ceiling is None or self.told or early or self.lowest < 0.98 * ceiling:
             return ""
         self.told = True
         return (

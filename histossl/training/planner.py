@@ -63,7 +63,7 @@ def plan(
         )
     if batch > num_tiles:
         raise UsageError(
-            f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use fewer, or more slides"
+            f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use {max(2, num_tiles // 8)} or so"
         )
     num_steps = _steps(config, num_tiles, reasons)
     queue_size = _queue(config, num_tiles, num_slides, knobs, reasons) if config.method.startswith("moco") else 0

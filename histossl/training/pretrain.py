@@ -263,7 +263,7 @@ class _Pretraining:
                         self.log.write(row)
                     logged, logged_s, waited_s = done, now_s, tiles.wait_s
                     bar.note = ", ".join((_note(row), *self.last_look))
-                    stuck = self.ceiling.stuck(row["loss"], self.method.loss_ceiling(), done / num_steps)
+                    stuck = self.ceiling.stuck(row["loss"], self.method.loss_ceiling(), done, num_steps)
                     if stuck and self.processes.writes:
                         console.warn(f"step {done}: {stuck}")
                 if done % operation.monitor_every == 0 or last:
@@ -616,6 +616,7 @@ class _Pretraining:
         held += trained * (1 if self.plan.optimizer == "sgd" else 2)
         self._announce(
             f"{step_s:.3g} s a step, so about {_duration(step_s * self.plan.num_steps)} in all (timed just now)",
+            f"besides that, a look at the features every {self.operation.monitor_every} steps",
             f"disk: two checkpoints of {held / 2**20:,.0f} MB",
         )
 

@@ -74,10 +74,10 @@ def test_weight_change_is_relative_and_per_block() -> None:
 
 def test_a_loss_that_never_leaves_its_ceiling_is_told_once() -> None:
     ceiling = Ceiling()
-    assert ceiling.stuck(6.9, 6.93, 0.1) == ""  # too early to judge
-    assert "never left its ceiling 6.93 (lowest 6.88)" in ceiling.stuck(6.88, 6.93, 0.3)
-    assert ceiling.stuck(6.88, 6.93, 0.5) == ""
+    assert ceiling.stuck(6.9, 6.93, 50, 200) == ""  # too early to judge
+    assert "never left its ceiling 6.93 (lowest 6.88)" in ceiling.stuck(6.88, 6.93, 110, 200)
+    assert ceiling.stuck(6.88, 6.93, 150, 200) == ""
     learning = Ceiling()
-    learning.stuck(5.0, 6.93, 0.1)
-    assert learning.stuck(6.9, 6.93, 0.9) == ""
-    assert Ceiling().stuck(9.0, None, 0.9) == ""
+    learning.stuck(5.0, 6.93, 20, 200)
+    assert learning.stuck(6.9, 6.93, 180, 200) == ""
+    assert Ceiling().stuck(9.0, None, 180, 200) == ""

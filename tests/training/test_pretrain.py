@@ -283,6 +283,17 @@ def test_weights_of_another_architecture_name_the_keys(index: TileIndex, tmp_pat
     assert "keys missing" in told.err
 
 
+@pytest.mark.parametrize(
+    "content", [b"slide,label,patient,split\nA.tif,AC,AC-1,test\n", b"", b"PK\x03\x04", bytes(500)]
+)
+def test_a_file_that_is_no_weights_gets_one_line(index: TileIndex, tmp_path: Path, cli, content: bytes) -> None:
+    (tmp_path / "weights.pth").write_bytes(content)
+    told = cli(*command(index.path.parents[1], "--weights", str(tmp_path / "weights.pth"), "--name", "no-weights"))
+    assert told.code == 1
+    assert told.err.startswith("error:")
+    assert "weights.pth: " in told.err
+
+
 def test_pickled_code_is_refused(index: TileIndex, tmp_path: Path, cli) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
