@@ -13,13 +13,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from histossl.errors import HistosslError
 
 START_S = 120.0  # a process on a busy machine takes a while to start and import
+
+_NOT_BEGUN = "not begun"  # an Event's kind, within this module
 
 Report = Callable[[int], None]
 Job = Callable[[Any, Report], Any]
@@ -45,6 +47,7 @@ def run_jobs(function: Job, jobs: Sequence[Any], num_workers: int, silence_s: fl
         yield from _here(function, jobs)
         return
     waiting = list(enumerate(jobs))[::-1]
+    again: set[int] = set()  # jobs whose process died before they began: not their fault, the first time
     workers: list[_Worker] = []
     try:
         while waiting or workers:
@@ -55,7 +58,11 @@ def run_jobs(function: Job, jobs: Sequence[Any], num_workers: int, silence_s: fl
             for worker in list(workers):
                 event = worker.heard(bool(set(worker.waitables) & set(ready)), silence_s)
                 while event is not None:
-                    yield event
+                    if event.kind == _NOT_BEGUN and event.job not in again:
+                        again.add(event.job)
+                        waiting.append((event.job, jobs[event.job]))
+                    else:
+                        yield replace(event, kind="failed") if event.kind == _NOT_BEGUN else event
                     event = worker.heard(True, silence_s) if event.kind == "progress" else None
                 if worker.idle and worker.alive and waiting:
                     worker.give(*waiting.pop())
@@ -138,11 +145,12 @@ class _Worker:
         code = self._process.exitcode
         self.kill()
         self._job = None
+        kind = "failed" if self._began else _NOT_BEGUN
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
-            return Event(number, "failed", f"crashed the library that read it ({name}){hint}")
-        return Event(number, "failed", f"ended the process that read it (exit code {code})")
+            return Event(number, kind, f"crashed the library that read it ({name}){hint}")
+        return Event(number, kind, f"ended the process that read it (exit code {code})")
 
     def stop(self) -> None:
         """Let an idle worker end."""

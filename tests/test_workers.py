@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ def test_every_job_is_answered_once_whatever_the_others_do() -> None:
 def test_a_slow_job_that_reports_is_not_stopped() -> None:
     events = list(run_jobs(work, ["slow"], 1, 1.5))
     assert [event.value for event in events] == [0, 1, 1, 1, 1, 1, 1, "SLOW"]
+
+
+def test_a_job_whose_process_dies_before_it_begins_is_given_to_another() -> None:
+    jobs = ["dies afterwards", "b", "c"]
+    done = []
+    for event in run_jobs(die_afterwards, jobs, 1, 60):
+        if event.kind != "progress":
+            done.append((jobs[event.job], event.kind))
+            time.sleep(0.6)  # meanwhile the process goes, and is then handed the next job
+    assert done == [(job, "done") for job in jobs]
+
+
+def die_afterwards(job: str, report: Report) -> str:
+    if job == "dies afterwards":
+        threading.Timer(0.2, os._exit, [7]).start()
+    return job
 
 
 def test_closing_early_leaves_no_process(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULTS, TISSUE = TileConfig(), TissueConfig()
 SHOWN_REASONS = 8
+SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 
 
 def register(app: typer.Typer) -> None:
@@ -114,8 +115,13 @@ def tile(
         bool, typer.Option("--retry", help="Try again what failed before, and tile replaced slides anew.")
     ] = False,
     time_limit: Annotated[
-        float, typer.Option(help="Seconds without a tile after which a slide is taken for hung and given up.")
-    ] = 300.0,
+        float | None,
+        typer.Option(
+            help="Seconds without a tile after which a slide is taken for hung and given up. Default: "
+            f"{SILENCE_S:.0f}. Not with --dask, whose cluster decides when a job has taken too long.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Cut the tissue of an archive's slides into JPEG tiles: one zip per slide, in WORKSPACE/tiles.
 
@@ -129,7 +135,10 @@ def tile(
         raise UsageError(f"--workers {workers}: must be 1 or more")
     if dask is not None and workers is not None:
         raise UsageError("--workers and --dask: the Dask cluster has its own workers; give one of the two")
-    if time_limit <= 0:
+    if dask is not None and time_limit is not None:
+        raise UsageError("--time-limit and --dask: a slide on a cluster is the cluster's to stop; give one of the two")
+    silence_s = SILENCE_S if time_limit is None else time_limit
+    if time_limit is not None and time_limit <= 0:
         raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
     if regions is not None and not regions.is_dir():
         raise UsageError(f"--regions {regions}: no such folder")
@@ -137,7 +146,9 @@ def tile(
     finest, *coarser = _scales(mpp)
     if tile_px is None and grid == "native":
         before = stored_config(at)
-        tile_px = before.tile_px if before else common_native_px(slides, finest, slide_mpp)
+        tile_px = (
+            before.tile_px if before else common_native_px(slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s)
+        )
     settings = TileConfig(
         tile_px=DEFAULTS.tile_px if tile_px is None else tile_px,
         mpp=finest,
@@ -167,7 +178,7 @@ def tile(
         regions=regions,
         retry=retry,
         dask=dask,
-        silence_s=time_limit,
+        silence_s=silence_s,
     )
     tell(rows)
     if not any(row.num_tiles for row in rows):
@@ -204,3 +215,5 @@ def tell(rows: Sequence[LedgerRow]) -> None:
         console.warn(f"{row.file}: {row.tile_reason or row.reason}")
     if len(without) > SHOWN_REASONS:
         console.warn(f"and {len(without) - SHOWN_REASONS} more without tiles; archive.csv has the reason of each")
+    if any(row.tile_status == "failed" for row in rows):
+        console.say("--retry tries the failed ones again")

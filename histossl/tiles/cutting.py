@@ -133,7 +133,7 @@ class TiffPixels:
 
 @dataclass(frozen=True)
 class CutTile:
-    """Either its JPEG (copied) or its pixels, to be encoded; neither if it is damaged.
+    """Either its JPEG (copied) or its pixels, to be encoded; neither if it is damaged, or glass that was not stored.
 
     `pixels` are (h, w, 3) RGB, or (h, w, 4) as OpenSlide paints them; `rgb` makes the one of the other.
     """
@@ -141,6 +141,7 @@ class CutTile:
     place: int
     jpeg: bytes | None = None
     pixels: Pixels | None = None
+    glass: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class Cutter:
         for place in places.tolist():
             row, column = divmod(place, self.grid.columns)
             try:
-                yield CutTile(place, jpeg=self.source.jpeg(column, row))
+                jpeg = self.source.jpeg(column, row)
+                yield CutTile(place, jpeg=jpeg, glass=jpeg is None)
             except DamagedTile:
                 yield CutTile(place)
 

@@ -34,6 +34,10 @@ class Names:
             self._changed = True
         return name
 
+    def file_of(self, name: str) -> str:
+        """Of an anonymous store: the file that a zip's name stands for; empty if it is not known."""
+        return self._given.get(name, ("", ""))[1]
+
     def _read(self) -> None:
         try:
             with self._path.open(encoding="utf-8", newline="") as text:

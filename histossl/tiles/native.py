@@ -30,7 +30,8 @@ GLASS = 255
 _SOI, _EOI, _SOS, _APP0, _APP15, _COM = 0xD8, 0xD9, 0xDA, 0xE0, 0xEF, 0xFE
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what every decoder reads
 _NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # of C0-CF: Huffman tables, reserved, arithmetic conditioning
-_STRAY_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # between pixels, only an escaped 0xFF or a restart may stand
+_BETWEEN_SCANS = (_SOS, 0xC4, 0xDB, 0xDD)  # with Huffman tables, quantisation tables, restart intervals
+_STRAY_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 _LOST_SECTOR = bytes(64)  # compressed tissue has no such run of zeros
 
 
@@ -63,8 +64,11 @@ class Splicer:
         end = tile.rfind(b"\xff\xd9") + 2
         if end < scan_start + 4:
             raise DamagedTile("it has no end")
-        jpeg = head + tile[scan_start:end]
-        if not _plausible(tile, scan_start, end):
+        start = scan_start + 2 + int.from_bytes(tile[scan_start + 2 : scan_start + 4], "big")
+        # Between pixels only an escaped 0xFF or a restart may stand; else it is progressive, or has a second end.
+        strays = _STRAY_MARKER.search(tile, start, end - 2) is not None
+        jpeg = head + (_scans(tile, scan_start) if strays else tile[scan_start:end])
+        if strays or tile.find(_LOST_SECTOR, start, end) >= 0:
             _decoded(jpeg, self._size, 1)
         return jpeg
 
@@ -102,10 +106,30 @@ def _kept_segments(data: bytes, start: int) -> tuple[list[bytes], int]:
     return kept, len(data)
 
 
-def _plausible(tile: bytes, scan_start: int, end: int) -> bool:
-    """Whether the compressed pixels look like some: 0xFF only where the format allows it, no lost sector of zeros."""
-    start = scan_start + 2 + int.from_bytes(tile[scan_start + 2 : scan_start + 4], "big")
-    return _STRAY_MARKER.search(tile, start, end - 2) is None and tile.find(_LOST_SECTOR, start, end) < 0
+def _scans(tile: bytes, position: int) -> bytes:
+    """All scans from the first on, with the tables between them, up to the first end; APPn and comments left out."""
+    kept: list[bytes] = []
+    while position + 4 <= len(tile) or tile[position : position + 2] == b"\xff\xd9":
+        if tile[position : position + 2] == b"\xff\xff":  # fill byte
+            position += 1
+            continue
+        marker = tile[position + 1]
+        if marker == _EOI:
+            return b"".join([*kept, b"\xff\xd9"])
+        end = position + 2 + int.from_bytes(tile[position + 2 : position + 4], "big")
+        if marker == _SOS:
+            found = _STRAY_MARKER.search(tile, end)
+            if found is None:
+                break
+            end = found.start()
+        if marker in _BETWEEN_SCANS:
+            kept.append(tile[position:end])
+        elif not (_APP0 <= marker <= _APP15 or marker == _COM):
+            raise DamagedTile("its pixels are garbled")
+        if tile[end : end + 1] != b"\xff":
+            raise DamagedTile("its pixels are garbled")
+        position = end
+    raise DamagedTile("it has no end")
 
 
 def _decoded(jpeg: bytes, size: tuple[int, int], shrink: int) -> Pixels:

@@ -12,8 +12,8 @@ import hmac
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from histossl.errors import HistosslError, SlideError, StoreError
 from histossl.slides.quality import saturation, sharpness
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import read_regions
+from histossl.slides.scan import stamp
 from histossl.slides.tissue import (
     TissueMask,
     fold_mask,
@@ -46,6 +47,7 @@ Ints = npt.NDArray[np.int64]
 
 MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
 REPORT_EVERY_S = 0.5
+SPOTS = 256  # samples that tell a slide from its mended copy: 4 MB, so a smaller file is compared whole
 TOO_COARSE = 2.0  # enlarging a slide more than this invents most of its pixels
 COARSE = 1.1
 SAMPLE = 32  # tiles looked at, to know how large a blurred one is
@@ -96,8 +98,12 @@ class StoreFull(StoreError):
     """The disk takes no more: the run ends, and what is finished stays."""
 
 
-def fingerprint(path: Path, key: bytes = b"") -> str:
-    """Tells a slide from another, or from its replacement, by its size and 10 samples of its bytes; not by its name.
+class NotOpened(SlideError):
+    """The slide cannot be opened at all; any other SlideError is of a slide that scan may well have praised."""
+
+
+def fingerprint(path: Path, key: bytes = b"", spots: int = 10) -> str:
+    """Tells a slide from another, or from its replacement, by its size and samples of its bytes; not by its name.
 
     Of a slide in several files (MIRAX, DICOM) the sizes of the others count too.
     """
@@ -105,8 +111,8 @@ def fingerprint(path: Path, key: bytes = b"") -> str:
     size = path.stat().st_size
     digest.update(str(size).encode())
     with path.open("rb") as file:
-        for sample in range(10):
-            file.seek((size - min(size, 16384)) * sample // 9)
+        for sample in range(spots):
+            file.seek((size - min(size, 16384)) * sample // (spots - 1))
             digest.update(file.read(16384))
     others = {".mrxs": (path.with_suffix(""), "*"), ".dcm": (path.parent, "*.dcm")}.get(path.suffix.lower())
     if others is not None and others[0].is_dir():
@@ -127,13 +133,22 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
     def open_again() -> Slide:
         return open_slide(job.path, job.slide_mpp, mpp_source=job.mpp_source)
 
+    before = stamp(job.path)
+    if before == (None, None):
+        link = "a link to a file that is not there" if job.path.is_symlink() else "not there any more"
+        raise NotOpened(f"{job.path.name}: {link}")
     try:
-        before = stamp(job.path)
-        with open_again() as slide:
+        try:
+            own_mpp = _own_mpp(job)
+            opened = open_again()
+        except SlideError as error:
+            raise NotOpened(str(error)) from error.__cause__
+        with opened as slide:
             warnings = [*slide.warnings, *_too_coarse(slide, job.config)]
+            prints = fingerprint(job.path, job.key), fingerprint(job.path, job.key, SPOTS)
             with new_store(job.zip_path, job.config.mpps) as store:
-                with closing(_Making(job, slide, open_again, store, report)) as making:
-                    tiling = making.tiling(warnings, fingerprint(job.path, job.key))
+                with _vanishing(job), closing(_Making(job, slide, open_again, store, report)) as making:
+                    tiling = making.tiling(warnings, *prints, own_mpp)
                 if stamp(job.path) != before:
                     raise SlideError(f"{job.path.name}: changed while it was tiled; run the command again")
                 store.finish(tiling)
@@ -148,13 +163,31 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
             ) from error
         raise
     except OSError as error:
-        raise SlideError(f"{job.path.name}: cannot be read ({error.strerror or error})") from error
+        # No SlideError: the disk's fault may be over when the command runs again.
+        raise HistosslError(f"{job.path.name}: cannot be read ({error.strerror or error})") from error
     return SlideOutcome(tiling, job.zip_path.stat().st_size)
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+@contextmanager
+def _vanishing(job: TileJob) -> Iterator[None]:
+    """Errors of opening the slide's own files stay the slide's: they must not be taken for the store's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or Path(error.filename).is_relative_to(job.zip_path.parent):
+            raise
+        name = job.path.name
+        if isinstance(error, FileNotFoundError):
+            raise SlideError(f"{name}: vanished while it was tiled") from None
+        raise HistosslError(f"{name}: cannot be read ({error.strerror})") from None
+
+
+def _own_mpp(job: TileJob) -> float | None:
+    """What the slide says of its scale, where an option says something else."""
+    if job.slide_mpp is None:
+        return None
+    with open_slide(job.path, need_mpp=False) as slide:
+        return slide.mpp_l0 if not slide.mpp_problem else None
 
 
 def _too_coarse(slide: Slide, config: TileConfig) -> list[str]:
@@ -212,7 +245,7 @@ class _Making:
         if self._opened is not None:
             self._opened.close()
 
-    def tiling(self, warnings: list[str], slide_fingerprint: str) -> dict[str, Any]:
+    def tiling(self, warnings: list[str], sampled: str, spots: str, own_mpp: float | None) -> dict[str, Any]:
         """Tile all scales; returns what tiling.json says."""
         slide, job = self._slide, self._job
         scales = [self._one_scale(number, mpp) for number, mpp in enumerate(self._config.mpps)]
@@ -227,11 +260,13 @@ class _Making:
             "warnings": warnings,
             "slide": {
                 "file": job.file,
-                "fingerprint": slide_fingerprint,
+                "fingerprint": sampled,
+                "spots": spots,
                 "regions": regions_fingerprint(job),
                 "bytes": job.path.stat().st_size,
                 "mpp_l0": slide.mpp_l0,
                 "mpp_source": slide.mpp_source,
+                "own_mpp": own_mpp,
                 "width_l0": slide.size_l0[0],
                 "height_l0": slide.size_l0[1],
                 "vendor": slide.vendor,
@@ -299,6 +334,9 @@ class _Making:
             if jpeg is not None and tile.place in doubtful:
                 pixels = cutter.pixels_or_none(tile.place)
                 jpeg = jpeg if pixels is not None else None
+            if tile.glass:
+                counts.tissue += 1
+                continue
             if jpeg is None and pixels is None:
                 damaged += 1
                 counts.damaged += 1

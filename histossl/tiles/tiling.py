@@ -14,12 +14,16 @@ import json
 import math
 import os
 import time
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from histossl import console
 from histossl.config import TileConfig, TissueConfig, plain, require
@@ -29,21 +33,23 @@ from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, r
 from histossl.slides.reader import open_slide
 from histossl.slides.regions import find_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
+from histossl.slides.scan import stamp
 from histossl.tiles.cutting import native_side_px
 from histossl.tiles.index import find_zips
 from histossl.tiles.names import Names
 from histossl.tiles.one_slide import (
+    SPOTS,
+    NotOpened,
     SlideOutcome,
     StoreFull,
     TileJob,
     fingerprint,
     regions_fingerprint,
-    stamp,
     tile_slide,
 )
-from histossl.tiles.store import read_store
+from histossl.tiles.store import new_store, read_store
 from histossl.units import um_from_l0
-from histossl.workers import Event, run_jobs
+from histossl.workers import Event, Report, run_jobs
 from histossl.workspace import Workspace
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
@@ -89,7 +95,7 @@ def tile_archive(
         ledger = _Ledger(workspace.archive_csv, plan.rows)
         try:
             if plan.jobs:
-                _run(plan.jobs, plan.files, ledger, num_workers, dask, silence_s)
+                _run(plan, ledger, num_workers, dask, silence_s)
         finally:
             ledger.write()
             _sweep(workspace.tiles)
@@ -139,6 +145,7 @@ class _Plan:
     rows: list[LedgerRow]
     jobs: list[TileJob] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # the ledger's file of each job
+    identities: list[str] = field(default_factory=list)  # of each job, before it runs
 
 
 def _plan(
@@ -185,7 +192,23 @@ def _plan(
     names.write()
     _refuse_same_zip(jobs)
     with ThreadPoolExecutor(8) as pool:  # reading the ends of thousands of zips is waiting, not work
-        states = dict(zip(jobs, pool.map(_state, jobs.values(), [known.get(file) for file in jobs]), strict=True))
+        zips = [path.absolute() for path in find_zips(workspace.tiles)]
+        stored = dict(zip(zips, pool.map(_outcome, zips), strict=True))
+        arguments = [(job, known.get(file), stored.get(job.zip_path)) for file, job in jobs.items()]
+        states = dict(zip(jobs, pool.map(lambda each: _state(*each), arguments), strict=True))
+        files_of = {path: _file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
+        twins = _find_twins(directory, jobs, states, stored, files_of, pool)
+    for file, old in twins.moved.items():
+        outcome = _move(old, jobs[file])
+        if outcome is not None:
+            console.say(f"{old.name} is now {jobs[file].zip_path.name}: the same content is {file} now")
+            states[file] = _State(outcome)
+            stored.pop(old)
+            before = known.get(files_of[old])
+            if before is not None and before.file not in jobs:
+                gone = replace(_untiled(before), status=WARNING, reason=f"its content and its tiles are {file}'s now")
+                plan.rows.append(gone)
+    _tell_strays(workspace, directory, stored, jobs)
     replaced = [file for file, state in states.items() if state.replaced]
     if replaced and not retry:
         told = "; ".join(f"{file} ({states[file].replaced})" for file in replaced[:5])
@@ -198,15 +221,142 @@ def _plan(
         job = jobs.get(row.file)
         if job is None:
             continue
-        state = states[row.file]
-        if state.outcome is not None and not state.replaced:
-            plan.rows[position] = _tiled_row(row, state.outcome, _identity(job))
-        elif row.tile_status == FAILED and row.tile_settings == _identity(job) and not retry:
+        state, identity = states[row.file], _identity(job)
+        damaged = state.outcome is not None and state.outcome.tiling["counts"]["damaged"] > 0
+        mended = damaged and (retry or (row.tile_status == TILED and row.tile_settings != identity))
+        if row.file in twins.of:
+            plan.rows[position] = _twin_row(row, f"same content as {twins.of[row.file]}")
+        elif state.outcome is not None and not state.replaced and not mended:
+            plan.rows[position] = _tiled_row(row, state.outcome, identity)
+        elif row.tile_status == FAILED and row.tile_settings == identity and not retry:
             continue
         else:
             plan.jobs.append(job)
             plan.files.append(row.file)
+            plan.identities.append(identity)
     return plan
+
+
+def _outcome(path: Path) -> SlideOutcome | StoreError:
+    try:
+        return SlideOutcome(read_store(path).tiling, path.stat().st_size)
+    except StoreError as error:
+        return error
+    except OSError as error:
+        return StoreError(f"{path}: cannot be read ({error.strerror}).")
+
+
+# ---- one content, one zip
+
+
+@dataclass
+class _Twins:
+    of: dict[str, str] = field(default_factory=dict)  # file: what has the same content, and has or gets the tiles
+    moved: dict[str, Path] = field(default_factory=dict)  # file: the zip of its content, under the name of a gone file
+
+
+def _find_twins(
+    directory: Path,
+    jobs: Mapping[str, TileJob],
+    states: Mapping[str, _State],
+    stored: Mapping[Path, SlideOutcome | StoreError],
+    files_of: Mapping[Path, str],
+    pool: ThreadPoolExecutor,
+) -> _Twins:
+    """Of the files without a zip, those whose content has one under another name, or is there twice."""
+    owners = {job.zip_path: file for file, job in jobs.items()}
+    holders: dict[str, list[tuple[str | None, Path, str]]] = {}  # fingerprint: spots, zip, file of this archive
+    sizes: Counter[int] = Counter()
+    for path, outcome in stored.items():
+        owner = owners.get(path, "")
+        if isinstance(outcome, SlideOutcome) and not (owner and states[owner].replaced):
+            facts = outcome.tiling["slide"]
+            holders.setdefault(facts["fingerprint"], []).append((facts.get("spots"), path, owner))
+            sizes[facts["bytes"]] += 1
+    # Links last: of a file and a link to it, the file is tiled.
+    new = sorted((file for file in jobs if states[file].outcome is None), key=lambda file: jobs[file].path.is_symlink())
+    size_of = dict(zip(new, pool.map(lambda file: _size(jobs[file].path), new), strict=True))
+    sizes.update(size for size in size_of.values() if size is not None)
+    alike = [file for file in new if sizes[size_of[file] or -1] > 1]
+    twins, taken = _Twins(), set[Path]()
+    for file, prints in zip(alike, pool.map(lambda file: _prints(jobs[file]), alike), strict=True):
+        if prints is None:
+            continue
+        sampled, spots = prints
+        for known_spots, path, owner in holders.get(sampled, ()):
+            if known_spots not in (None, spots):
+                continue
+            if owner:
+                twins.of[file] = owner
+            elif path in taken or _still_there(directory, files_of[path], jobs[file].path):
+                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}"
+            else:
+                taken.add(path)
+                twins.moved[file] = path
+            break
+        else:
+            holders.setdefault(sampled, []).append((spots, jobs[file].zip_path, file))
+    return twins
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _prints(job: TileJob) -> tuple[str, str] | None:
+    try:
+        return fingerprint(job.path, job.key), fingerprint(job.path, job.key, SPOTS)
+    except OSError:
+        return None
+
+
+def _file_of(path: Path, outcome: SlideOutcome | StoreError, workspace: Workspace, names: Names) -> str:
+    """The file that a zip was made of, relative to the archive of then."""
+    name = path.relative_to(workspace.tiles.absolute()).as_posix().removesuffix(".zip")
+    told = outcome.tiling["slide"]["file"] if isinstance(outcome, SlideOutcome) else None
+    return str(told or names.file_of(name) or name)
+
+
+def _still_there(directory: Path, file: str, now: Path) -> bool:
+    """Whether the file that a zip was made of still stands: here, or seen from a folder that holds this one."""
+    here = directory.absolute()
+    if any((folder / file).exists() for folder in here.parents):
+        return True
+    return (here / file).exists() and (here / file) != now
+
+
+def _move(old: Path, job: TileJob) -> SlideOutcome | None:
+    """Give a zip another name, inside too. None if it is damaged: then its slide is tiled."""
+    try:
+        store = read_store(old)
+        tiling = {key: value for key, value in store.tiling.items() if key not in ("format", "digest")}
+        tiling["slide"] = {**tiling["slide"], "file": job.file}
+        with old.open("rb") as source, new_store(job.zip_path, job.config.mpps) as writer:
+            for row in np.sort(store.table, order="offset"):
+                source.seek(int(row["offset"]))
+                jpeg = source.read(int(row["length"]))
+                if zlib.crc32(jpeg) != row["crc"]:
+                    raise StoreError(f"{old}: damaged")
+                place = (int(row["x_l0"]), int(row["y_l0"]))
+                writer.add(*place, jpeg, float(row["tissue"]), int(row["scale"]), int(row["region"]))
+            writer.finish(tiling)
+        old.unlink()
+    except (StoreError, OSError):
+        return None
+    return SlideOutcome(tiling, job.zip_path.stat().st_size)
+
+
+def _tell_strays(
+    workspace: Workspace, directory: Path, stored: Mapping[Path, object], jobs: Mapping[str, TileJob]
+) -> None:
+    mine = {job.zip_path for job in jobs.values()}
+    strays = [path.relative_to(workspace.tiles.absolute()).as_posix() for path in stored if path not in mine]
+    if strays:
+        more = f" and {len(strays) - 5} more" if len(strays) > 5 else ""
+        console.warn(f"{workspace.tiles}: of no file in {directory}, and kept: {', '.join(strays[:5])}{more}")
 
 
 @dataclass(frozen=True)
@@ -215,21 +365,25 @@ class _State:
     replaced: str = ""  # what differs between the slide now and when it was tiled
 
 
-def _state(job: TileJob, row: LedgerRow | None) -> _State:
-    if not job.zip_path.exists():
+def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreError | None) -> _State:
+    if outcome is None:
         return _State()
-    try:
-        outcome = SlideOutcome(read_store(job.zip_path).tiling, job.zip_path.stat().st_size)
-    except StoreError as error:
-        console.warn(f"{error} Doing so now")
+    if isinstance(outcome, StoreError):
+        console.warn(f"{outcome} Doing so now")
         return _State()
     facts = outcome.tiling["slide"]
     if job.slide_mpp is not None and not math.isclose(job.slide_mpp, facts["mpp_l0"], rel_tol=1e-6):
         return _State(outcome, f"{facts['mpp_l0']:g} microns per pixel then, {job.slide_mpp:g} now")
+    own = facts.get("own_mpp")  # what the slide says, where an option said something else
+    if job.slide_mpp is None and own is not None and not math.isclose(own, facts["mpp_l0"], rel_tol=1e-6):
+        by = facts["mpp_source"]
+        return _State(outcome, f"{facts['mpp_l0']:g} microns per pixel by {by} then, {own:g} by itself now")
     if row is not None and row.tile_status in (TILED, NO_TILES) and row.tile_settings == _identity(job):
         return _State(outcome)  # same size and time as then: its content need not be read
     try:
         same = fingerprint(job.path, job.key) == facts["fingerprint"]
+        if same and "spots" in facts:
+            same = fingerprint(job.path, job.key, SPOTS) == facts["spots"]
         if regions_fingerprint(job) != facts["regions"]:
             return _State(outcome, f"its regions {'changed' if job.regions and facts['regions'] else 'came or went'}")
         size = job.path.stat().st_size
@@ -251,12 +405,7 @@ def _refuse_same_zip(jobs: Mapping[str, TileJob]) -> None:
 
 def _identity(job: TileJob) -> str:
     """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
-    stamps = []
-    for path in (job.path, job.regions):
-        try:
-            stamps.append(stamp(path) if path else None)
-        except OSError:
-            stamps.append(None)
+    stamps = [stamp(path) if path else None for path in (job.path, job.regions)]
     parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -265,14 +414,14 @@ def _identity(job: TileJob) -> str:
 
 
 def _run(
-    jobs: Sequence[TileJob],
-    files: Sequence[str],
+    plan: _Plan,
     ledger: _Ledger,
     num_workers: int | None,
     dask: str | None,
     silence_s: float,
 ) -> None:
     """All jobs, with a progress bar, each outcome into the ledger."""
+    jobs = plan.jobs
     if num_workers is None:
         num_workers = min(
             len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -292,15 +441,18 @@ def _run(
                     elapsed_s = max(time.monotonic() - started_s, 1e-3)
                     bar.advance(0, note=f"{tiles:,} tiles, {tiles / elapsed_s:,.0f} tiles/s")
                     continue
-                job = jobs[event.job]
-                row = ledger[files[event.job]]
+                job, identity = jobs[event.job], plan.identities[event.job]
+                row = ledger[plan.files[event.job]]
                 if event.kind == "done":
-                    ledger.put(_tiled_row(row, event.value, _identity(job)))
+                    ledger.put(_tiled_row(row, event.value, identity))
                 elif isinstance(event.error, StoreFull):
                     raise HistosslError(str(event.error))
                 else:
                     reason = str(event.value).removeprefix(f"{job.path.name}: ")
-                    ledger.put(_failed_row(row, reason, _identity(job)))
+                    # Only what is the slide's own fault fails again for sure; the rest is tried again by itself.
+                    identity = identity if isinstance(event.error, SlideError) else ""
+                    opened = event.error is not None and not isinstance(event.error, NotOpened)
+                    ledger.put(_failed_row(row, reason, identity, opened))
                 bar.advance()
     finally:
         close = getattr(events, "close", None)
@@ -337,9 +489,7 @@ def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRo
     reason = why_none(outcome.tiling) if not counts["tiles"] else "; ".join(outcome.tiling["warnings"])
     return replace(
         row,
-        # A slide that scan could not use (no scale, say) and that now gave tiles is usable after all.
-        status=WARNING if reason and row.status != WARNING else OK if row.status == UNREADABLE else row.status,
-        reason=reason if reason and row.status != WARNING else "" if row.status == UNREADABLE else row.reason,
+        **_verdict(row, reason),
         vendor=facts["vendor"],
         format=facts["format"],
         width_l0=facts["width_l0"],
@@ -360,15 +510,38 @@ def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRo
     )
 
 
-def _failed_row(row: LedgerRow, reason: str, identity: str) -> LedgerRow:
+def _verdict(row: LedgerRow, reason: str) -> dict[str, Any]:
+    """Status and reason of a slide that could be read. What scan warns of stays; what tile said before does not.
+
+    A slide that scan could not use (no scale, say) and that now gave tiles is usable after all.
+    """
+    if row.status == WARNING and row.reason != row.tile_reason:
+        return {"status": row.status, "reason": row.reason}
+    return {"status": WARNING if reason else OK, "reason": reason}
+
+
+def _twin_row(row: LedgerRow, reason: str) -> LedgerRow:
+    return replace(_untiled(row), tile_status=NO_TILES, tile_reason=reason, num_tiles=0, **_verdict(row, reason))
+
+
+def _failed_row(row: LedgerRow, reason: str, identity: str, opened: bool) -> LedgerRow:
     return replace(
-        row,
-        status=UNREADABLE,
+        _untiled(row),
+        status=WARNING if opened else UNREADABLE,
         reason=reason,
         tile_status=FAILED,
         tile_reason=reason,
-        tile_way="",
         tile_settings=identity,
+    )
+
+
+def _untiled(row: LedgerRow) -> LedgerRow:
+    return replace(
+        row,
+        tile_status="",
+        tile_reason="",
+        tile_way="",
+        tile_settings="",
         num_tiles=None,
         rejected_tissue=None,
         rejected_region=None,
@@ -416,9 +589,12 @@ def _alone_in(workspace: Workspace) -> Iterator[None]:
         if not _locked(lock.fileno()):
             lock.seek(0)
             raise StoreError(f"{workspace.root}: another `histossl tile` is at work in it ({lock.read().strip()})")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}\n")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            raise HistosslError(f"{workspace.tiles}: cannot be written ({error.strerror})") from error
         _sweep(workspace.tiles)
         yield
 
@@ -446,15 +622,23 @@ def _sweep(tiles: Path) -> None:
 # ---- the store's own tile size, for --grid native
 
 
-def common_native_px(directory: Path, mpp: float, slide_mpp: float | None = None) -> int:
-    """The side that most slides' own JPEG tiles have at `mpp`. The first 50 slides are asked."""
-    sides: dict[int, int] = {}
+def common_native_px(
+    directory: Path,
+    mpp: float,
+    slide_mpp: float | None = None,
+    mpp_csv: Path | None = None,
+    num_workers: int = 1,
+    silence_s: float = SILENCE_S,
+) -> int:
+    """The side that most slides' own JPEG tiles have at `mpp`. The first 50 slides are asked, in processes."""
+    table = read_mpp_csv(mpp_csv) if mpp_csv else None
+    jobs = []
     for each in walk(directory).found[:50]:
-        try:
-            with open_slide(each.path, slide_mpp) as slide:
-                side = native_side_px(slide, mpp)
-        except SlideError:
-            continue
+        own = table.mpp_of(relative(each.path, directory), each.slide) if table else None
+        jobs.append((each.path, slide_mpp if own is None else own, mpp))
+    sides: dict[int, int] = {}
+    for event in run_jobs(_native_side_px, jobs, num_workers, silence_s):
+        side = event.value if event.kind == "done" else None
         if side is not None and 224 <= side <= 512:
             sides[side] = sides.get(side, 0) + 1
     if not sides:
@@ -463,3 +647,9 @@ def common_native_px(directory: Path, mpp: float, slide_mpp: float | None = None
             f"{mpp:g} microns per pixel; use --grid physical, or the --mpp of its slides"
         )
     return max(sides, key=lambda side: (sides[side], side))
+
+
+def _native_side_px(job: tuple[Path, float | None, float], _: Report) -> int | None:
+    path, slide_mpp, mpp = job
+    with open_slide(path, slide_mpp) as slide:
+        return native_side_px(slide, mpp)

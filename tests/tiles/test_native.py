@@ -173,6 +173,25 @@ def test_bytes_after_the_end_are_left_behind(tissue):
     assert b"Doe" not in whole
 
 
+def test_a_comment_between_scans_and_a_second_end_do_not_travel_along(tissue):
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(tissue[:256, :256])).save(buffer, "JPEG", quality=90, progressive=True)
+    plain = buffer.getvalue()
+    later = plain.rfind(b"\xff\xda")  # the last of several scans
+    assert plain.count(b"\xff\xda") > 2
+    spoilt = plain[:later] + segment(0xFE, b"by Doe") + segment(0xE1, b"Exif Doe") + plain[later:]
+    for tile in (spoilt, spoilt + b"Doe, John\xff\xd9", plain + b"Doe\xff\xd9"):
+        whole = Splicer(level_like()).whole(tile)
+        assert b"Doe" not in whole
+        assert np.array_equal(simplejpeg.decode_jpeg(whole), simplejpeg.decode_jpeg(plain))
+
+
+def test_text_behind_the_first_end_of_a_baseline_tile_does_not_travel_along(tissue):
+    plain = simplejpeg.encode_jpeg(np.ascontiguousarray(tissue[:256, :256]), 90, "RGB", "420")
+    whole = Splicer(level_like()).whole(plain + b"Doe, John\xff\xd9")
+    assert whole == Splicer(level_like()).whole(plain)
+
+
 # ---- damage
 
 

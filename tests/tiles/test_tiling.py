@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +24,7 @@ from PIL import Image
 from histossl.config import TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
-from histossl.slides.ledger import read_ledger
+from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
 from histossl.tiles import one_slide, tiling
 from histossl.tiles.index import TileIndex, find_zips
@@ -31,6 +33,14 @@ from histossl.tiles.tiling import stored_config, tile_archive
 from histossl.workspace import Workspace
 
 ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)  # no filter takes anything
+
+
+@pytest.fixture
+def paint(paint):
+    """Each name its own content, for one content is tiled once."""
+    return lambda name="A1.tif", **options: paint(
+        name, **{"seed": 0 if name == "A1.tif" else zlib.crc32(name.encode()) % 1000, **options}
+    )
 
 
 def everything(**settings):
@@ -368,7 +378,7 @@ def test_what_failed_is_left_alone_until_asked_or_changed(workspace, paint, monk
     assert [row.tile_status for row in rows] == ["failed", "tiled"]
     tile_archive(good.parent, workspace, TileConfig(), 0, retry=True)
     assert tried == ["bad"]
-    shutil.copy(good, bad)
+    paint("bad.tif", width_px=512, height_px=512)
     tile_archive(good.parent, workspace, TileConfig(), 0)
     assert tried == ["bad", "bad"]
     assert len(TileIndex.open(workspace).slides) == 2
@@ -438,7 +448,7 @@ def test_a_vanished_slide_costs_its_row(workspace, paint, monkeypatch):
     monkeypatch.setattr(tiling, "tile_slide", tile_slide)
     rows = {row.slide: row for row in tile_archive(gone.parent, workspace, everything(), 0)}
     assert rows["A1"].tile_status == "failed"
-    assert "vanished" in rows["A1"].reason
+    assert rows["A1"].reason == "not there any more"
     assert rows["B1"].num_tiles == 4
 
 
@@ -503,6 +513,261 @@ def test_jpeg_2000_slide_is_read_and_labels_are_not(workspace, real_data):
     assert rows["TCGA-CR-7395-01A-01-TS1"].num_tiles > 20
 
 
+def test_a_mended_slide_is_tiled_anew(workspace, paint):
+    painted = paint("A1.tif", pyramid=False)
+    whole = painted.path.read_bytes()
+    damage_native_tiles(painted.path, [5])
+    assert only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).rejected_damaged == 1
+    before = stamps(workspace)
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    assert stamps(workspace) == before
+    painted.path.write_bytes(whole)
+    os.utime(painted.path, (2e9, 2e9))
+    with pytest.raises(MismatchError, match="same size, other content"):
+        tile_archive(painted.path.parent, workspace, everything(), 0)
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0, retry=True))
+    assert (row.num_tiles, row.status, row.reason) == (16, "ok", "")  # nor does the old warning stay
+
+
+def test_retry_tries_damaged_tiles_again(workspace, paint):
+    painted = paint("A1.tif", pyramid=False)
+    damage_native_tiles(painted.path, [5])
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    before = stamps(workspace)
+    tile_archive(painted.path.parent, workspace, everything(), 0, retry=True)
+    assert stamps(workspace) != before
+
+
+def test_scan_s_own_warning_outlives_tiling(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    write_ledger(workspace.archive_csv, [LedgerRow("A1.tif", "warning", "pale", "A1")])
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0))
+    assert (row.status, row.reason, row.num_tiles) == ("warning", "pale", 4)
+
+
+def test_a_scale_that_an_option_gave_must_be_given_again(workspace, paint):
+    painted = paint("A1.tif")
+    tile_archive(painted.path.parent, workspace, everything(), 0, slide_mpp=0.25)
+    tile_archive(painted.path.parent, workspace, everything(), 0, slide_mpp=0.25)
+    with pytest.raises(MismatchError, match=r"0\.25 microns per pixel by --slide-mpp then, 0\.5 by itself now"):
+        tile_archive(painted.path.parent, workspace, everything(), 0)
+
+
+def test_a_slide_of_several_files_changes_with_each(tmp_path):
+    (tmp_path / "A1").mkdir()
+    (tmp_path / "A1.mrxs").write_bytes(b"x")
+    data = tmp_path / "A1" / "Data0001.dat"
+    data.write_bytes(b"abc")
+    job = one_slide.TileJob(tmp_path / "A1.mrxs", "A1", "A1.mrxs", tmp_path / "A1.zip", TileConfig())
+    before = tiling._identity(job)
+    assert tiling._identity(job) == before
+    os.utime(data, (2e9, 2e9))
+    assert tiling._identity(job) != before
+
+
+def test_what_changed_while_it_was_tiled_is_tried_again_by_the_same_command(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    real = StoreWriter.add
+
+    def add(self, *values):
+        os.utime(painted.path, (2e9, 2e9))
+        real(self, *values)
+
+    monkeypatch.setattr(StoreWriter, "add", add)
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0))
+    assert (row.status, row.tile_status) == ("warning", "failed")  # it could be opened
+    assert "run the command again" in row.reason
+    assert only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).num_tiles == 4
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), OSError(5, "Input/output error"), StoreError("other version")])
+def test_what_is_not_the_slides_fault_is_tried_again_by_itself(workspace, paint, monkeypatch, error):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    monkeypatch.setattr(tiling, "tile_slide", lambda job, report: (_ for _ in ()).throw(error))
+    assert only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).tile_status == "failed"
+    monkeypatch.undo()
+    assert only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).num_tiles == 4
+
+
+def test_a_slide_that_vanishes_once_open_is_not_blamed_on_the_store(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    real = one_slide.cutter_for
+
+    def cutter_for(*arguments):
+        painted.path.unlink(missing_ok=True)
+        return real(*arguments)
+
+    def opened(path, *_, **__):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(one_slide, "agrees", lambda cutter, open_again, places: opened(painted.path))
+    monkeypatch.setattr(one_slide, "cutter_for", cutter_for)
+    force(monkeypatch, "read")
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0))
+    assert row.reason == "vanished while it was tiled"
+    assert find_zips(workspace.tiles) == []
+
+
+def test_a_link_to_nothing_is_told_as_such(workspace, paint):
+    good = paint("A1.tif", width_px=512, height_px=512).path
+    good.with_name("B1.svs").symlink_to(good.with_name("nowhere.svs"))
+    rows = tile_archive(good.parent, workspace, everything(), 0)
+    assert (rows[1].status, rows[1].reason) == ("unreadable", "a link to a file that is not there")
+
+
+def test_a_full_disk_at_the_very_start_is_one_line(workspace, painted_slide, monkeypatch):
+    class Full(io.StringIO):
+        def truncate(self, size=None):
+            raise OSError(28, "No space left on device")
+
+        def fileno(self):
+            return 0
+
+    monkeypatch.setattr(tiling, "_locked", lambda descriptor: True)
+    monkeypatch.setattr(type(workspace.tiles), "open", lambda *_: Full())
+    with (
+        pytest.raises(HistosslError, match="cannot be written \\(No space left on device"),
+        tiling._alone_in(workspace),
+    ):
+        pass
+
+
+def test_glass_that_the_scanner_left_out_is_no_damage(workspace, paint):
+    painted = paint("A1.tif", pyramid=False)
+    with tifffile.TiffFile(painted.path, mode="r+b") as tiff:
+        counts = list(tiff.pages[0].databytecounts)
+        offsets = list(tiff.pages[0].dataoffsets)
+        counts[5] = offsets[5] = 0
+        tiff.pages[0].tags["TileByteCounts"].overwrite(counts)
+        tiff.pages[0].tags["TileOffsets"].overwrite(offsets)
+    row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0))
+    assert (row.tile_way, row.num_tiles, row.rejected_damaged, row.rejected_tissue) == ("copied", 15, 0, 1)
+    assert (row.status, row.reason) == ("ok", "")
+
+
+def test_folds_and_grey_tiles_are_counted_and_left_out(workspace, paint):
+    folded = paint("A1.tif", num_folds=3, width_px=2048, height_px=2048, pyramid=False).path
+    limits = TissueConfig(min_tissue=0.1, min_sharpness=0, min_saturation=0, max_fold=0.05)
+    row = only_row(tile_archive(folded.parent, workspace, TileConfig(tile_px=128, tissue=limits), 0))
+    assert row.rejected_fold > 0
+    pale = Workspace(workspace.root / "pale")
+    for grid, settings in {"copied": {}, "stitched": {"tile_px": 128}}.items():
+        at = Workspace(pale.root / grid)
+        config = TileConfig(tissue=replace(ALL, min_saturation=0.99), **settings)
+        row = only_row(tile_archive(folded.parent, at, config, 0))
+        assert (row.rejected_saturation, row.num_tiles) == ((2048 // config.tile_px) ** 2, 0)
+
+
+def test_mutants_of_a_slide_give_tiles_or_one_of_our_errors(workspace, paint):
+    whole = paint("A1.tif", width_px=512, height_px=512).path.read_bytes()
+    at = workspace.root / "mutant.tif"
+    told, reasons = Counter(), []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        mutant = bytearray(whole)
+        for _ in range(int(random.integers(1, 6))):
+            # Half of them where the directories are, which is where a reader can be led astray.
+            start = int(random.integers(0, 600 if random.random() < 0.5 else len(mutant)))
+            length = int(random.integers(1, 40))
+            mutant[start : start + length] = random.bytes(length)
+        at.write_bytes(mutant[: int(random.integers(1, len(mutant)))] if seed % 6 == 0 else mutant)
+        zip_path = workspace.zip_of(f"M{seed}")
+        job = one_slide.TileJob(at, "M", "M.tif", zip_path, everything(), slide_mpp=0.5)
+        try:
+            outcome = one_slide.tile_slide(job, lambda count: None)
+        except HistosslError as error:
+            told["failed"] += 1
+            reasons.append((str(error), zip_path.exists()))
+            continue
+        store = read_store(zip_path)
+        assert len(store.table) == outcome.tiling["counts"]["tiles"]
+        with zip_path.open("rb") as file:
+            for row in store.table:
+                file.seek(int(row["offset"]))
+                jpeg = file.read(int(row["length"]))
+                if store.tiling["scales"][0]["way"] != "copied":  # those are only glanced at
+                    assert simplejpeg.decode_jpeg(jpeg).shape == (256, 256, 3)
+                assert (jpeg[:2], jpeg[-2:]) == (b"\xff\xd8", b"\xff\xd9")
+        told["tiled"] += 1
+    assert all(reason and not left for reason, left in reasons)
+    assert min(told["failed"], told["tiled"]) > 5
+    assert hidden_parts(workspace.tiles) == []
+
+
+# ---- one content, one zip
+
+
+def test_a_file_beside_it_does_not_make_a_slide_another(workspace, paint):
+    first = paint("P01-1.tif", width_px=512, height_px=512).path
+    tile_archive(first.parent, workspace, everything(), 0)
+    digest = TileIndex.open(workspace).digest
+    shutil.copy(paint("other/P01-1.tif", width_px=512, height_px=512).path, first.with_suffix(".svs"))
+    shutil.rmtree(first.parent / "other")
+    tile_archive(first.parent, workspace, everything(), 0)
+    assert [path.name for path in find_zips(workspace.tiles)] == ["P01-1.svs.zip", "P01-1.tif.zip"]
+    index = TileIndex.open(workspace)
+    assert index.facts("P01-1.tif")["file"] == "P01-1.tif"
+    assert len(index) == 8
+    first.with_suffix(".svs").unlink()
+    tile_archive(first.parent, workspace, everything(), 0)
+    assert TileIndex.open(workspace).facts("P01-1")["file"] == "P01-1.tif"
+    workspace.zip_of("P01-1.svs").unlink()
+    assert TileIndex.open(workspace).digest == digest
+
+
+@pytest.mark.parametrize("anonymize", [False, True])
+def test_a_renamed_slide_takes_its_tiles_along(workspace, paint, cli, anonymize):
+    old = paint("A.tif", width_px=512, height_px=512).path
+    config = everything(anonymize=anonymize)
+    tile_archive(old.parent, workspace, config, 0)
+    before = read_store(find_zips(workspace.tiles)[0])
+    old.rename(old.with_name("B.tif"))
+    row = only_row(tile_archive(old.parent, workspace, config, 0))
+    assert (row.file, row.tile_status, row.num_tiles) == ("B.tif", "tiled", 4)
+    (now,) = find_zips(workspace.tiles)
+    assert (now.name == "B.zip") == (not anonymize)
+    moved = read_store(now)
+    assert (moved.digest, moved.table.tolist()) == (before.digest, before.table.tolist())
+    assert moved.tiling["slide"] == {**before.tiling["slide"], "file": None if anonymize else "B.tif"}
+    assert zipfile.ZipFile(now).testzip() is None
+    gone = next(row for row in read_ledger(workspace.archive_csv) if row.file == "A.tif")
+    assert (gone.num_tiles, gone.tile_status) == (None, "")
+    assert "B.tif" in gone.reason
+    again = only_row(tile_archive(old.parent, workspace, config, 0))
+    assert again == row
+
+
+def test_a_subfolder_of_a_tiled_archive_is_not_tiled_again(workspace, paint, capsys):
+    inner = paint("c1/A.tif", width_px=512, height_px=512).path.parent
+    tile_archive(inner.parent, workspace, everything(), 0)
+    before = stamps(workspace)
+    row = only_row(tile_archive(inner, workspace, everything(), 0))
+    assert row.tile_reason == "same content as c1/A.tif, which is tiled as A.zip"
+    assert stamps(workspace) == before
+    assert "of no file in" in capsys.readouterr().err
+    assert only_row(tile_archive(inner.parent, workspace, everything(), 0)).num_tiles == 4
+
+
+def test_copies_and_links_are_tiled_once(workspace, paint):
+    first = paint("B.tif", width_px=512, height_px=512).path
+    shutil.copy(first, first.with_name("C.tif"))
+    first.with_name("A.tif").symlink_to(first)
+    for _ in range(2):
+        rows = {row.file: row for row in tile_archive(first.parent, workspace, everything(), 0)}
+        assert {file: row.num_tiles for file, row in rows.items()} == {"A.tif": 0, "B.tif": 4, "C.tif": 0}
+        assert {rows[file].reason for file in ("A.tif", "C.tif")} == {"same content as B.tif"}
+        assert [path.name for path in find_zips(workspace.tiles)] == ["B.zip"]
+
+
+def test_slides_that_differ_in_one_place_only_are_two(workspace, paint):
+    first = paint("A1.tif", pyramid=False).path
+    shutil.copy(first, first.with_name("B1.tif"))
+    damage_native_tiles(first.with_name("B1.tif"), [5])
+    assert one_slide.fingerprint(first) != one_slide.fingerprint(first.with_name("B1.tif"), spots=one_slide.SPOTS)
+    rows = tile_archive(first.parent, workspace, everything(), 0)
+    assert [row.num_tiles for row in rows] == [16, 15]
+
+
 # ---- anonymous stores
 
 
@@ -549,6 +814,7 @@ def test_command_tiles_in_processes_and_tells_why_not(cli, workspace, paint):
     assert told.code == 0
     assert "tiles of 1 of 2 slides" in told.err
     assert "bare.tif: no microns-per-pixel" in told.err
+    assert "--retry tries the failed ones again" in told.err
     assert TileIndex.open(workspace).slides == ["good"]
 
 
@@ -567,6 +833,7 @@ def test_command_tiles_in_processes_and_tells_why_not(cli, workspace, paint):
         (["--slides", ".", "--slide-mpp", "0"], "--slide-mpp 0"),
         (["--slides", ".", "--mpp-csv", "nowhere.csv"], "nowhere.csv"),
         (["--slides", ".", "--dask", "tcp://127.0.0.1:1", "--workers", "2"], "--workers"),
+        (["--slides", ".", "--dask", "tcp://127.0.0.1:1", "--time-limit", "60"], "--time-limit"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_2(cli, workspace, tmp_path, monkeypatch, arguments, words):
@@ -587,6 +854,23 @@ def test_no_slides_and_no_tiles_are_exit_1(cli, workspace, tmp_path):
     told = cli("tile", "--slides", tmp_path / "slides", "-w", workspace.root, "--workers", 1)
     assert told.code == 1
     assert "broken.svs: not a slide" in told.err
+
+
+def test_bench_tile_prints_each_way(cli, painted_slide):
+    told = cli("bench", "tile", painted_slide.path, "--tiles", 4, "--repeats", 1)
+    assert told.code == 0
+    assert all(way in told.out + told.err for way in ("copied", "stitched", "read", "times faster"))
+
+
+def test_native_grid_takes_the_scale_from_the_table(cli, workspace, paint):
+    painted = paint("A1.tif", write_mpp=False)
+    table = workspace.root / "mpp.csv"
+    table.write_text("slide,mpp\nA1,0.5\n")
+    arguments = ("tile", "--slides", painted.path.parent, "-w", workspace.root, "--grid", "native", "--workers", 1)
+    assert cli(*arguments).code == 2
+    told = cli(*arguments, "--mpp-csv", table)
+    assert told.code == 0, told.err
+    assert TileIndex.open(workspace).tile_px == 256
 
 
 def test_settings_may_come_from_a_file(cli, workspace, painted_slide, tmp_path):
