@@ -46,6 +46,7 @@ __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 
 NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how large tiles get
 PREVIEW_PX = 360
+BLUE = (11, 95, 214)
 PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
 DIGEST_BYTES = 8 << 20  # read between two signs of life
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
@@ -155,12 +156,18 @@ def scan(
             jobs.append(job)
     shown = Previews(workspace.make().root)
     # Slow files first would be better still, but a file's size says little about how long it takes to look at.
-    with console.progress("scanning", len(jobs), "files") as bar:
-        for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
-            rows[row.file] = row
-            if preview is not None:
-                shown.add(row.file, preview)
-            bar.advance(note=row.file if row.status == UNREADABLE else "")
+    all_seen = False
+    try:
+        with console.progress("scanning", len(jobs), "files") as bar:
+            for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
+                rows[row.file] = row
+                if preview is not None:
+                    shown.add(row.file, preview)
+                bar.advance(note=row.file if row.status == UNREADABLE else "")
+        all_seen = True
+    finally:
+        if not all_seen:  # Ctrl-C: what was looked at need not be opened again
+            write_ledger(workspace.make().archive_csv, list({**known, **rows}.values()))
     found = [rows[relative(one.path, directory)] for one in walked.found]
     found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
     gone = [_gone(row) for file, row in known.items() if file not in rows and row.tile_status]
@@ -439,12 +446,12 @@ def _preview(
     places = np.rint(corners / side_l0).astype(int)
     columns, rows = (int(side // side_l0) for side in size_l0)
     grid = np.zeros((rows, columns), np.uint8)
-    grid[places[:, 1], places[:, 0]] = 1 + places.sum(axis=1) % 2  # two blues by turns, to tell tiles apart
+    grid[places[:, 1], places[:, 0]] = 1 + places.sum(axis=1) % 2  # two blues by turns, one paler, to tell tiles apart
     tiles = io.BytesIO()
     if grid.size:
         squares = Image.fromarray(grid, "P")
-        squares.putpalette([0, 0, 0, 11, 95, 214, 70, 150, 255])
-        squares.save(tiles, "PNG", transparency=bytes([0, 110, 110]), bits=2)
+        squares.putpalette([0, 0, 0, *BLUE, *BLUE])
+        squares.save(tiles, "PNG", transparency=bytes([0, 45, 95]), bits=2)
     covered_l0 = [side * tissue.downsample for side in (thumbnail.shape[1], thumbnail.shape[0])]
     return Preview(
         base64.b64encode(picture.getvalue()).decode(),

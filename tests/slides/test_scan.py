@@ -411,3 +411,29 @@ def test_wrong_options_are_told(archive: Path, tmp_path: Path, cli: Any, options
 def test_name_in_the_reason_is_not_repeated() -> None:
     assert scanning._without_name("A1.svs: no", Path("x/A1.svs")) == "no"
     assert str(SlideError("A1.svs: no")) == "A1.svs: no"
+
+
+def test_an_interrupted_scan_keeps_what_it_has_seen(
+    painted_slide: PaintedSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("A1.tif", "A2.tif", "A3.tif"):
+        shutil.copy(painted_slide.path, tmp_path / name)
+    workspace = Workspace(tmp_path / "ws")
+    looked_at = scanning._looked_at
+
+    def until_ctrl_c(*given: Any) -> Any:
+        for number, seen in enumerate(looked_at(*given)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield seen
+
+    monkeypatch.setattr(scanning, "_looked_at", until_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        scan(tmp_path, workspace, ScanConfig(), num_workers=1)
+    assert len(read_ledger(workspace.archive_csv)) == 2
+    opened: list[str] = []
+    monkeypatch.setattr(
+        scanning, "_looked_at", lambda jobs, *rest: (opened.extend(j.row.file for j in jobs), looked_at(jobs, *rest))[1]
+    )
+    assert len(scan(tmp_path, workspace, ScanConfig(), num_workers=1).rows) == 3
+    assert len(opened) == 1
