@@ -76,12 +76,23 @@ class Regions:
 def match_regions(slides: Iterable[SlideFile], directory: Path | None = None) -> dict[Path, Path | None]:
     """The GeoJSON of each slide of an archive, by the slide's path; from `directory`, or beside the slides.
 
-    A name without its folder (A1.geojson) is taken only if one slide alone answers to it. Files of `directory` that no
-    slide answers to, and slides without one, are told; if no slide has one at all, that is an error.
+    Files of `directory` that no slide answers to, and slides without one, are told; if no slide has one at all, that
+    is an error.
     """
     slides = [one for one in slides if not one.problem]
     if directory is None:
-        return {one.path: find_regions(one.path, one.slide) for one in slides}
+        return {one.path: find_regions(one.path.absolute(), one.slide) for one in slides}
+    matched = regions_in(directory.absolute(), slides)
+    _tell_unmatched(directory.absolute(), slides, matched)
+    return matched
+
+
+def regions_in(directory: Path, slides: Sequence[SlideFile]) -> dict[Path, Path | None]:
+    """The GeoJSON of each slide in a folder.
+
+    A name without its folder (A1.geojson) is taken only if one slide alone answers to it: the regions of one slide on
+    another of the same name would be wrong labels without a word.
+    """
     matched = {one.path: _first_file(directory, _own_names(one.path, one.slide)) for one in slides}
     owned = set(matched.values())
     claims: dict[Path, list[SlideFile]] = defaultdict(list)
@@ -97,7 +108,6 @@ def match_regions(slides: Iterable[SlideFile], directory: Path | None = None) ->
                 f"like {directory / names[0]}.geojson"
             )
         matched[claimants[0].path] = file
-    _tell_unmatched(directory, slides, matched)
     return matched
 
 
@@ -140,7 +150,7 @@ def _first_file(directory: Path, names: Iterable[str]) -> Path | None:
 def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path | None:
     """The GeoJSON of one slide, if there is one: in `directory` (by the slide's id or name), or beside the slide.
 
-    Of an archive, `match_regions` finds them all, and sees where one name could be of several slides.
+    Of an archive, `regions_in` finds them all, and sees where one name could be of several slides.
     """
     if directory is not None:
         return _first_file(directory, (*_own_names(path, slide), *_bare_names(path, slide)))
