@@ -156,7 +156,8 @@ def interval(measured: Measured, metric: str, found: Estimate, level: float = LE
     t = float(stats.t.ppf(0.5 + level / 2, found.df))
     if metric not in BOUNDED:
         half = t * math.sqrt(found.variance)
-        return float(max(0.0, found.value - half)), float(found.value + half)
+        most = 1.0 if metric == "calibration_error" else math.inf  # a difference of shares; log-loss has no end
+        return float(max(0.0, found.value - half)), float(min(most, found.value + half))
     n = full_patients(measured, metric)
     # How many patients the estimate is worth: n divided by (its variance / that of n independent right-or-wrongs).
     # The half patient keeps the ratio defined, and at 1, where everybody is right and both variances are 0.

@@ -201,6 +201,14 @@ def test_perfect_scores_keep_an_honest_interval():
     assert 0.7 < row.low < 0.9
 
 
+def test_no_interval_leaves_the_range_of_its_metric():
+    """Four patients: intervals are as wide as they get, and none says more than all."""
+    archive = Archive(patients_per_class=2, budgets=(1,), num_draws=2)
+    for row in summarise(measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)):
+        most = math.inf if row.metric == "log_loss" else 1.0
+        assert 0 <= row.low <= row.mean <= row.high <= most, row
+
+
 def test_slides_of_one_patient_do_not_count_as_patients():
     """Five copies of every slide: the same interval, not one narrower by the root of five."""
     archive = Archive(patients_per_class=10, budgets=(2,), num_draws=4)
