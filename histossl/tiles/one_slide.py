@@ -147,7 +147,7 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
             warnings = [*slide.warnings, *_too_coarse(slide, job.config)]
             prints = fingerprint(job.path, job.key), fingerprint(job.path, job.key, SPOTS)
             with new_store(job.zip_path, job.config.mpps) as store:
-                with _vanishing(job), closing(_Making(job, slide, open_again, store, report)) as making:
+                with _vanishing(job), closing(Making(job, slide, open_again, store, report)) as making:
                     tiling = making.tiling(warnings, *prints, own_mpp)
                 if stamp(job.path) != before:
                     raise SlideError(f"{job.path.name}: changed while it was tiled; run the command again")
@@ -203,7 +203,7 @@ def _too_coarse(slide: Slide, config: TileConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """Places of a grid to be cut (columns of equal length), and how many others each filter turned down."""
 
     places: Ints
@@ -214,7 +214,7 @@ class _Wanted:
     rejected: dict[str, int]
 
 
-class _Making:
+class Making:
     """Fills one zip: for each scale the grid, the filters, the tiles."""
 
     def __init__(
@@ -283,13 +283,13 @@ class _Making:
                 cutter.source.close()
                 cutter = cutter_for(self._slide, mpp, replace(self._config, grid="physical"), self._open_again, "read")
                 wanted = self._wanted(cutter)
-            self._fill(number, cutter, wanted)
+            self.fill(number, cutter, wanted)
         finally:
             cutter.source.close()
         grid = cutter.grid
         return {"name": scale_name(mpp), "mpp": grid.mpp, "side_l0": grid.side_l0, "way": cutter.way}
 
-    def _wanted(self, cutter: Cutter) -> _Wanted:
+    def _wanted(self, cutter: Cutter) -> Wanted:
         """What the filters of the thumbnail leave."""
         limits, side_l0 = self._config.tissue, cutter.grid.side_l0
         places = np.arange(cutter.grid.num_places)
@@ -304,7 +304,7 @@ class _Making:
         enough = tissue >= limits.min_tissue
         flat = self._folds.share(x_l0, y_l0, side_l0) <= limits.max_fold
         kept = inside & enough & flat
-        return _Wanted(
+        return Wanted(
             places=places[kept],
             x_l0=x_l0[kept],
             y_l0=y_l0[kept],
@@ -317,7 +317,7 @@ class _Making:
             },
         )
 
-    def _fill(self, scale: int, cutter: Cutter, wanted: _Wanted) -> None:
+    def fill(self, scale: int, cutter: Cutter, wanted: Wanted) -> None:
         """Cut, judge, encode and store the wanted tiles."""
         counts, places = self._counts, wanted.places
         counts.places += cutter.grid.num_places

@@ -26,20 +26,22 @@ pytestmark = pytest.mark.slow
 def told(what, figures):
     for one in figures:
         spread = ", ".join(f"{ratio:.1f}" for ratio in one.ratios)
+        way = one.way if one.filters else f"{one.way}, no filters"
         print(
-            f"{what}, {one.way}: {one.num_tiles} tiles of {one.tile_px} px at {one.mpp:.3g} mpp, "
+            f"{what}, {way}: {one.num_tiles} tiles of {one.tile_px} px at {one.mpp:.3g} mpp, "
             f"{one.own_ms:.3f} ms against {one.loop_ms:.2f} ms a tile, {one.ratio:.1f}x ({spread})"
         )
-    return {one.way: statistics.median(one.ratios) for one in figures}
+    return {(one.way, one.filters): statistics.median(one.ratios) for one in figures}
 
 
 def test_copied_40_times_stitched_8_times_as_fast_as_the_usual_loop(tmp_path):
     slide = write_svs_like(tmp_path / "svs-like.tif")
     ratios = told("SVS-like, JPEG, 0.25 mpp", measure_tiling(slide, TileConfig(), repeats=5))
-    assert ratios["copied"] >= 40
-    assert ratios["stitched"] >= 8
+    assert ratios["copied", False] >= 40
+    assert ratios["stitched", False] >= 8
+    assert ratios["stitched", True] >= 4
     # OpenSlide alone takes 60 % of the usual loop's time here, so that reading through it cannot be much faster.
-    assert ratios["read"] >= 1.25
+    assert ratios["read", False] >= 1.25
 
 
 @pytest.mark.parametrize("compression", ["deflate", "jp2k"])
@@ -47,7 +49,7 @@ def test_what_is_not_jpeg_is_half_as_fast_again(tmp_path, compression):
     slide = tmp_path / "A1.tif"
     paint_slide(slide, width_px=4096, height_px=4096, mpp=0.25, compression=compression, pyramid=False)
     ratios = told(f"{compression}, 0.25 mpp", measure_tiling(slide, TileConfig()))
-    assert ratios["stitched"] >= 1.5
+    assert ratios["stitched", False] >= 1.5
 
 
 def test_real_slides(real_data):
