@@ -25,7 +25,8 @@ from histossl.evaluation.labels import (
     patients_by_name,
     refuse_split_patients,
 )
-from histossl.slides.regions import Ring, find_regions, read_regions
+from histossl.slides.files import SlideFile
+from histossl.slides.regions import Ring, read_regions, regions_in
 from histossl.tiles.index import TileIndex
 
 
@@ -43,8 +44,10 @@ def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), cla
     used: set[Path] = set()
     without_class = empty = 0
     own_patient, patients_from = patients_by_name(index.slides)
-    for slide in index.slides:
-        path = find_regions(Path(str(index.facts(slide).get("file", slide))), slide, directory)
+    files_of = [SlideFile(Path(str(index.facts(slide).get("file", slide))), slide) for slide in index.slides]
+    matched = regions_in(directory, files_of)
+    for one in files_of:
+        slide, path = one.slide, matched[one.path]
         if path is None:
             continue
         used.add(path)

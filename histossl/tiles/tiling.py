@@ -31,7 +31,7 @@ from histossl.errors import HistosslError, MismatchError, SlideError, StoreError
 from histossl.slides.files import SlideFile, relative, walk
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
-from histossl.slides.regions import find_regions
+from histossl.slides.regions import match_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
 from histossl.slides.scan import stamp
 from histossl.tiles.cutting import native_side_px
@@ -165,6 +165,7 @@ def _plan(
         unused = table.unused([(relative(each.path, directory), each.slide) for each in files])
         if unused:
             console.warn(f"--mpp-csv {mpp_csv}: no slide here answers to {', '.join(unused[:5])}")
+    drawn = match_regions(files, regions)
     names = Names(workspace, config)
     jobs: dict[str, TileJob] = {}
     plan = _Plan(rows=[])
@@ -186,7 +187,7 @@ def _plan(
             slide_mpp=mpp if mpp is not None else slide_mpp,
             mpp_source=source,
             key=names.key,
-            regions=find_regions(each.path.absolute(), each.slide, regions),
+            regions=drawn[each.path],
         )
         plan.rows.append(row)
     names.write()
