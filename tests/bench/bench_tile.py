@@ -34,11 +34,12 @@ def told(what, figures):
     return {(one.way, one.filters): statistics.median(one.ratios) for one in figures}
 
 
-def test_copied_40_times_stitched_8_times_as_fast_as_the_usual_loop(tmp_path):
+def test_without_filters_copied_40_times_stitched_7_times_as_fast_as_the_usual_loop(tmp_path):
     slide = write_svs_like(tmp_path / "svs-like.tif")
-    ratios = told("SVS-like, JPEG, 0.25 mpp", measure_tiling(slide, TileConfig(), repeats=5))
+    # Enough tiles that opening and the comparison with OpenSlide, once per slide, do not decide.
+    ratios = told("SVS-like, JPEG, 0.25 mpp", measure_tiling(slide, TileConfig(), max_tiles=2000, repeats=3))
     assert ratios["copied", False] >= 40
-    assert ratios["stitched", False] >= 8
+    assert ratios["stitched", False] >= 7
     assert ratios["stitched", True] >= 4
     # OpenSlide alone takes 60 % of the usual loop's time here, so that reading through it cannot be much faster.
     assert ratios["read", False] >= 1.25
