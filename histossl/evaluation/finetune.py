@@ -646,20 +646,22 @@ def _facts(
 
 
 def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -> dict[str, Any]:
-    """Whether tested slides were in the pretraining pool of any start, in numbers and in words."""
-    tested = {table.items[item].slide for item in splits.tested}
+    """Whether tested slides were in the pretraining pool of any start: in tested items per start, and in words."""
+    items = [table.items[item].slide for item in splits.tested]
+    tested = set(items)
     seen: dict[str, int | None] = {}
     words = []
     for start in starts:
         if start.exported is None:
             continue
         pool = start.provenance.get("pretraining_slides")
-        seen[start.name] = None if pool is None else len(tested & set(pool))
+        shown = tested & set(pool or ())
+        seen[start.name] = None if pool is None else sum(slide in shown for slide in items)
         if pool is None:
             words.append(f"{start.name}: its file does not say which slides it was pretrained on")
-        elif seen[start.name]:
+        elif shown:
             words.append(
-                f"{start.name}: {seen[start.name]} of {len(tested)} tested slides were in its pretraining pool, "
+                f"{start.name}: {len(shown)} of {len(tested)} tested slides were in its pretraining pool, "
                 "without their labels (transductive)"
             )
         else:

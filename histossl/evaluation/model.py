@@ -57,7 +57,7 @@ class Model:
 
     def embedder(self, device: torch.device) -> Embedder:
         backbone, info = load_backbone(self.folder / "backbone.safetensors")
-        return backbone_embedder("model", backbone, info, self.info.input_px, device)
+        return backbone_embedder(self.info.start, backbone, info, self.info.input_px, device)
 
 
 def save_model(

@@ -229,6 +229,14 @@ def test_the_pretraining_pool_is_told(ready):
     assert "7 of 24 tested slides were in its pretraining pool" in leak["statement"]
 
 
+def test_the_pretraining_pool_is_told_in_what_is_tested(ready):
+    export(ready, "run", seed=3, slides=SLIDES[:7])
+    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone="", unit="tile", tiles_per_slide=2))
+    leak = json.loads(ready.finetune("a").run_json.read_text())["leak"]
+    assert leak["seen"] == {"adapted": 14}  # tiles, as the predictions are
+    assert "7 of 24 tested slides" in leak["statement"]
+
+
 def test_tiles_and_regions_can_carry_the_labels(ready):
     finetune(ready, "tiles", config_of(ready, starts=("colour",), unit="tile", tiles_per_slide=3, budgets=(1, 4)))
     _, predictions, _ = tables_of(ready, "tiles")
