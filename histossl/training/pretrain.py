@@ -597,6 +597,7 @@ class _Pretraining:
             f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
             f"process{'es' if planned.num_processes > 1 else ''} ({name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
+            _weights_told(self.info),
             *planned.reasons,
             *more,
         ]
@@ -645,6 +646,16 @@ def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: i
         f"out of GPU memory even with {2 * batch_size // pieces // num_processes} tiles a pass; "
         "use a smaller --view-px, a smaller --backbone, or a --batch-size with more factors of two"
     )
+
+
+def _weights_told(info: BackboneInfo) -> str:
+    """Where the start comes from, and that every key of it was filled."""
+    begun = info.provenance.get("start_weights", "")
+    if "keys_loaded" not in info.provenance:
+        return f"start: {begun}"
+    dropped = info.provenance["keys_dropped"]
+    rest = f"; left out: {', '.join(dropped)}" if dropped else ""
+    return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone loaded{rest}"
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -292,6 +293,13 @@ def test_a_file_that_is_no_weights_gets_one_line(index: TileIndex, tmp_path: Pat
     assert told.code == 1
     assert told.err.startswith("error:")
     assert "weights.pth: " in told.err
+
+
+def test_how_many_keys_were_loaded_is_told(index: TileIndex, tmp_path: Path, cli) -> None:
+    save_backbone(tmp_path / "start.safetensors", *create_backbone("resnet10t", "random", seed=5))
+    told = cli("plan", *command(index.path.parents[1], "--weights", str(tmp_path / "start.safetensors"))[1:])
+    assert told.code == 0
+    assert re.search(r"start: .*start\.safetensors, all \d\d keys of the backbone loaded", told.err)
 
 
 def test_pickled_code_is_refused(index: TileIndex, tmp_path: Path, cli) -> None:
