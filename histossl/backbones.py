@@ -53,8 +53,12 @@ class BackboneInfo:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def create_backbone(timm_name: str, weights: str | Path, seed: int = 0) -> tuple[nn.Module, BackboneInfo]:
+def create_backbone(
+    timm_name: str, weights: str | Path, seed: int = 0, drop_path: float = 0.0
+) -> tuple[nn.Module, BackboneInfo]:
     """A fresh backbone. `weights`: 'imagenet' (timm's cache, else the hub), 'random', or a file.
+
+    `drop_path` is the rate of stochastic depth while training (Huang et al. 2016), where the architecture knows it.
 
     Refuses an unknown name (UsageError), and weights that do not fit in every key (WeightsError): nothing is
     ever loaded in part.
@@ -62,10 +66,10 @@ def create_backbone(timm_name: str, weights: str | Path, seed: int = 0) -> tuple
     if str(weights) not in ("imagenet", "random"):
         path = Path(weights)
         if path.is_file():
-            backbone, info = _empty(timm_name, seed)
+            backbone, info = _empty(timm_name, seed, drop_path)
             return backbone, replace(info, provenance=_load_into(backbone, path))
         raise UsageError(f"--weights {weights}: no such file, and neither 'imagenet' nor 'random'")
-    backbone, info = _empty(timm_name, seed)
+    backbone, info = _empty(timm_name, seed, drop_path)
     if str(weights) == "random":
         return backbone, replace(info, provenance={"start_weights": "random", "seed": seed})
     cached = _cached_by_timm(backbone)
@@ -117,15 +121,18 @@ def weights_digest(backbone: nn.Module) -> str:
 # ---- making the empty model
 
 
-def _empty(timm_name: str, seed: int) -> tuple[nn.Module, BackboneInfo]:
+def _empty(timm_name: str, seed: int, drop_path: float = 0.0) -> tuple[nn.Module, BackboneInfo]:
     if not timm.is_model(timm_name):
         raise UsageError(f"--backbone {timm_name}: timm has no such model{nearest(timm_name, timm.list_models())}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         try:  # ViTs take any view size, with position embeddings interpolated on the fly and stored on their own grid
-            backbone: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=0, dynamic_img_size=True)
+            backbone: nn.Module = timm.create_model(
+                timm_name, pretrained=False, num_classes=0, dynamic_img_size=True, **depth
+            )
         except TypeError:
-            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0)
+            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **depth)
     config = _timm_config(backbone)
     info = BackboneInfo(
         timm_name=timm_name,

@@ -141,6 +141,8 @@ class TileConfig:
 
 # ---- pretrain
 
+OPTIMIZERS = ("sgd", "adamw", "lars")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -155,11 +157,11 @@ class PretrainConfig:
     batch_size: int = 256  # tiles per optimizer step, over all processes and micro-batches
     view_px: int = 224
     recipe: str = ""  # '': the method's own with what tissue needs (mocov2-histology)
-    optimizer: str = ""  # sgd, adamw
+    optimizer: str = ""  # sgd, adamw, lars
     lr: float = 0.0
-    weight_decay: float = -1.0  # -1: the optimizer's usual
+    weight_decay: float = -1.0  # -1: the method's
     layer_decay: float = 0.0  # learning rate falls by this factor from each block to the one before it
-    warmup: float = 0.05  # share of the steps
+    warmup: float = -1.0  # share of the steps; -1: the method's
     final_lr: float = 0.01  # share of the peak at the end of the cosine
     clip_norm: float = 3.0
     slide_balance: float = 0.0
@@ -177,10 +179,10 @@ class PretrainConfig:
         require(len(given) < 2, " and --".join(given), "", "only one of them: each sets the length")
         require(self.batch_size >= 2, "batch-size", self.batch_size, "2 or more tiles")
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
-        require(self.optimizer in ("", "sgd", "adamw"), "optimizer", self.optimizer, "sgd or adamw")
+        require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
         require(self.lr >= 0, "lr", self.lr, "more than 0")
         require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")
-        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
+        require(self.warmup == -1 or 0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
         require(0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")
         require(self.clip_norm > 0, "clip-norm", self.clip_norm, "more than 0")
         require(
@@ -277,6 +279,11 @@ class FinetuneConfig:
 
 
 # ---- shared by all stages
+
+
+def knob(default: Any, meaning: str, paper: str = "", source: str = "") -> Any:
+    """A field of a method's config, with what `histossl methods NAME` tells of it and of the paper's value."""
+    return field(default=default, metadata={"meaning": meaning, "paper": paper, "source": source})
 
 
 def with_overrides(config: Any, assignments: Iterable[str]) -> Any:

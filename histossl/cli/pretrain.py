@@ -1,14 +1,13 @@
-"""`histossl pretrain`, `histossl plan` and `histossl methods`."""
+"""`histossl pretrain` and `histossl plan`."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,7 @@ from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import PretrainConfig, TileConfig, nearest
 from histossl.errors import LabelsError, UsageError
-from histossl.methods import REGISTRY, classes_of, entry_of
+from histossl.methods import entry_of
 
 if TYPE_CHECKING:
     from histossl.evaluation.labels import LabelTable
@@ -34,7 +33,6 @@ def register(app: typer.Typer) -> None:
         "Offline: histossl pretrain --slides /data/slides --weights resnet50.safetensors"
     )(pretrain)
     app.command("plan", epilog="Example: histossl plan --backbone vit_small_patch16_224 --gpus 4 --epochs 20")(plan)
-    app.command(epilog="Example: histossl methods mocov2")(methods)
 
 
 def pretrain(
@@ -61,21 +59,27 @@ def pretrain(
     recipe: Annotated[
         str, typer.Option(help="Augmentation recipe; see `histossl views`. Default: the method's, for tissue.")
     ] = "",
-    optimizer: Annotated[str, typer.Option(help="sgd or adamw. Default: sgd with BatchNorm, else adamw.")] = "",
+    optimizer: Annotated[
+        str, typer.Option(help="sgd, adamw or lars. Default: the method's; mostly sgd with BatchNorm, else adamw.")
+    ] = "",
     lr: Annotated[
         float, typer.Option(help="Peak learning rate. Default: worked out from the batch.", show_default=False)
     ] = 0.0,
     weight_decay: Annotated[
-        float, typer.Option(help="Default: 1e-4 for sgd, 0.04 for adamw.", show_default=False)
+        float, typer.Option(help="Default: the method's (histossl methods NAME).", show_default=False)
     ] = -1.0,
     layer_decay: Annotated[
         float,
         typer.Option(
-            help="Factor on the learning rate from block to block. Default: 0.75 for adamw, else 1.", show_default=False
+            help="Factor on the learning rate from block to block. Default: the method's with adamw, else 1.",
+            show_default=False,
         ),
     ] = 0.0,
     warmup: Annotated[
-        float, typer.Option(help="Share of the steps in which the learning rate rises.")
+        float,
+        typer.Option(
+            help="Share of the steps in which the learning rate rises. Default: the method's.", show_default=False
+        ),
     ] = DEFAULTS.warmup,
     slide_balance: Annotated[
         float, typer.Option(help="0: every tile equally often; 1: every slide.")
@@ -220,29 +224,6 @@ def plan(**options: Any) -> int:
 
 
 plan.__doc__ = "Print what `histossl pretrain` with the same options would do, how long it would take, and why."
-
-
-def methods(
-    name: Annotated[str, typer.Argument(help="A method, to see its knobs.", show_default=False)] = "",
-) -> None:
-    """List the self-supervised methods, or one method's knobs."""
-    if not name:
-        rows = [(name, entry.summary) for name, entry in sorted(REGISTRY.items())]
-        console.table("methods", ("name", "learns by"), rows)
-        return
-    _, knobs = classes_of(name)
-    comments = comments_of(knobs)
-    console.table(
-        f"{name}: knobs for --set KEY=VALUE",
-        ("key", "default", "meaning"),
-        [(field.name, field.default, comments.get(field.name, "")) for field in fields(knobs)],
-    )
-
-
-def comments_of(kind: type) -> dict[str, str]:
-    """What the comment behind each field of a config class says."""
-    lines = re.findall(r"^    (\w+): [^#\n]*(?:#\s*(.*))?$", inspect.getsource(kind), re.MULTILINE)
-    return dict(lines)
 
 
 # ---- what the options say

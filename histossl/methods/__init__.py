@@ -16,7 +16,10 @@ class Entry:
     module: str
     class_name: str
     config_name: str
-    summary: str
+    learns_from: str
+    backbones: str
+    memory: str
+    choose: str
     default_recipe: str
 
 
@@ -25,7 +28,10 @@ REGISTRY: dict[str, Entry] = {
         "histossl.methods.mocov2",
         "MoCoV2",
         "MoCoV2Config",
-        "tell a tile's own key from a queue of others; works with small batches on one GPU",
+        "telling a tile's own key from a queue of other tiles' keys",
+        "any",
+        "two views: low",
+        "first: small batches on one GPU are enough",
         "mocov2-histology",
     ),
 }

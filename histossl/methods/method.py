@@ -6,13 +6,46 @@ validating never alters the algorithm. Every change of state (momentum encoder, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from histossl.views.draws import Draws
 from histossl.views.recipe import ViewRecipe
+
+OF_THE_METHOD = 1000  # the "view" whose random numbers are the method's own: masks, permutations, patches
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate as published for a batch, and what is done with it at another batch."""
+
+    lr: float  # peak, from scratch
+    continued: float  # peak, when the weights are pretrained
+    batch: int  # at which both hold
+    scaling: str  # linear, sqrt: how they follow the batch
+    weight_decay: float
+    source: str  # for the plan's reason
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a method is optimized unless the command line says otherwise; the planner prints what came of it."""
+
+    optimizer: str = ""  # '': sgd for backbones with BatchNorm, else adamw
+    sgd: Rate = Rate(0.03, 0.01, 256, "linear", 1e-4, "MoCo's 0.03")
+    adamw: Rate = Rate(5e-4, 3e-4, 128, "sqrt", 0.04, "5e-4")
+    lars: Rate = Rate(1.2, 0.4, 256, "sqrt", 1e-4, "SimCLR's 0.075 x sqrt(batch)")
+    weight_decay_end: float | None = None  # adamw: reached by a cosine at the last step; None: constant
+    layer_decay: float = 0.75  # adamw, when continuing
+    patch_embed_scale: float = 1.0  # on the patch embedding's rate, over the layer decay
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 0.05  # share of the steps
+    clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO); module: backbone, heads
+    prototypes: tuple[int, int] = (1, 65536)  # times the table's number for so many tiles, and the most
 
 
 class Views(NamedTuple):
@@ -21,8 +54,16 @@ class Views(NamedTuple):
     images: list[Tensor]  # each (B, 3, h, w), normalised for the backbone
     tiles_B: Tensor  # int64 tile numbers of the index
     slides_B: Tensor  # int64 slide numbers of the index
-    step: int  # of the optimizer; with `part` it keys whatever a method draws at random
+    step: int  # of the optimizer
     part: int = 0  # micro-batch within the step
+    progress: float = 0.0  # share of the run that is done, in [0, 1)
+    positions_B: Tensor | None = None  # int64 places in the global stream, on the CPU
+    seed: int = 0
+
+    def draws(self) -> Draws:
+        """Random numbers of the method's own, by tile: the same on any number of processes and after a resume."""
+        assert self.positions_B is not None, "a method that draws at random needs the tiles' positions"
+        return Draws(self.seed, self.positions_B.numpy(), OF_THE_METHOD)
 
 
 class Outcome(NamedTuple):
@@ -33,6 +74,12 @@ class Outcome(NamedTuple):
 
 class Method(nn.Module):
     backbone: nn.Module  # what `pretrain` exports (MoCo: the query encoder; DINO: the teacher)
+    trained_by: ClassVar[Training] = Training()
+    planned: ClassVar[tuple[str, ...]] = ()  # knobs that the planner fits to tiles, slides and steps
+
+    def learner(self) -> nn.Module:
+        """The backbone that the optimizer moves: the exported one, but for methods that export a teacher."""
+        return self.backbone
 
     def views(self) -> ViewRecipe:
         """What the tiles must become."""
@@ -40,6 +87,9 @@ class Method(nn.Module):
 
     def forward(self, views: Views) -> Outcome:
         raise NotImplementedError
+
+    def before_step(self, progress: float) -> None:
+        """Called with the gradients of a whole step, before they are clipped (DINO: the last layer's are dropped)."""
 
     def after_step(self, carries: Sequence[Any], progress: float) -> None:
         """Called once after each optimizer step. `carries`: one a micro-batch, in order; `progress` in [0, 1]."""
@@ -59,3 +109,7 @@ class Method(nn.Module):
     def loss_ceiling(self) -> float | None:
         """The loss of features that tell nothing, where a closed form exists (InfoNCE: ln(K+1))."""
         return None
+
+    def ailment(self, row: Mapping[str, float]) -> str:
+        """What is wrong by the figures of a logged step, with its likely cause; '' while all is well."""
+        return ""

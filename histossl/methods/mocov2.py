@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.config import require
+from histossl.config import knob, require
 from histossl.errors import UsageError
 from histossl.methods import gather
 from histossl.methods.batchnorm import average_batchnorm_buffers, group_batchnorms
@@ -34,17 +34,24 @@ from histossl.views.recipe import ViewRecipe
 # B tiles of this process, G of all processes, K keys in the queue, D embedding dimensions.
 
 
+HE, CHEN = "He et al. 2020, arXiv 1911.05722", "Chen et al. 2020, arXiv 2003.04297"
+
+
 @dataclass(frozen=True)
 class MoCoV2Config:
     """Knobs for `--set key=value`. Defaults of the paper, where continuing has no reason to differ."""
 
-    queue_size: int = 65536  # the planner gives what fits the tile set (algorithms: staleness, false negatives)
-    momentum: float = 0.999  # of the key encoder; the planner gives what fits the run's length (paper: 0.999)
-    temperature: float = 0.2  # MoCo v2; 0.1 is worth a try for queues up to 4,096
-    embedding_dim: int = 128  # of queries and keys, as in the paper
-    symmetric: bool = False  # mean of both directions; both views' keys join the queue
-    same_slide_weight: float = 1.0  # of a negative from the query's own slide: 1 treats all alike, 0 leaves it out
-    batchnorm_group_tiles: int = 32  # tiles per BatchNorm statistic; 0 takes each process's batch as it comes
+    queue_size: int = knob(65536, "keys in the queue; the planner gives what fits the tile set", "65536", HE)
+    momentum: float = knob(0.999, "of the key encoder; the planner gives what fits the run's length", "0.999", HE)
+    temperature: float = knob(0.2, "0.1 is worth a try for queues up to 4,096", "0.2", CHEN)
+    embedding_dim: int = knob(128, "of queries and keys", "128", HE)
+    symmetric: bool = knob(False, "mean of both directions; both views' keys join the queue", "false", CHEN)
+    same_slide_weight: float = knob(
+        1.0, "of a negative from the query's own slide: 1 treats all alike, 0 leaves it out", "1", "ours"
+    )
+    batchnorm_group_tiles: int = knob(
+        32, "tiles per BatchNorm statistic; 0 takes each process's batch as it comes", "32 (256 on 8 GPUs)", HE
+    )
 
     def __post_init__(self) -> None:
         require(self.queue_size >= 1, "set queue_size", self.queue_size, "at least 1")
@@ -67,6 +74,8 @@ class Keys(NamedTuple):
 
 
 class MoCoV2(Method):
+    planned = ("queue_size", "momentum")
+
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: MoCoV2Config) -> None:
         super().__init__()
         if len(recipe.views) != 2:

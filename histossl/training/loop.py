@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from histossl.errors import TrainingError
+from histossl.methods import gather
 from histossl.methods.batchnorm import batchnorm_buffers
 from histossl.methods.method import Method, Outcome, Views
 
@@ -64,14 +65,16 @@ def train(
     micro_batches: int = 1,
     seed: int = 0,
     parallel: nn.Module | None = None,
+    weight_decay_at: Callable[[int], float] | None = None,
 ) -> Iterator[Step]:
     """Yield after each optimizer step from `start_step` up to `num_steps`.
 
     `batches` gives `micro_batches` batches per step; their mean loss is the step's. `parallel` is the method wrapped
     for several processes (DistributedDataParallel). Each parameter group's learning rate is `lr_at(step)` times its
-    `lr_scale`. Raises TrainingError when five steps in a row are not finite.
+    `lr_scale`; a group that decays at all decays by `weight_decay_at(step)` where that is given. Gradients are clipped
+    as the method's `trained_by.clip_by` says. Raises TrainingError when five steps in a row are not finite.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    clipped = _clipped_together(method, optimizer)
     wrapped = parallel if parallel is not None else method
     skipped_in_a_row = 0
     statistics = batchnorm_buffers(method)
@@ -81,8 +84,10 @@ def train(
         lr = lr_at(number)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            if weight_decay_at is not None and group["weight_decay"]:
+                group["weight_decay"] = weight_decay_at(number)
         # Dropout and drop path draw from the step's own stream: a resumed run draws what the unbroken one did.
-        torch.manual_seed((seed * 1_000_003 + number) & 0x7FFFFFFF)
+        torch.manual_seed((seed * 1_000_003 + number + 7919 * gather.rank()) & 0x7FFFFFFF)
         optimizer.zero_grad(set_to_none=True)
         if statistics:
             torch._foreach_copy_(before, statistics)
@@ -92,12 +97,14 @@ def train(
             last = part == micro_batches - 1
             with nullcontext() if last or parallel is None else parallel.no_sync():  # type: ignore[operator]
                 with precision.autocast(device):
-                    outcome: Outcome = wrapped(views._replace(step=number, part=part))
+                    here = views._replace(step=number, part=part, progress=number / num_steps)
+                    outcome: Outcome = wrapped(here)
                 scaler.scale(outcome.loss / micro_batches).backward()
             outcomes.append(outcome._replace(loss=outcome.loss.detach()))
             views = next(batches, None)  # made on the host while the device is still busy with this one
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        method.before_step(number / num_steps)
+        grad_norm = clip_gradients(clipped, clip_norm)
         loss = torch.stack([outcome.loss for outcome in outcomes]).mean()
 
         # Before the step: after it the weights, and after the next the teacher, would have swallowed the NaN.
@@ -122,6 +129,34 @@ def train(
             scaler.update()
             method.after_step([outcome.carry for outcome in outcomes], (number + 1) / num_steps)
         yield Step(number, lr, loss, grad_norm, _mean_metrics([outcome.metrics for outcome in outcomes]), skipped)
+
+
+def clip_gradients(together: Sequence[Sequence[Tensor]], most: float) -> Tensor:
+    """Shorten the gradients of each set of parameters to the norm `most`, in place. The norm of all before it, ().
+
+    One set is the usual global norm; a set for each parameter is DINO's way, one for each module DINOv2's.
+    """
+    grads = [[each.grad for each in parameters if each.grad is not None] for parameters in together]
+    norms = [torch.nn.utils.get_total_norm(own) for own in grads if own]
+    if not norms:
+        return torch.zeros(())
+    for own, norm in zip([own for own in grads if own], norms, strict=True):
+        factor = torch.clamp(most / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(own, factor.to(own[0].device))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def _clipped_together(method: Method, optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
+    parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if method.trained_by.clip_by == "parameter":
+        return [[parameter] for parameter in parameters]
+    if method.trained_by.clip_by == "module":
+        modules: list[list[Tensor]] = [
+            [each for each in child.parameters() if each.requires_grad] for child in method.children()
+        ]
+        return [own for own in modules if own]
+    return [parameters]
 
 
 def _mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from histossl.config import PretrainConfig
 from histossl.errors import UsageError
+from histossl.methods.method import Rate, Training
 
 QUEUE_MOST = 65536  # MoCo's own, for 1.28 million images
 QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the queue holds a tile's own keys
@@ -38,9 +39,9 @@ class Plan:
     lr: float
     final_lr: float
     weight_decay: float
+    weight_decay_end: float
     layer_decay: float
-    queue_size: int  # 0: the method has none
-    momentum: float  # 0: the method has none
+    knobs: dict[str, float]  # of the method, as they fit tiles, slides and steps
     reasons: tuple[str, ...] = field(default=())
 
 
@@ -52,8 +53,13 @@ def plan(
     num_processes: int = 1,
     micro_batches: int = 1,
     batchnorm: bool = True,
+    training: Training = Training(),
+    to_fit: tuple[str, ...] = ("queue_size", "momentum"),
 ) -> Plan:
-    """`knobs` are the method's own settings as given by hand (--set); `batchnorm`: whether the backbone has any."""
+    """`knobs` are the method's own settings as given by hand (--set); `batchnorm`: whether the backbone has any.
+
+    `training` is how the method is optimized, `to_fit` which of its knobs follow from tiles, slides and steps.
+    """
     batch, pieces = config.batch_size, num_processes * micro_batches
     reasons: list[str] = []
     if batch % pieces:
@@ -66,9 +72,15 @@ def plan(
             f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use {max(2, num_tiles // 8)} or so"
         )
     num_steps = _steps(config, num_tiles, reasons)
-    queue_size = _queue(config, num_tiles, num_slides, knobs, reasons) if config.method.startswith("moco") else 0
-    momentum = _momentum(num_tiles, num_steps, queue_size, batch, knobs, reasons) if queue_size else 0.0
-    optimizer, lr, weight_decay, layer_decay = _optimizer(config, batchnorm, reasons)
+    fitted: dict[str, float] = {}
+    if "queue_size" in to_fit:
+        fitted["queue_size"] = _queue(config, num_tiles, num_slides, knobs, reasons)
+    if "momentum" in to_fit:
+        fitted["momentum"] = _momentum(num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons)
+    if "prototypes" in to_fit:
+        fitted["prototypes"] = _prototypes(num_tiles, knobs, training, reasons)
+    optimizer, lr, weight_decay, layer_decay = _optimizer(config, batchnorm, training, reasons)
+    warmup = config.warmup if config.warmup >= 0 else training.warmup
     group = int(knobs.get("batchnorm_group_tiles", BATCHNORM_GROUP))
     if batchnorm and group and pieces > 1 and (batch // pieces) % group:
         reasons.append(
@@ -83,14 +95,14 @@ def plan(
         micro_batches=micro_batches,
         tiles_per_pass=batch // pieces,
         num_steps=num_steps,
-        warmup_steps=round(config.warmup * num_steps),
+        warmup_steps=round(warmup * num_steps),
         optimizer=optimizer,
         lr=lr,
         final_lr=lr * config.final_lr,
         weight_decay=weight_decay,
+        weight_decay_end=_weight_decay_end(config, optimizer, weight_decay, training, reasons),
         layer_decay=layer_decay,
-        queue_size=queue_size,
-        momentum=momentum,
+        knobs=fitted,
         reasons=tuple(reasons),
     )
 
@@ -150,28 +162,57 @@ def _momentum(
         horizon = max(50.0, num_steps / 20)
         if momentum > 1 - 1 / horizon:
             momentum, why = round(1 - 1 / horizon, 4), f"a memory of {horizon:.0f} steps in a run of {num_steps:,}"
-    staleness = queue / batch * (1 - momentum)
-    reasons.append(
-        f"momentum {momentum:g} ({why}); over the queue's age the key encoder moves {staleness:.2f} of its way"
-    )
+    aged = f"; over the queue's age the key encoder moves {queue / batch * (1 - momentum):.2f} of its way"
+    reasons.append(f"momentum {momentum:g} ({why}){aged if queue else ''}")
     return momentum
 
 
-def _optimizer(config: PretrainConfig, batchnorm: bool, reasons: list[str]) -> tuple[str, float, float, float]:
+# Prototypes for fewer tiles than this: more than there are kinds of tile to tell apart never fill. lightly-train's
+# table for DINO (algorithms.md 2.2); DINO's own ablation is flat from 4,096 upwards on ImageNet.
+PROTOTYPES = ((20_000, 1024), (50_000, 2048), (100_000, 4096), (200_000, 16384), (500_000, 32768), (math.inf, 65536))
+
+
+def _prototypes(num_tiles: int, knobs: Mapping[str, Any], training: Training, reasons: list[str]) -> int:
+    if "prototypes" in knobs:
+        prototypes, why = int(knobs["prototypes"]), "--set prototypes"
+    else:
+        times, most = training.prototypes
+        prototypes = min(most, times * next(number for below, number in PROTOTYPES if num_tiles < below))
+        why = f"{num_tiles:,} tiles"
+    reasons.append(
+        f"prototypes {prototypes:,} ({why}); a head that tells nothing has a loss of {math.log(prototypes):.2f}"
+    )
+    return prototypes
+
+
+def _optimizer(
+    config: PretrainConfig, batchnorm: bool, training: Training, reasons: list[str]
+) -> tuple[str, float, float, float]:
     continuing = config.weights != "random"
-    optimizer = config.optimizer or ("sgd" if batchnorm else "adamw")
+    optimizer = config.optimizer or training.optimizer or ("sgd" if batchnorm else "adamw")
+    rate: Rate = getattr(training, optimizer)
     if config.lr:
         lr, why = config.lr, "--lr"
-    elif optimizer == "sgd":
-        lr = (0.01 if continuing else 0.03) * config.batch_size / 256
-        why = f"{'a third of' if continuing else ''} MoCo's 0.03 at batch 256, linear in the batch".strip()
     else:
-        lr = (3e-4 if continuing else 5e-4) * math.sqrt(config.batch_size / 128)
-        why = f"{3e-4 if continuing else 5e-4:g} at batch 128, by the square root of the batch"
-    weight_decay = config.weight_decay if config.weight_decay >= 0 else (1e-4 if optimizer == "sgd" else 0.04)
-    layer_decay = config.layer_decay or (0.75 if continuing and optimizer == "adamw" else 1.0)
+        peak, times = rate.continued if continuing else rate.lr, config.batch_size / rate.batch
+        lr = peak * (math.sqrt(times) if rate.scaling == "sqrt" else times)
+        share = f"; {peak / rate.lr:.2g} of it, as the weights are pretrained" if peak != rate.lr else ""
+        follows = "by the square root of" if rate.scaling == "sqrt" else "linear in"
+        why = f"{rate.source} at batch {rate.batch}, {follows} the batch{share}"
+    weight_decay = config.weight_decay if config.weight_decay >= 0 else rate.weight_decay
+    layer_decay = config.layer_decay or (training.layer_decay if continuing and optimizer == "adamw" else 1.0)
     reasons.append(
         f"{optimizer}, learning rate {lr:.3g} ({why}), falling to {lr * config.final_lr:.2g}; weight decay "
         f"{weight_decay:g}; layer decay {layer_decay:g}"
     )
     return optimizer, lr, weight_decay, layer_decay
+
+
+def _weight_decay_end(
+    config: PretrainConfig, optimizer: str, weight_decay: float, training: Training, reasons: list[str]
+) -> float:
+    """Constant where it was set by hand, and without AdamW."""
+    if training.weight_decay_end is None or optimizer != "adamw" or config.weight_decay >= 0:
+        return weight_decay
+    reasons.append(f"weight decay rises to {training.weight_decay_end:g} by a cosine")
+    return training.weight_decay_end

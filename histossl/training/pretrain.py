@@ -32,7 +32,7 @@ from histossl.training.log import RunLog
 from histossl.training.loop import Step, train
 from histossl.training.monitor import Ceiling, Health, Watch, weight_change
 from histossl.training.planner import Plan, plan
-from histossl.training.schedules import warmup_cosine
+from histossl.training.schedules import half_cosine, warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
@@ -157,10 +157,12 @@ class _Pretraining:
         excluded = set(config.excluded_slides)
         self.keep = np.array([slide not in excluded for slide in index.slides])
         self.order = self._order(0)
-        backbone, self.info = create_backbone(config.backbone, config.weights, config.seed)
-        _refuse_view_size(backbone, config)
         method_class, knobs_class = classes_of(config.method)
         knobs = with_overrides(knobs_class(), config.set)
+        backbone, self.info = create_backbone(
+            config.backbone, config.weights, config.seed, getattr(knobs, "drop_path", 0.0)
+        )
+        _refuse_view_size(backbone, config)
         by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
         self.plan = plan(
             config,
@@ -170,10 +172,10 @@ class _Pretraining:
             processes.count,
             operation.micro_batches or 1,
             has_batchnorm(backbone),
+            method_class.trained_by,
+            method_class.planned,
         )
-        if self.plan.queue_size:
-            knobs = replace(knobs, queue_size=self.plan.queue_size, momentum=self.plan.momentum)
-        self.knobs = knobs
+        self.knobs = knobs = replace(knobs, **self.plan.knobs)
         self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
         torch.manual_seed(config.seed)  # of the heads
@@ -185,6 +187,7 @@ class _Pretraining:
         self.ceiling = Ceiling()
         self.best = Best()
         self.last_look: list[str] = []
+        self.told = ""
         self.log: RunLog | None = None
 
     # ---- the recipe
@@ -242,6 +245,7 @@ class _Pretraining:
             self.plan.micro_batches,
             self.config.seed,
             in_parallel(self.method) if self.processes.count > 1 else None,
+            partial(_weight_decay_at, self.plan),
         )
         saved_s = logged_s = time.monotonic()
         waited_s, logged, done = 0.0, first, first
@@ -266,6 +270,7 @@ class _Pretraining:
                     stuck = self.ceiling.stuck(row["loss"], self.method.loss_ceiling(), done, num_steps)
                     if stuck and self.processes.writes:
                         console.warn(f"step {done}: {stuck}")
+                    self._tell_ailment(row, done)
                 if done % operation.monitor_every == 0 or last:
                     self._look(done)
                 bar.advance()
@@ -391,7 +396,7 @@ class _Pretraining:
             if self.device.type == "cuda":
                 owners = owners.pin_memory()
             tiles_B, slides_B = owners.to(self.device, non_blocking=True)
-            yield Views(images, tiles_B, slides_B, step=0)
+            yield Views(images, tiles_B, slides_B, step=0, positions_B=positions, seed=self.config.seed)
 
     def _clean_batches(self, purpose: int, num_tiles: int, size: int = 64) -> Iterator[Tensor]:
         """Tiles as they are, at the size of the views, normalised: the same ones whenever asked."""
@@ -439,8 +444,8 @@ class _Pretraining:
                 tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=self.device)
                 numbers = torch.arange(tiles_per_pass)
                 images = make_views(tiles, self.method.views(), 0, numbers, (self.info.mean, self.info.std))
-                numbers = numbers.to(self.device)
-                self._pass(Views(images, numbers, numbers, 0))
+                on_device = numbers.to(self.device)
+                self._pass(Views(images, on_device, on_device, 0, positions_B=numbers))
             except torch.OutOfMemoryError:
                 failed += 1
         torch.cuda.empty_cache()
@@ -455,9 +460,8 @@ class _Pretraining:
             num_steps = max(1, int(self.config.hours * 3600 / step_s))
         why = f"steps {num_steps:,} (--hours {self.config.hours:g})"
         reasons = (why, *(reason for reason in self.plan.reasons if not reason.startswith("steps")))
-        self.plan = replace(
-            self.plan, num_steps=num_steps, warmup_steps=round(self.config.warmup * num_steps), reasons=reasons
-        )
+        warmup_steps = round(self.plan.warmup_steps / self.plan.num_steps * num_steps)
+        self.plan = replace(self.plan, num_steps=num_steps, warmup_steps=warmup_steps, reasons=reasons)
 
     def step_s(self, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
         """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it.
@@ -555,6 +559,13 @@ class _Pretraining:
         if self.device.type == "cuda":
             row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return row
+
+    def _tell_ailment(self, row: dict[str, float], done: int) -> None:
+        """What the method itself finds wrong with a logged step, once for as long as it lasts."""
+        ailment = self.method.ailment(row)
+        if ailment and ailment != self.told and self.processes.writes:
+            console.warn(f"step {done}: {ailment}")
+        self.told = ailment
 
     def _collapse(self, health: Health, done: int) -> TrainingError:
         kept = self.run.healthy_backbone
@@ -665,6 +676,11 @@ def _duration(seconds: float) -> str:
 
 def _lr_at(planned: Plan, step: int) -> float:
     return warmup_cosine(step, planned.num_steps, planned.warmup_steps, planned.lr, planned.final_lr)
+
+
+def _weight_decay_at(planned: Plan, step: int) -> float:
+    share = step / max(1, planned.num_steps - 1)
+    return half_cosine(share, planned.weight_decay, planned.weight_decay_end)
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from histossl.errors import UsageError
 from histossl.methods.method import Method
+from histossl.training.lars import LARS
 from histossl.training.loop import Precision
 from histossl.training.planner import Plan
 
@@ -30,15 +32,20 @@ def precision_for(name: str, device: torch.device) -> Precision:
 
 
 def optimizer_for(method: Method, planned: Plan, device: torch.device) -> torch.optim.Optimizer:
-    """Backbone blocks with layer decay, heads at the full rate; biases and norms without weight decay under AdamW."""
-    decays_all = planned.optimizer == "sgd"  # as MoCo's official code
+    """Backbone blocks with layer decay, heads at the full rate; biases and norms without weight decay.
+
+    (SGD decays all, as MoCo's official code does.) Groups are made of the method's `learner`, not of a teacher.
+    """
+    decays_all = planned.optimizer == "sgd"
+    learner = method.learner()
     groups = param_groups_layer_decay(
-        method.backbone,
+        learner,
         weight_decay=planned.weight_decay,
         weight_decay_exclude_1d=not decays_all,
         layer_decay=planned.layer_decay,
     )
-    inside = {id(parameter) for parameter in method.backbone.parameters()}
+    _slow_patch_embedding(groups, learner, method.trained_by.patch_embed_scale if planned.layer_decay < 1 else 1.0)
+    inside = {id(parameter) for parameter in learner.parameters()}
     heads = [parameter for parameter in method.parameters() if parameter.requires_grad and id(parameter) not in inside]
     for flat, decay in ((False, planned.weight_decay), (True, planned.weight_decay if decays_all else 0.0)):
         chosen = [parameter for parameter in heads if (parameter.ndim <= 1) == flat]
@@ -47,7 +54,22 @@ def optimizer_for(method: Method, planned: Plan, device: torch.device) -> torch.
     fused = device.type == "cuda"
     if planned.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=planned.lr, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, lr=planned.lr, betas=(0.9, 0.999), fused=fused)
+    if planned.optimizer == "lars":
+        return LARS(groups, lr=planned.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=planned.lr, betas=method.trained_by.betas, fused=fused)
+
+
+def _slow_patch_embedding(groups: list[dict[str, Any]], learner: nn.Module, scale: float) -> None:
+    """Patch embedding and position grid by themselves, `scale` times slower than their layer (DINOv2: 0.2)."""
+    first = getattr(learner, "patch_embed", None)
+    if first is None or scale == 1:
+        return
+    inside = {id(parameter) for parameter in first.parameters()}
+    for group in list(groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in inside]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
+            groups.append({**group, "params": own, "lr_scale": scale * group.get("lr_scale", 1.0)})
 
 
 def in_parallel(method: Method) -> DistributedDataParallel:

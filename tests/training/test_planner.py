@@ -18,11 +18,11 @@ def planned(
     [(20_000, 256, 2048), (100_000, 256, 7936), (1_000_000, 256, 65536), (50_000, 512, 4096), (10_000_000, 256, 65536)],
 )
 def test_queue_is_the_published_share_of_the_tiles(num_tiles: int, batch: int, queue: int) -> None:
-    assert planned(num_tiles, batch).queue_size == queue
+    assert planned(num_tiles, batch).knobs["queue_size"] == queue
 
 
 def test_few_tiles_get_a_quarter_of_them() -> None:
-    assert planned(1000, 128).queue_size == 250
+    assert planned(1000, 128).knobs["queue_size"] == 250
 
 
 def test_queue_reason_states_age_share_and_own_slide() -> None:
@@ -33,17 +33,17 @@ def test_queue_reason_states_age_share_and_own_slide() -> None:
 
 
 def test_queue_by_hand_is_taken_and_one_as_large_as_the_data_refused() -> None:
-    assert planned(5000, knobs={"queue_size": 777}).queue_size == 777
+    assert planned(5000, knobs={"queue_size": 777}).knobs["queue_size"] == 777
     with pytest.raises(UsageError, match=r"queue of 5000 keys: must be smaller than the 5000 tiles"):
         planned(5000, knobs={"queue_size": 5000})
 
 
 def test_momentum_fits_the_tiles_and_the_length() -> None:
-    assert planned(20_000, steps=10_000).momentum == 0.99
-    assert planned(500_000, steps=10_000).momentum == 0.996
-    assert planned(2_000_000, steps=100_000).momentum == 0.999
-    assert planned(2_000_000, steps=1000).momentum == 0.98  # memory of 50 steps: a twentieth
-    assert planned(2_000_000, steps=100).momentum == 0.98  # never shorter
+    assert planned(20_000, steps=10_000).knobs["momentum"] == 0.99
+    assert planned(500_000, steps=10_000).knobs["momentum"] == 0.996
+    assert planned(2_000_000, steps=100_000).knobs["momentum"] == 0.999
+    assert planned(2_000_000, steps=1000).knobs["momentum"] == 0.98  # memory of 50 steps: a twentieth
+    assert planned(2_000_000, steps=100).knobs["momentum"] == 0.98  # never shorter
 
 
 def test_epochs_become_steps() -> None:

@@ -1,0 +1,76 @@
+"""`histossl methods`: what there is to learn from without labels, when to choose which, and every knob of one."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from histossl import console
+from histossl.methods import REGISTRY, classes_of, entry_of
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: histossl methods   histossl methods dinov2")(methods)
+
+
+def methods(
+    name: Annotated[str, typer.Argument(help="A method, to see its knobs.", show_default=False)] = "",
+) -> None:
+    """List the self-supervised methods, or one method's knobs with the paper's values."""
+    if not name:
+        console.table(
+            "methods for `histossl pretrain --method NAME`",
+            ("name", "learns from", "backbones", "memory", "choose it"),
+            [
+                (name, entry.learns_from, entry.backbones, entry.memory, entry.choose)
+                for name, entry in REGISTRY.items()
+            ],
+        )
+        console.say("histossl methods NAME lists one method's knobs, their defaults and the paper's values")
+        return
+    entry = entry_of(name)
+    method, knobs = classes_of(name)
+    console.say(f"{name}: {entry.learns_from}. Choose it {entry.choose}.")
+    console.table(
+        f"{name}: knobs for --set KEY=VALUE",
+        ("key", "default", "paper", "meaning", "source"),
+        [(field.name, *_told(field.name, field, method.planned)) for field in fields(knobs)],
+    )
+    console.table(
+        f"{name}: how it is trained unless options say otherwise", ("option", "default"), _trained_by(entry, method)
+    )
+
+
+def _told(name: str, field: Any, planned: tuple[str, ...]) -> tuple[object, ...]:
+    default = f"planned ({field.default})" if name in planned else field.default
+    return default, field.metadata["paper"], field.metadata["meaning"], field.metadata["source"]
+
+
+def _trained_by(entry: Any, method: Any) -> list[tuple[str, str]]:
+    training = method.trained_by
+    which = training.optimizer or "sgd for backbones with BatchNorm, else adamw"
+    rows = [("--recipe", entry.default_recipe), ("--optimizer", which)]
+    for optimizer in (training.optimizer,) if training.optimizer else ("sgd", "adamw"):
+        rate = getattr(training, optimizer)
+        follows = "the square root of the batch" if rate.scaling == "sqrt" else "the batch"
+        end = training.weight_decay_end if optimizer == "adamw" else None
+        rows.append(
+            (
+                f"--lr, --weight-decay ({optimizer})",
+                f"{rate.continued:g} at batch {rate.batch} and as {follows} (from scratch {rate.lr:g}); weight decay "
+                f"{rate.weight_decay:g}{'' if end is None else f' to {end:g}'}",
+            )
+        )
+    return [
+        *rows,
+        ("--layer-decay", f"{training.layer_decay:g} with adamw from pretrained weights, else 1"),
+        ("--warmup", f"{training.warmup:g} of the steps"),
+        (
+            "--clip-norm",
+            {"all": "3 over all", "parameter": "3, each parameter by itself", "module": "3, by module"}[
+                training.clip_by
+            ],
+        ),
+    ]
