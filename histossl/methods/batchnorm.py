@@ -63,6 +63,61 @@ def group_batchnorms(network: nn.Module, group_tiles: int) -> int:
     return count
 
 
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm with one statistic over the whole batch of all processes, with its gradient ('synchronised').
+
+    SimCLR and MoCo v3 need it: a statistic of few tiles tells positives apart. (torch's own runs on GPUs alone.)
+    In one process it is the BatchNorm that it was made of.
+    """
+
+    act: nn.Module
+    drop: nn.Module
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.ndim >= 2
+
+    def forward(self, x_BCX: Tensor) -> Tensor:
+        if not self.training or gather.world_size() == 1:
+            y_BCX = super().forward(x_BCX)
+        else:
+            y_BCX = self._of_all(x_BCX)
+        return self.act(self.drop(y_BCX)) if hasattr(self, "act") else y_BCX
+
+    def _of_all(self, x_BCX: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        rest = [axis for axis in range(x_BCX.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x_BCX.ndim - 2)
+        with torch.autocast(x_BCX.device.type, enabled=False):
+            x = x_BCX.float()
+            count = x.numel() // x.shape[1] * gather.world_size()
+            mean_C = gather.sum_with_gradient(x.sum(rest)) / count
+            centred = x - mean_C.view(shape)
+            variance_C = gather.sum_with_gradient(centred.square().sum(rest)) / count
+            y = centred * (variance_C + self.eps).rsqrt().view(shape)
+            if self.weight is not None:
+                y = y * self.weight.view(shape)
+            if self.bias is not None:
+                y = y + self.bias.view(shape)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((variance_C * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return y.to(x_BCX.dtype)
+
+
+def globalise_batchnorms(network: nn.Module) -> int:
+    """Make every BatchNorm of `network` one over all processes, in place. Returns how many there are."""
+    count = 0
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = GlobalBatchNorm
+            count += 1
+    return count
+
+
 def has_batchnorm(network: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,3 +56,48 @@ def mean_over_processes(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x / world_size()
+
+
+def gather_with_gradient(x_BX: Tensor) -> Tensor:
+    """As `gather`, and the gradient comes home: each process gets the sum of what all losses say of its rows.
+
+    With a loss that is the mean over a process's own rows, and gradients averaged over processes, this is the gradient
+    of the mean over all rows, as one process would compute it.
+    """
+    gathered: Tensor = _Gather.apply(x_BX) if world_size() > 1 else x_BX  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def sum_with_gradient(x: Tensor) -> Tensor:
+    """The sum over processes; its gradient is the sum of theirs."""
+    total: Tensor = _Sum.apply(x) if world_size() > 1 else x  # type: ignore[no-untyped-call]
+    return total
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """As `sum_with_gradient`, without any."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x_BX: Tensor) -> Tensor:
+        return gather(x_BX)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return own_part(sum_over_processes(grads[0].contiguous()))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return sum_over_processes(x)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        return sum_over_processes(grads[0].contiguous())
