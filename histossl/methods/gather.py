@@ -64,13 +64,13 @@ def gather_with_gradient(x_BX: Tensor) -> Tensor:
     With a loss that is the mean over a process's own rows, and gradients averaged over processes, this is the gradient
     of the mean over all rows, as one process would compute it.
     """
-    gathered: Tensor = _Gather.apply(x_BX) if world_size() > 1 else x_BX  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(x_BX) if world_size() > 1 else x_BX
     return gathered
 
 
 def sum_with_gradient(x: Tensor) -> Tensor:
     """The sum over processes; its gradient is the sum of theirs."""
-    total: Tensor = _Sum.apply(x) if world_size() > 1 else x  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(x) if world_size() > 1 else x
     return total
 
 
