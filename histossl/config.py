@@ -162,7 +162,7 @@ class PretrainConfig:
     weight_decay: float = -1.0  # -1: the method's
     layer_decay: float = 0.0  # learning rate falls by this factor from each block to the one before it
     warmup: float = -1.0  # share of the steps; -1: the method's
-    final_lr: float = 0.01  # share of the peak at the end of the cosine
+    final_lr: float = -1.0  # share of the peak at the end of the cosine; -1: the method's
     clip_norm: float = 3.0
     slide_balance: float = 0.0
     seed: int = 0
@@ -183,7 +183,7 @@ class PretrainConfig:
         require(self.lr >= 0, "lr", self.lr, "more than 0")
         require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")
         require(self.warmup == -1 or 0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
-        require(0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")
+        require(self.final_lr == -1 or 0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")
         require(self.clip_norm > 0, "clip-norm", self.clip_norm, "more than 0")
         require(
             0 <= self.slide_balance <= 1, "slide-balance", self.slide_balance, "0 (tiles alike) to 1 (slides alike)"

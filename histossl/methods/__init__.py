@@ -34,6 +34,36 @@ REGISTRY: dict[str, Entry] = {
         "first: small batches on one GPU are enough",
         "mocov2-histology",
     ),
+    "dino": Entry(
+        "histossl.methods.dino",
+        "DINO",
+        "DINOConfig",
+        "agreeing with a slow copy of itself about crops of all sizes",
+        "any",
+        "2 + 8 crops: high",
+        "for CNNs, when MoCo v2 has shown its best",
+        "dino-histology",
+    ),
+    "ibot": Entry(
+        "histossl.methods.ibot",
+        "IBOT",
+        "IBOTConfig",
+        "the same, and telling masked patches from those around them",
+        "ViT",
+        "2 + 8 crops, patch tokens: high",
+        "as a simpler DINOv2",
+        "dino-histology",
+    ),
+    "dinov2": Entry(
+        "histossl.methods.dinov2",
+        "DINOv2",
+        "DINOv2Config",
+        "the same, with balanced prototypes and features spread apart",
+        "ViT",
+        "2 + 8 crops, two heads: high",
+        "for ViTs, above all those with DINOv2's weights, on a GPU",
+        "dinov2-histology",
+    ),
 }
 
 

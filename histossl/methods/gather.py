@@ -83,6 +83,14 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def max_over_processes(x: Tensor) -> Tensor:
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x_BX: Tensor) -> Tensor:

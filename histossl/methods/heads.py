@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def moco_head(feature_dim: int, embedding_dim: int, hidden_dim: int | None = None) -> nn.Sequential:
@@ -12,3 +16,40 @@ def moco_head(feature_dim: int, embedding_dim: int, hidden_dim: int | None = Non
     """
     hidden_dim = hidden_dim or feature_dim
     return nn.Sequential(nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embedding_dim))
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head: MLP with GELU, unit length, then the cosine to K prototypes (Caron et al. 2021, section 3.1).
+
+    (..., D) -> (..., K). Prototypes are unit length, as weight normalisation with its gain frozen at 1 makes them
+    (`norm_last_layer`; nanopath found the same best when continuing), so logits lie in -1..1. With `trainable_norm`
+    each has a gain of its own, as DINOv2's.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        prototypes: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        trainable_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [feature_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = nn.Linear(bottleneck_dim, prototypes, bias=False)
+        self.gain_K = nn.Parameter(torch.ones(prototypes)) if trainable_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        towards = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+        prototypes_KD = F.normalize(self.last_layer.weight, dim=1)
+        logits = F.linear(towards, prototypes_KD.to(towards.dtype))
+        return logits if self.gain_K is None else logits * self.gain_K

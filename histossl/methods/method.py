@@ -44,6 +44,7 @@ class Training:
     patch_embed_scale: float = 1.0  # on the patch embedding's rate, over the layer decay
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.05  # share of the steps
+    final_lr: float = 0.01  # share of the peak at the end of the cosine
     clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO); module: backbone, heads
     prototypes: tuple[int, int] = (1, 65536)  # times the table's number for so many tiles, and the most
 
@@ -81,8 +82,8 @@ class Method(nn.Module):
         """The backbone that the optimizer moves: the exported one, but for methods that export a teacher."""
         return self.backbone
 
-    def views(self) -> ViewRecipe:
-        """What the tiles must become."""
+    def views(self, progress: float = 0.0) -> ViewRecipe:
+        """What the tiles must become at this share of the run; 1 gives the largest views of all."""
         raise NotImplementedError
 
     def forward(self, views: Views) -> Outcome:

@@ -98,7 +98,7 @@ class MoCoV2(Method):
         self.queue_slides_K: Tensor
         self.pointer: Tensor
 
-    def views(self) -> ViewRecipe:
+    def views(self, progress: float = 0.0) -> ViewRecipe:
         return self.recipe
 
     # ---- forward: computes, changes nothing

@@ -20,6 +20,7 @@ QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the 
 QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
+SINKHORN_BATCH = 64  # up to here prototypes are centred: so few tiles cannot share thousands of them evenly
 BATCHNORM_GROUP = 32  # tiles per statistic, as the methods' knob has it
 
 
@@ -41,7 +42,7 @@ class Plan:
     weight_decay: float
     weight_decay_end: float
     layer_decay: float
-    knobs: dict[str, float]  # of the method, as they fit tiles, slides and steps
+    knobs: dict[str, Any]  # of the method, as they fit tiles, slides and steps
     reasons: tuple[str, ...] = field(default=())
 
 
@@ -72,15 +73,19 @@ def plan(
             f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use {max(2, num_tiles // 8)} or so"
         )
     num_steps = _steps(config, num_tiles, reasons)
-    fitted: dict[str, float] = {}
+    fitted: dict[str, Any] = {}
     if "queue_size" in to_fit:
         fitted["queue_size"] = _queue(config, num_tiles, num_slides, knobs, reasons)
     if "momentum" in to_fit:
         fitted["momentum"] = _momentum(num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons)
     if "prototypes" in to_fit:
         fitted["prototypes"] = _prototypes(num_tiles, knobs, training, reasons)
+    if "assign" in to_fit:
+        fitted["assign"] = knobs.get("assign") or ("sinkhorn" if batch > SINKHORN_BATCH else "centre")
     optimizer, lr, weight_decay, layer_decay = _optimizer(config, batchnorm, training, reasons)
     warmup = config.warmup if config.warmup >= 0 else training.warmup
+    final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
+    reasons[-1] += f"; the rate falls to {final_lr:.2g}"
     group = int(knobs.get("batchnorm_group_tiles", BATCHNORM_GROUP))
     if batchnorm and group and pieces > 1 and (batch // pieces) % group:
         reasons.append(
@@ -98,7 +103,7 @@ def plan(
         warmup_steps=round(warmup * num_steps),
         optimizer=optimizer,
         lr=lr,
-        final_lr=lr * config.final_lr,
+        final_lr=final_lr,
         weight_decay=weight_decay,
         weight_decay_end=_weight_decay_end(config, optimizer, weight_decay, training, reasons),
         layer_decay=layer_decay,
@@ -202,8 +207,7 @@ def _optimizer(
     weight_decay = config.weight_decay if config.weight_decay >= 0 else rate.weight_decay
     layer_decay = config.layer_decay or (training.layer_decay if continuing and optimizer == "adamw" else 1.0)
     reasons.append(
-        f"{optimizer}, learning rate {lr:.3g} ({why}), falling to {lr * config.final_lr:.2g}; weight decay "
-        f"{weight_decay:g}; layer decay {layer_decay:g}"
+        f"{optimizer}, learning rate {lr:.3g} ({why}); weight decay {weight_decay:g}; layer decay {layer_decay:g}"
     )
     return optimizer, lr, weight_decay, layer_decay
 

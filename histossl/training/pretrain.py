@@ -23,6 +23,7 @@ from histossl.methods import classes_of, entry_of, gather
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
+from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
@@ -32,7 +33,7 @@ from histossl.training.log import RunLog
 from histossl.training.loop import Step, train
 from histossl.training.monitor import Ceiling, Health, Watch, weight_change
 from histossl.training.planner import Plan, plan
-from histossl.training.schedules import half_cosine, warmup_cosine
+from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
@@ -234,7 +235,7 @@ class _Pretraining:
         steps = train(
             self.method,
             self.optimizer,
-            self._views(tiles),
+            self._views(tiles, first),
             partial(_lr_at, self.plan),
             first,
             num_steps,
@@ -384,9 +385,10 @@ class _Pretraining:
             decode_on=self.device if self.operation.decode_on_gpu else None,
         )
 
-    def _views(self, tiles: TileBatches) -> Iterator[Views]:
-        recipe = self.method.views()
-        for pixels, numbers, positions in tiles:
+    def _views(self, tiles: TileBatches, first: int = 0) -> Iterator[Views]:
+        """What the method sees of each batch, from step `first` on."""
+        for batch, (pixels, numbers, positions) in enumerate(tiles):
+            recipe = self.method.views((first + batch // self.plan.micro_batches) / self.plan.num_steps)
             on_device = pixels.to(self.device, non_blocking=True)
             statistics = (self.info.mean, self.info.std)
             images = make_views(on_device, recipe, self.config.seed, positions, statistics)
@@ -443,7 +445,7 @@ class _Pretraining:
                 side = self.index.tile_px
                 tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=self.device)
                 numbers = torch.arange(tiles_per_pass)
-                images = make_views(tiles, self.method.views(), 0, numbers, (self.info.mean, self.info.std))
+                images = make_views(tiles, self.method.views(1.0), 0, numbers, (self.info.mean, self.info.std))
                 on_device = numbers.to(self.device)
                 self._pass(Views(images, on_device, on_device, 0, positions_B=numbers))
             except torch.OutOfMemoryError:

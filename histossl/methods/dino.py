@@ -1,0 +1,35 @@
+"""DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294). CNN or ViT.
+
+The teacher says of each of two global crops which prototypes it sees; the student must say the same of every other crop
+of the tile, small ones included. selfdistillation.py has the step; here is what makes it DINO.
+Decided where paper and code differ (facebookresearch/dino at 7c446df): gradients are clipped parameter by parameter,
+as in the code; crops of the published long runs (0.25..1), which are views/recipe.py's; teacher temperature 0.04
+throughout, the code's default (the long runs rise to 0.07: --set teacher_temperature=0.07). A CNN's BatchNorm
+statistics are over all processes, and its rates SGD's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+
+from histossl.methods.method import Rate, Training
+from histossl.methods.selfdistillation import SelfDistillation, SelfDistillationConfig
+
+
+@dataclass(frozen=True)
+class DINOConfig(SelfDistillationConfig):
+    pass
+
+
+class DINO(SelfDistillation):
+    trained_by = Training(
+        sgd=Rate(0.03, 0.01, 256, "linear", 1e-4, "DINO's 0.03 for ResNet-50"),
+        adamw=Rate(5e-4, 1e-4, 256, "linear", 0.04, "DINO's 5e-4"),
+        weight_decay_end=0.2,  # from scratch 0.4; 0.1 and 0.2 did the same when continuing (nanopath)
+        patch_embed_scale=0.2,
+        clip_by="parameter",
+    )
+
+    def loss_ceiling(self) -> float:
+        return log(self.config.prototypes)

@@ -1,0 +1,52 @@
+"""DINOv2: DINO and iBOT, balanced prototypes, two heads, features spread apart (Oquab et al. 2023, 2304.07193). ViT.
+
+Defaults are those for continuing on tissue (algorithms.md 2.1, 2.7), since the published ones destroy pretrained
+weights (dinov2#204: nearest neighbours 80 % to 10 %): rate 1e-4 falling by 0.7 from block to block and by 0.2 once
+more at the patch embedding; random masks of 10-45 %; KDE instead of KoLeo; prototypes of unit length; rates, weight
+decay and momentum that barely move within a short run (annealing them inside it cost 1.4 points there).
+
+Decided where paper and code differ (facebookresearch/dinov2 at b8931f7): every pair of crops weighs the same also
+without small crops (the code divides by 3); KoLeo over both global crops, as the code, and over all processes, unlike
+it; crops are blurred as the paper says (recipe dinov2; dinov2-released does as the released code); the NaN check comes
+before the step; no process group is needed for Sinkhorn; one norm clips all gradients (nanopath), not one a module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from histossl.config import knob
+from histossl.methods.method import Rate, Training
+from histossl.methods.selfdistillation import NANOPATH, OQUAB, ZHOU, MaskedConfig, SelfDistillation
+
+
+@dataclass(frozen=True)
+class DINOv2Config(MaskedConfig):
+    prototypes: int = knob(131072, "of each head; the planner gives what fits the tile set", "131072", OQUAB)
+    bottleneck_dim: int = knob(384, "width before the prototypes", "384 (crops), 256 (patches)", OQUAB)
+    teacher_temperature: float = knob(0.07, "of the teacher's softmax; 0.1 costs half a point", "0.07", OQUAB)
+    momentum: float = knob(0.994, "of the teacher; the planner gives what fits the run's length", "0.992-0.994", OQUAB)
+    momentum_end: float = knob(0.0, "to which it rises by a cosine; 0: it stays", "1; stays in short runs", NANOPATH)
+    assign: str = knob("sinkhorn", "sinkhorn or centre; planned: centre for batches up to 64", "sinkhorn", OQUAB)
+    share_head: bool = knob(False, "one head for crops and patches", "false", OQUAB)
+    mask_high: float = knob(0.45, "most share of patches masked in one crop", "0.5; 0.45", NANOPATH)
+    mask_kind: str = knob("random", "block or random", "block; random when continuing", NANOPATH)
+    patch_centre: str = knob("masked", "patches whose mean is the patches' centre: all or masked", "masked", OQUAB)
+    koleo_weight: float = knob(0.0, "of KoLeo on the global crops' features", "0.1", OQUAB)
+    kde_weight: float = knob(0.005, "of the kernel density of the global crops' features", "0.005", NANOPATH)
+    high_resolution_px: int = knob(0, "side of the global crops in the last phase; 0: none", "518", OQUAB)
+    high_resolution_share: float = knob(0.1, "share of that phase", "10k of 625k steps", OQUAB)
+    patch_weight: float = knob(1.0, "of the loss at masked patches", "1", ZHOU)
+
+
+class DINOv2(SelfDistillation):
+    planned = (*SelfDistillation.planned, "assign")
+    trained_by = Training(
+        adamw=Rate(1.4e-3, 1e-4, 128, "sqrt", 0.04, "DINOv2's 0.004 at 1,024 tiles, 0.0014"),
+        weight_decay_end=0.1,
+        layer_decay=0.7,
+        patch_embed_scale=0.2,
+        betas=(0.9, 0.99),
+        final_lr=0.5,
+        prototypes=(4, 131072),
+    )

@@ -1,0 +1,160 @@
+"""DINO's losses and assignments against closed forms, float64 sums and lightly (oracles 10, 11, 14-16)."""
+
+import math
+
+import pytest
+import torch
+from lightly.loss import DINOLoss, IBOTPatchLoss
+from methods.test_gather import on_two
+from torch import Tensor
+from torch.nn import functional as F
+
+from histossl.methods import gather
+from histossl.methods.assignments import (
+    assignment_ailment,
+    assignment_metrics,
+    centred,
+    cross_entropy_R,
+    patch_loss,
+    sinkhorn,
+    view_loss,
+)
+
+
+def logits(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- cross-entropy between views
+
+
+@pytest.mark.parametrize(("prototypes", "loss"), [(4096, 8.3178), (8192, 9.0109), (65536, 11.0904)])
+def test_uniform_teacher_and_student_give_ln_of_prototypes(prototypes: int, loss: float) -> None:
+    same = torch.zeros(2, 3, prototypes)
+    ours = view_loss([same], centred(same, torch.zeros(prototypes), 0.04), 0.1)
+    assert ours.item() == pytest.approx(math.log(prototypes), rel=1e-6)
+    assert ours.item() == pytest.approx(loss, abs=1e-4)
+
+
+def test_loss_is_entropy_plus_divergence() -> None:
+    teacher, student = logits(5, 16), logits(5, 16, seed=1)
+    target = centred(teacher, torch.zeros(16), 0.07)
+    p, q = (F.log_softmax(each.double(), 1) for each in (teacher / 0.07, student / 0.1))
+    expected = -(p.exp() * p).sum(1) + (p.exp() * (p - q)).sum(1)
+    torch.testing.assert_close(cross_entropy_R(student, target, 0.1).double(), expected, rtol=1e-5, atol=1e-6)
+    same = cross_entropy_R(teacher, target, 0.07).double()
+    torch.testing.assert_close(same, -(p.exp() * p).sum(1), rtol=1e-5, atol=1e-6)  # nothing between them
+
+
+@pytest.mark.parametrize("num_local", [0, 1, 8])
+def test_every_pair_of_different_views_weighs_the_same(num_local: int) -> None:
+    """2 (2 + L) - 2 pairs; also without small crops, where DINOv2's code divides by 3."""
+    teacher, student = logits(2, 4, 12), logits(2 + num_local, 4, 12, seed=1)
+    target = centred(teacher, torch.zeros(12), 0.05)
+    log_q = F.log_softmax(student.double() / 0.1, -1)
+    pairs = [(v, q) for v in range(2) for q in range(2 + num_local) if v != q]
+    assert len(pairs) == 2 * (2 + num_local) - 2
+    expected = torch.stack([-(target[v].double() * log_q[q]).sum(-1).mean() for v, q in pairs]).mean()
+    by_size = [student[:2], student[2:]] if num_local else [student]
+    assert view_loss(by_size, target, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_equals_lightly_s_dino_loss_and_gradient() -> None:
+    teacher, student = logits(2, 6, 32), logits(5, 6, 32, seed=1)
+    theirs = DINOLoss(output_dim=32, warmup_teacher_temp=0.05, teacher_temp=0.05, student_temp=0.1)
+    centre = logits(32, seed=2) / 10
+    theirs.center.copy_(centre)
+    a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+    ours = view_loss([a[:2], a[2:]], centred(teacher, centre, 0.05), 0.1)
+    other = theirs(list(teacher), list(b), teacher_temp=0.05)
+    ours.backward()
+    other.backward()
+    assert ours.item() == pytest.approx(other.item(), rel=1e-5)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_equals_lightly_s_patch_loss_and_gradient() -> None:
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[0, :2], mask[2, 1, 1:] = True, True  # the second crop stays whole
+    teacher, student = logits(int(mask.sum()), 10), logits(int(mask.sum()), 10, seed=1)
+    theirs = IBOTPatchLoss(output_dim=10, teacher_temp=0.07, student_temp=0.1)
+    a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+    weight = (1.0 / mask.flatten(1).sum(1).clamp(min=1))[mask.flatten(1).nonzero()[:, 0]]
+    ours = patch_loss(a, centred(teacher, torch.zeros(10), 0.07), weight, 3, 0.1)
+    other = theirs(teacher, b, mask, teacher_temp=0.07)
+    ours.backward()
+    other.backward()
+    assert ours.item() == pytest.approx(other.item(), rel=1e-5)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_shift_of_prototypes_that_the_centre_has_changes_nothing() -> None:
+    teacher, shift = logits(4, 8), logits(8, seed=1)
+    torch.testing.assert_close(centred(teacher + shift, shift, 0.04), centred(teacher, torch.zeros(8), 0.04))
+
+
+def test_loss_stays_in_fp32_under_autocast() -> None:
+    teacher, student = logits(2, 4, 64), logits(2, 4, 64, seed=1)
+    target = centred(teacher, torch.zeros(64), 0.04)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = view_loss([student], target, 0.1)
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(view_loss([student], target, 0.1).item(), rel=1e-6)
+
+
+# ---- Sinkhorn
+
+
+def test_tokens_have_one_unit_and_prototypes_share_them() -> None:
+    cosine = F.normalize(logits(64, 32), dim=1)
+    mass = sinkhorn(cosine, 0.07)
+    torch.testing.assert_close(mass.sum(1), torch.ones(64), rtol=1e-6, atol=1e-6)
+    assert float((mass.sum(0) / 2 - 1).abs().max()) < 0.5  # three iterations: nearly
+    torch.testing.assert_close(sinkhorn(cosine, 0.07, 100).sum(0), torch.full((32,), 2.0), rtol=1e-4, atol=1e-4)
+
+
+def test_shifting_all_or_one_prototype_changes_nothing_shifting_a_token_does() -> None:
+    """Prototypes are normalised first: this pins the order of the iteration."""
+    cosine = logits(16, 8).double() / 4
+    alone = sinkhorn(cosine, 0.1)
+    torch.testing.assert_close(sinkhorn(cosine + 3, 0.1), alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sinkhorn(cosine + logits(8, seed=1), 0.1), alone, rtol=1e-3, atol=1e-5)
+    by_token = sinkhorn(cosine + logits(16, 1, seed=2), 0.1)
+    assert float((by_token - alone).abs().max()) > 0.05
+
+
+def test_logits_that_would_overflow_exp_are_finite() -> None:
+    mass = sinkhorn(torch.tensor([[100.0, 0.0], [0.0, 100.0]]), 0.05)
+    torch.testing.assert_close(mass, torch.eye(2), rtol=0, atol=1e-6)
+
+
+def test_no_tokens_give_no_rows() -> None:
+    assert sinkhorn(torch.zeros(0, 5), 0.1).shape == (0, 5)
+
+
+def balanced() -> Tensor:
+    return gather.gather(sinkhorn(gather.own_part(logits(8, 6)), 0.1))
+
+
+def test_two_processes_balance_what_one_balances(tmp_path) -> None:
+    for together in on_two(balanced, tmp_path):
+        torch.testing.assert_close(together, balanced(), rtol=1e-5, atol=1e-7)
+
+
+# ---- what is told of a teacher that dies
+
+
+def told(target: Tensor) -> str:
+    return assignment_ailment({name: float(value) for name, value in assignment_metrics(target).items()})
+
+
+def test_a_teacher_that_finds_all_alike_is_named() -> None:
+    assert "uniform collapse" in told(torch.full((32, 64), 1 / 64))
+
+
+def test_a_teacher_of_one_prototype_is_named() -> None:
+    assert "one-hot collapse" in told(F.one_hot(torch.zeros(32, dtype=torch.long), 64).float())
+
+
+def test_a_healthy_teacher_is_left_alone() -> None:
+    assert told(sinkhorn(F.normalize(logits(64, 128), dim=1), 0.04)) == ""
