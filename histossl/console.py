@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -45,8 +46,11 @@ def panel(title: str, text: str) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
     """`right` names the columns to be set flush right (numbers)."""
     drawn = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        drawn.add_column(escape(name), justify="right" if name in right else "left", overflow="fold")
+    for number, name in enumerate(columns):
+        # The first names the row: where it is one word it stays whole, and the others share what is left.
+        whole = number == 0 and all(" " not in str(row[0]) and len(str(row[0])) <= 32 for row in rows)
+        justify: Literal["left", "right"] = "right" if name in right else "left"
+        drawn.add_column(escape(name), justify=justify, overflow="fold", no_wrap=whole)
     for row in rows:
         drawn.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
     console.print(drawn)

@@ -28,14 +28,14 @@ def methods(
                 for name, entry in REGISTRY.items()
             ],
         )
-        console.say("histossl methods NAME lists one method's knobs, their defaults and the paper's values")
+        console.say("histossl methods NAME lists one method's knobs, their defaults and the papers' values")
         return
     entry = entry_of(name)
     method, knobs = classes_of(name)
     console.say(f"{name}: {entry.learns_from}. Choose it {entry.choose}.")
     console.table(
         f"{name}: knobs for --set KEY=VALUE",
-        ("key", "default", "paper", "meaning", "source"),
+        ("key", "default", "paper", "meaning", "source (arXiv)"),
         [(field.name, *_told(field.name, field, method.planned)) for field in fields(knobs)],
     )
     console.table(

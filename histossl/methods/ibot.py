@@ -22,6 +22,7 @@ class IBOTConfig(MaskedConfig):
 
 class IBOT(SelfDistillation):
     trained_by = Training(
+        optimizer="adamw",
         adamw=Rate(5e-4, 1e-4, 256, "linear", 0.04, "iBOT's 5e-4"),
         weight_decay_end=0.2,
         patch_embed_scale=0.2,

@@ -34,7 +34,7 @@ from histossl.views.recipe import ViewRecipe
 # B tiles of this process, G of all processes, K keys in the queue, D embedding dimensions.
 
 
-HE, CHEN = "He et al. 2020, arXiv 1911.05722", "Chen et al. 2020, arXiv 2003.04297"
+HE, CHEN = "MoCo, 1911.05722", "MoCo v2, 2003.04297"
 
 
 @dataclass(frozen=True)

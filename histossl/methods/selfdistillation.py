@@ -46,10 +46,8 @@ from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
 NUM_GLOBAL = 2
-CARON = "Caron et al. 2021, arXiv 2104.14294"
-ZHOU = "Zhou et al. 2021, arXiv 2111.07832"
-OQUAB = "Oquab et al. 2023, arXiv 2304.07193"
-NANOPATH = "MedARC-AI/nanopath, continuing on one GPU"
+CARON, ZHOU, OQUAB = "DINO, 2104.14294", "iBOT, 2111.07832", "DINOv2, 2304.07193"
+NANOPATH = "nanopath"  # MedARC-AI/nanopath: DINOv2 continued on tissue on one GPU
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ class SelfDistillationConfig:
     num_local: int = knob(8, "small crops", "8 (code), 10 (paper)", CARON)
     local_px: int = knob(0, "side of the small crops; 0: 96 at 224, in that proportion", "96", CARON)
     drop_path: float = knob(0.1, "stochastic depth, of the student alone", "0.1", CARON)
-    batchnorm_group_tiles: int = knob(0, "BatchNorm is over all processes; 0 is the only value", "global", CARON)
 
     def __post_init__(self) -> None:
         for name in ("prototypes", "bottleneck_dim", "hidden_dim", "head_layers"):
@@ -92,7 +89,6 @@ class SelfDistillationConfig:
         require(0 <= self.num_local <= 32, "set num_local", self.num_local, "0 to 32")
         require(self.local_px == 0 or self.local_px >= 8, "set local_px", self.local_px, "0, or 8 pixels and more")
         require(0 <= self.drop_path < 1, "set drop_path", self.drop_path, "0 or more, below 1")
-        require(self.batchnorm_group_tiles == 0, "set batchnorm_group_tiles", self.batchnorm_group_tiles, "0")
 
 
 @dataclass(frozen=True)

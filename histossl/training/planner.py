@@ -56,10 +56,12 @@ def plan(
     batchnorm: bool = True,
     training: Training = Training(),
     to_fit: tuple[str, ...] = ("queue_size", "momentum"),
+    batchnorm_group: int = BATCHNORM_GROUP,
 ) -> Plan:
     """`knobs` are the method's own settings as given by hand (--set); `batchnorm`: whether the backbone has any.
 
-    `training` is how the method is optimized, `to_fit` which of its knobs follow from tiles, slides and steps.
+    `training` is how the method is optimized, `to_fit` which of its knobs follow from tiles, slides and steps,
+    `batchnorm_group` of how many tiles it takes one BatchNorm statistic (0: of all).
     """
     batch, pieces = config.batch_size, num_processes * micro_batches
     reasons: list[str] = []
@@ -86,7 +88,7 @@ def plan(
     warmup = config.warmup if config.warmup >= 0 else training.warmup
     final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
     reasons[-1] += f"; the rate falls to {final_lr:.2g}"
-    group = int(knobs.get("batchnorm_group_tiles", BATCHNORM_GROUP))
+    group = batchnorm_group
     if batchnorm and group and pieces > 1 and (batch // pieces) % group:
         reasons.append(
             f"warning: passes of {batch // pieces} tiles are no whole groups of {group}: BatchNorm takes each pass as "

@@ -175,6 +175,7 @@ class _Pretraining:
             has_batchnorm(backbone),
             method_class.trained_by,
             method_class.planned,
+            getattr(knobs, "batchnorm_group_tiles", 0),
         )
         self.knobs = knobs = replace(knobs, **self.plan.knobs)
         self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}

@@ -1,0 +1,250 @@
+"""What every method must show, whatever it is: it is told, resumes, runs on the backbones that it claims, and learns.
+
+Painted textures stand for tissue: a kind of tile is a kind of stripes, in any colour, so colour tells nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from synthetic_store import write_synthetic_store
+from torch import Tensor, nn
+
+from histossl.backbones import create_backbone
+from histossl.config import PretrainConfig
+from histossl.methods import REGISTRY, classes_of
+from histossl.methods.method import Method, Views
+from histossl.tiles.index import TileIndex
+from histossl.training.checkpoint import load_checkpoint
+from histossl.training.loop import Precision, train
+from histossl.training.planner import plan
+from histossl.training.pretrain import Operation, pretrain
+from histossl.views.recipe import make_views, recipe_named
+from histossl.workspace import PretrainDir, Workspace
+
+CPU = torch.device("cpu")
+NAMES = tuple(REGISTRY)
+PRETEXT = {"rotation", "context", "jigsaw", "colorization"}  # they learn another thing: tested where they are
+# Small heads, so that a test takes a second; by knob, for the methods that have it.
+SMALL: dict[str, Any] = {
+    "prototypes": 64, "hidden_dim": 64, "bottleneck_dim": 32, "num_local": 2, "drop_path": 0.0, "queue_size": 16,
+    "batchnorm_group_tiles": 8, "embedding_dim": 32, "permutations": 10,
+}  # fmt: skip
+
+
+def knobs_of(name: str, **more: Any) -> Any:
+    _, config = classes_of(name)
+    own = {field.name for field in fields(config)}
+    fits = {key: value for key, value in {**SMALL, **more}.items() if key in own}
+    if name == "simclrv2":
+        fits.pop("queue_size", None)
+    return config(**fits)
+
+
+def set_of(name: str) -> tuple[str, ...]:
+    knobs = knobs_of(name)
+    chosen = [key for key in SMALL if key in {field.name for field in fields(knobs)}]
+    return tuple(f"{key}={getattr(knobs, key)}" for key in chosen)
+
+
+def needs_vit(name: str) -> bool:
+    return REGISTRY[name].backbones == "ViT"
+
+
+# ---- told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_knob_has_a_meaning_and_a_source(name: str) -> None:
+    for field in fields(classes_of(name)[1]):
+        assert field.metadata.get("meaning"), field.name
+        assert field.metadata.get("source"), field.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_tells_it(name: str, cli) -> None:
+    told = cli("methods", name)
+    assert told.code == 0
+    for field in fields(classes_of(name)[1]):
+        assert field.name in told.err
+    assert name in cli("methods").err
+
+
+def test_a_mistyped_method_or_knob_is_refused_with_the_nearest(cli, workspace: Workspace) -> None:
+    assert "did you mean 'dinov2'" in cli("methods", "dino2").err
+
+
+# ---- resumes
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> TileIndex:
+    workspace = Workspace(tmp_path_factory.mktemp("store"))
+    return write_synthetic_store(workspace, slides=("A1", "A2", "B1", "B2"), tiles_per_slide=16, tile_px=40)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_equals_the_unbroken_one(name: str, index: TileIndex, tmp_path: Path) -> None:
+    backbone, view_px = ("vit_tiny_patch16_224", 32) if needs_vit(name) else ("resnet10t", 48)
+    config = PretrainConfig(
+        method=name, backbone=backbone, weights="random", steps=4, batch_size=8, view_px=view_px, set=set_of(name)
+    )
+    often = Operation(num_workers=0, log_every=1, monitor_every=3, checkpoint_every_steps=2, stop_on_collapse=False)
+    unbroken, broken = PretrainDir(tmp_path / "unbroken"), PretrainDir(tmp_path / "broken")
+    pretrain(index, unbroken, config, often)
+    looks = iter(range(1))
+
+    def die(*_: object) -> float:
+        if next(looks, None) is None:
+            raise Killed
+        return 0.5
+
+    with pytest.raises(Killed):  # at the look after step 3, with a checkpoint of step 2
+        pretrain(index, broken, config, often, probe=die)
+    state = load_checkpoint(broken)
+    assert state is not None
+    assert state["step"] == 2
+    assert pretrain(index, broken, config, often).finished
+    assert broken.backbone.read_bytes() == unbroken.backbone.read_bytes()
+    losses = [[json.loads(line).get("loss") for line in run.log.read_text().splitlines()] for run in (unbroken, broken)]
+    assert losses[0] == losses[1]
+
+
+# ---- backbones
+
+CLAIMED = ("resnet18", "resnet50", "convnext_atto", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
+
+
+@pytest.mark.parametrize("backbone_name", CLAIMED)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PRETEXT])
+def test_it_runs_on_the_backbones_that_it_claims(name: str, backbone_name: str) -> None:
+    if needs_vit(name) and "vit" not in backbone_name:
+        pytest.skip("needs patch tokens")
+    torch.manual_seed(0)
+    backbone, info = create_backbone(backbone_name, "random")
+    side = 56 if "patch14" in backbone_name else 48
+    method = made(name, backbone, info.feature_dim, side, batchnorm_group_tiles=2)
+    outcome = method(drawn(method, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), 0))
+    outcome.loss.backward()
+    assert bool(torch.isfinite(outcome.loss))
+    learner = method.learner()
+    assert any(bool(each.grad.abs().sum() > 0) for each in learner.parameters() if each.grad is not None)
+    assert set(method.backbone.state_dict()) == set(backbone.state_dict())  # timm's own keys are exported
+
+
+def made(name: str, backbone: nn.Module, feature_dim: int, size_px: int, **knobs: Any) -> Method:
+    recipe = recipe_named(REGISTRY[name].default_recipe, size_px)
+    method: Method = classes_of(name)[0](backbone, feature_dim, recipe, knobs_of(name, **knobs))
+    return method.train()
+
+
+def drawn(method: Method, tiles: Tensor, step: int, numbers: Tensor | None = None) -> Views:
+    positions = torch.arange(len(tiles)) + step * len(tiles)
+    images = make_views(tiles, method.views(), 0, positions, ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    numbers = positions if numbers is None else numbers
+    return Views(images, numbers, numbers, step, positions_B=positions)
+
+
+# ---- learns
+
+KINDS, PX, BATCH, STEPS = 6, 48, 32, 60
+
+
+def texture(kind: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Stripes, checks, dots, rings, blobs or plaid, turned, scaled and coloured at random, with noise."""
+    y, x = np.mgrid[:PX, :PX] + rng.uniform(0, PX, (2, 1, 1))
+    angle, wave = rng.uniform(-0.1, 0.1), 2 * np.pi / 7
+    along, across = (x * np.cos(angle) + y * np.sin(angle)) * wave, (y * np.cos(angle) - x * np.sin(angle)) * wave
+    a, b = np.sin(along), np.sin(across)
+    radius = np.hypot(y - y.mean() - rng.uniform(-9, 9), x - x.mean() - rng.uniform(-9, 9))
+    blobs = ndimage.gaussian_filter(rng.normal(size=(PX, PX)), 2.5, mode="wrap") * 8
+    shape = (np.sign(a), np.sign(a * b), np.sign(a * b - 0.4), np.sign(np.sin(radius * wave)), blobs, a + b)[kind]
+    # Light and contrast are what views change too, and say nothing of the kind.
+    pixels = (110 + rng.uniform(25, 60) * np.clip(shape, -1, 1)) * rng.uniform(0.5, 1.5)
+    return np.clip(pixels + rng.normal(0, 6, (3, PX, PX)), 0, 255).astype(np.uint8)
+
+
+def painted(count: int, seed: int) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(KINDS, size=count)
+    return torch.from_numpy(np.stack([texture(int(kind), rng) for kind in kinds])), kinds
+
+
+@torch.no_grad()
+def neighbours_agree(backbone: nn.Module) -> float:
+    """Share of 300 tiles whose nearest neighbours (5, by cosine, the tile itself left out) name its kind."""
+    tiles, kinds = painted(300, 99)
+    backbone.eval()
+    features = torch.nn.functional.normalize(backbone((tiles.float() / 255 - 0.5) / 0.25), dim=1)
+    similarity = features @ features.T - 2 * torch.eye(len(features))
+    votes = np.eye(KINDS)[kinds[similarity.topk(5).indices.numpy()]].sum(1)
+    return float((votes.argmax(1) == kinds).mean())
+
+
+def small_backbone(name: str) -> tuple[nn.Module, int]:
+    torch.manual_seed(0)
+    if needs_vit(name):
+        from timm.models.vision_transformer import VisionTransformer
+
+        made = VisionTransformer(
+            img_size=PX, patch_size=8, embed_dim=64, depth=3, num_heads=4, num_classes=0, dynamic_img_size=True
+        )
+        return made, 64
+    widths = (3, 24, 48, 64)
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
+
+
+def trained(name: str, shuffled: bool) -> tuple[float, float]:
+    """Agreement of neighbours before and after; `shuffled`: later views are of other tiles than the first one."""
+    backbone, width = small_backbone(name)
+    before = neighbours_agree(backbone)
+    method = made(name, backbone, width, PX, queue_size=256, momentum=0.9, freeze_last_layer=0.0)
+    planned = plan(
+        PretrainConfig(method=name, weights="random", steps=STEPS, batch_size=BATCH, optimizer="adamw", lr=2e-3),
+        10_000, 10, {}, training=method.trained_by, to_fit=(),
+    )  # fmt: skip
+    tiles, _ = painted(BATCH * STEPS, 1)
+
+    def batches() -> Any:
+        for step in range(STEPS):
+            views = drawn(method, tiles[step * BATCH : (step + 1) * BATCH], step)
+            if shuffled:
+                images = [view.roll(number * 5, 0) for number, view in enumerate(views.images)]
+                views = views._replace(images=images)
+            yield views
+
+    optimizer = optimizer_for_any(method, planned)
+    precision = Precision()
+    for _ in train(
+        method, optimizer, batches(), lambda _: 2e-3, 0, STEPS, CPU, precision, precision.scaler(CPU), 3.0
+    ):  # fmt: skip
+        pass
+    return before, neighbours_agree(method.backbone)
+
+
+def optimizer_for_any(method: Method, planned: Any) -> torch.optim.Optimizer:
+    """AdamW over all that learns: these backbones are no timm models with layers to tell apart."""
+    return torch.optim.AdamW([each for each in method.parameters() if each.requires_grad], lr=planned.lr)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PRETEXT])
+def test_it_learns_textures_and_not_from_shuffled_positives(name: str) -> None:
+    before, after = trained(name, shuffled=False)
+    _, control = trained(name, shuffled=True)
+    assert after > before + 0.1, (before, after, control)
+    assert after > control + 0.1, (before, after, control)
