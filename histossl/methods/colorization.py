@@ -73,7 +73,7 @@ class ColorizationConfig:
 class Colorization(Pretext):
     trained_by = Training(
         optimizer="adamw",
-        adamw=Rate(3e-4, 1e-4, 128, "sqrt", 1e-3, "ours (Zhang: 3e-5 for 450,000 steps of 40);"),
+        adamw=Rate(3e-4, 1e-4, 128, "sqrt", 1e-3, "ours (Zhang: 3e-5 for 450,000 steps of 40)"),
         betas=(0.9, 0.99),
     )
     question = "a tile's colours"
@@ -109,6 +109,7 @@ class Colorization(Pretext):
         self.register_buffer("open_Q", torch.ones(len(bins), dtype=torch.bool))
         self.register_buffer("weight_Q", torch.ones(len(bins)))
         self.register_buffer("ceiling", torch.tensor(math.log(len(bins))))
+        self.num_counted = 0
         self.decoder = Decoder(_map_channels(backbone, side_px), feature_dim, config.decoder_dim, len(bins))
         globalise_batchnorms(self)
 
@@ -152,7 +153,10 @@ class Colorization(Pretext):
         cell = (ab_BAhw.round().long() - AB_LOW).clamp(0, AB_SIDE - 1)
         counts = torch.bincount((cell[:, 0] * AB_SIDE + cell[:, 1]).flatten(), minlength=AB_SIDE**2)
         self.counts_C += gather.sum_over_processes(counts)
-        if self.counts_C.any():
+        before, self.num_counted = self.num_counted, self.num_counted + len(views.images[0]) * gather.world_size()
+        # Now and then, and at the end: after each batch it would take longer than counting.
+        due = self.num_counted >= self.config.prior_tiles or self.num_counted.bit_length() > before.bit_length()
+        if due and self.counts_C.any():
             prior = prior_of(self.counts_C.cpu(), self.centres_QA.cpu(), self.config)
             for buffer, value in zip((self.open_Q, self.weight_Q, self.chance, self.ceiling), prior, strict=True):
                 buffer.copy_(value)

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from synthetic_store import write_synthetic_store
 from torch import Tensor, nn
 
+from histossl.backbones import load_backbone
+from histossl.config import PretrainConfig
 from histossl.errors import UsageError
 from histossl.methods import classes_of, entry_of, gather
 from histossl.methods.colorization import (
@@ -34,8 +37,10 @@ from histossl.methods.jigsaw import JigsawConfig, cells, far_orders, laid_out
 from histossl.methods.method import Views
 from histossl.methods.pretext import Layout, Pretext, cut, only_one_channel, standardised
 from histossl.methods.rotation import in_all_turns
+from histossl.training.pretrain import Operation, pretrain
 from histossl.views.draws import Draws
 from histossl.views.recipe import make_views, recipe_named
+from histossl.workspace import PretrainDir, Workspace
 from tests.methods.test_gather import on_two
 
 TASKS = ("rotation", "context", "jigsaw", "colorization")
@@ -311,7 +316,7 @@ def test_vit_gets_patches_that_its_own_divide() -> None:
     vit = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
     method = Context(vit, vit.num_features, recipe_named("context", 96), ContextConfig(hidden_dim=8, embedding_dim=8))
     assert (method.layout.patch_px, method.input_px) == (22, 16)
-    fixed = timm.create_model("test_vit", num_classes=0)
+    fixed = timm.create_model("test_vit", num_classes=0, dynamic_img_size=False)
     with pytest.raises(UsageError, match="does not take its patches of 16 px"):
         Context(fixed, vit.num_features, recipe_named("context", 96), ContextConfig())
     colour = Colorization(vit, vit.num_features, recipe_named("colorization", 64), ColorizationConfig(decoder_dim=8))
@@ -484,3 +489,16 @@ def test_tissue_recipe_leaves_the_answer_in_the_picture(name: str) -> None:
         assert (view.grey_p, view.jitter_p, view.stain_p) == (0, 0, 0)
     if name in ("context", "jigsaw"):
         assert view.grey_p == 0.66
+
+
+def test_a_run_warns_before_and_reports_accuracy_against_chance_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = write_synthetic_store(Workspace(tmp_path / "store"), slides=("A1", "A2"), tiles_per_slide=8, tile_px=40)
+    config = PretrainConfig(
+        method="rotation", backbone="resnet10t", weights="random", steps=2, batch_size=4, view_px=32
+    )
+    result = pretrain(index, PretrainDir(tmp_path / "run"), config, Operation(num_workers=0, log_every=1))
+    assert "rotation is ill-posed on tissue" in capsys.readouterr().err
+    assert "by chance" in result.text
+    assert load_backbone(PretrainDir(tmp_path / "run").backbone)[1].method == "rotation"
