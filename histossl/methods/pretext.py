@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from histossl.errors import UsageError
-from histossl.methods import gather
+from histossl.methods import gather, tokens
 from histossl.methods.method import Method, Outcome, Rate, Training
 from histossl.tiles.sampling import Ints
 from histossl.views.draws import Draws
@@ -57,7 +57,7 @@ class Pretext(Method):
         self.register_buffer("chance", torch.tensor(1 / num_answers))
         self.register_buffer("recent", torch.zeros(2, dtype=torch.float64))  # right and asked, fading
 
-    def views(self) -> ViewRecipe:
+    def views(self, progress: float = 0.0) -> ViewRecipe:
         return self.recipe
 
     def answered(self, logits_QA: Tensor, answer_Q: Tensor) -> Outcome:
@@ -178,8 +178,7 @@ def encoder_px(backbone: nn.Module, patch_px: int, view_px: int) -> int:
 
     Refuses backbones that take no images so small.
     """
-    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
-    step = int(size[0] if isinstance(size, (tuple, list)) else size)
+    step = tokens.patch_px(backbone)
     side = max(1, round(patch_px / step)) * step
     training = backbone.training
     try:
