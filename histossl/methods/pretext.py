@@ -30,6 +30,7 @@ from histossl.views.draws import Draws
 from histossl.views.recipe import ViewRecipe
 
 GRID = 3
+HALVED_TO_ONE = 32  # pixels: five halvings leave one
 MEMORY = 0.98  # of the recent accuracy: some 50 steps
 AT_CHANCE_AFTER, AT_CHANCE = 300, 1.1  # steps; times chance
 TOO_EASY_BEFORE, TOO_EASY = 200, 0.95  # steps; accuracy
@@ -176,22 +177,34 @@ def only_one_channel(patches: Tensor, kept: Ints, chosen: NDArray[np.bool_]) -> 
 def encoder_px(backbone: nn.Module, patch_px: int, view_px: int) -> int:
     """At which side patches of `patch_px` go through a backbone: their own, or the nearest a ViT's own patches divide.
 
-    Refuses backbones that take no images so small.
+    Where that is too small (ConvNeXt halves its image five times) they are enlarged to a multiple of 32. Refuses
+    backbones that take neither.
     """
     step = tokens.patch_px(backbone)
-    side = max(1, round(patch_px / step)) * step
+    own_px = max(1, round(patch_px / step)) * step
+    enlarged_px = math.ceil(own_px / HALVED_TO_ONE) * HALVED_TO_ONE
+    if _refusal(backbone, own_px) == "":
+        return own_px
+    refusal = _refusal(backbone, enlarged_px)
+    if refusal:
+        raise UsageError(
+            f"--view-px {view_px}: this backbone takes no patches of {own_px} or {enlarged_px} px ({refusal}); "
+            "use a ResNet, a ConvNeXt or a ViT"
+        )
+    return enlarged_px
+
+
+@torch.no_grad()
+def _refusal(backbone: nn.Module, side_px: int) -> str:
+    """Why a backbone does not take images of this side; '' if it does."""
     training = backbone.training
     try:
-        with torch.no_grad():
-            backbone.eval()(torch.zeros(1, 3, side, side))
+        backbone.eval()(torch.zeros(1, 3, side_px, side_px))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"--view-px {view_px}: this backbone does not take its patches of {side} px ({error}); "
-            "use a ResNet, a ConvNeXt or a ViT, or larger views"
-        ) from error
+        return str(error) or type(error).__name__
     finally:
         backbone.train(training)
-    return side
+    return ""
 
 
 def encoded(backbone: nn.Module, patches: Tensor, side_px: int) -> Tensor:

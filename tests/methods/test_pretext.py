@@ -317,8 +317,10 @@ def test_vit_gets_patches_that_its_own_divide() -> None:
     method = Context(vit, vit.num_features, recipe_named("context", 96), ContextConfig(hidden_dim=8, embedding_dim=8))
     assert (method.layout.patch_px, method.input_px) == (22, 16)
     fixed = timm.create_model("test_vit", num_classes=0, dynamic_img_size=False)
-    with pytest.raises(UsageError, match="does not take its patches of 16 px"):
+    with pytest.raises(UsageError, match="takes no patches of 16 or 32 px"):
         Context(fixed, vit.num_features, recipe_named("context", 96), ContextConfig())
+    convnext = timm.create_model("test_convnext", num_classes=0)  # halves its image five times: 32 px at least
+    assert Context(convnext, 64, recipe_named("context", 96), ContextConfig()).input_px == 32
     colour = Colorization(vit, vit.num_features, recipe_named("colorization", 64), ColorizationConfig(decoder_dim=8))
     loss = colour(views_of(colour, oriented(2, side=64))).loss
     loss.backward()
