@@ -33,6 +33,8 @@ def methods(
     entry = entry_of(name)
     method, knobs = classes_of(name)
     console.say(f"{name}: {entry.learns_from}. Choose it {entry.choose}.")
+    if method.caution:
+        console.warn(method.caution)
     console.table(
         f"{name}: knobs for --set KEY=VALUE",
         ("key", "default", "paper", "meaning", "source (arXiv)"),

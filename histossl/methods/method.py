@@ -77,6 +77,7 @@ class Method(nn.Module):
     backbone: nn.Module  # what `pretrain` exports (MoCo: the query encoder; DINO: the teacher)
     trained_by: ClassVar[Training] = Training()
     planned: ClassVar[tuple[str, ...]] = ()  # knobs that the planner fits to tiles, slides and steps
+    caution: ClassVar[str] = ""  # what a person should know before a run is begun, in a line
 
     def learner(self) -> nn.Module:
         """The backbone that the optimizer moves: the exported one, but for methods that export a teacher."""
@@ -113,4 +114,8 @@ class Method(nn.Module):
 
     def ailment(self, row: Mapping[str, float]) -> str:
         """What is wrong by the figures of a logged step, with its likely cause; '' while all is well."""
+        return ""
+
+    def verdict(self) -> str:
+        """What came of the task itself, told when the run ends; '' where the loss says all there is."""
         return ""

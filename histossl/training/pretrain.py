@@ -315,6 +315,8 @@ class _Pretraining:
             save_backbone(self.run.backbone, backbone, self._adapted_info(self.plan.num_steps))
             remove_checkpoints(self.run)
         lines = [f"adapted backbone: {self.run.backbone}"]
+        if verdict := self.method.verdict():
+            lines.append(verdict)
         if self.probe is not None:
             lines.append(_probe_verdict(self.best, self.plan.num_steps, self.run))
         return "\n".join(lines)
@@ -419,7 +421,10 @@ class _Pretraining:
             return
         num_steps = math.ceil(wanted / self.plan.batch_size)
         tiles = self._tile_batches(0, self._order(PREFILL), num_steps)
-        with tiles, console.progress("filling the queue", num_steps, "batches", visible=self.processes.writes) as bar:
+        with (
+            tiles,
+            console.progress("a first look at the tiles", num_steps, "batches", visible=self.processes.writes) as bar,
+        ):
             for number, views in enumerate(self._views(tiles)):
                 with self.precision.autocast(self.device):
                     self.method.prefill(views._replace(step=number))
@@ -618,6 +623,8 @@ class _Pretraining:
         console.panel(
             f"{self.config.method}: {self.config.backbone} from {self.config.weights} weights", "\n".join(lines)
         )
+        if self.method.caution:
+            console.warn(self.method.caution)
 
     def show_plan(self) -> None:
         """The plan with the time and disk that it will take, and nothing written."""
@@ -705,6 +712,8 @@ def _note(row: dict[str, float]) -> str:
         parts[0] += f" of {row['loss_ceiling']:.2f}"
     if "instance_accuracy" in row:
         parts.append(f"accuracy {row['instance_accuracy']:.0%}")
+    if "pretext_accuracy_recent" in row:
+        parts.append(f"accuracy {row['pretext_accuracy_recent']:.1%}, chance {row['chance']:.1%}")
     parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting {row['data_wait']:.0%}"]
     if "gpu_memory_gb" in row:
         parts.append(f"{row['gpu_memory_gb']:.1f} GB")

@@ -142,6 +142,20 @@ released weights were trained so: `dinov2-released` does the same, for who conti
 """
 
 
+PLAIN = replace(MOCOV2, ratio=(1.0, 1.0), jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+PRETEXT = {
+    "rotation": replace(PLAIN, scale=(0.77, 0.77)),
+    "context": replace(PLAIN, scale=(0.76, 0.76), grey_p=0.66),
+    "jigsaw": replace(PLAIN, scale=(0.99, 0.99), grey_p=0.66),
+    "colorization": replace(PLAIN, scale=(0.47, 0.47)),
+}
+"""The pretext tasks' one view: a square crop of a fixed share, mirrored left and right, and nothing else but grey.
+
+Crops: 224 of 256 (RotNet), 255 of 292 (Google's context), 255 of 256 (VISSL's jigsaw), 176 of 256 (Zhang). Two of
+three grey, so that chromatic aberration tells no patch's place (VISSL and Google; Doersch drops channels instead).
+"""
+
+
 def _dino(first: ViewSpec, local: ViewSpec, blur_p: tuple[float, float], num_local: int) -> tuple[ViewSpec, ...]:
     second = replace(first, blur_p=blur_p[1], solarize_p=0.2)
     return (replace(first, blur_p=blur_p[0]), second, *[local] * num_local)
@@ -155,10 +169,11 @@ def _views(method: str, num_local: int) -> tuple[ViewSpec, ...] | None:
         "dino": _dino(DINO_GLOBAL, DINO_LOCAL, (1.0, 0.1), num_local),
         "dinov2": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (1.0, 0.1), num_local),
         "dinov2-released": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (0.0, 0.9), num_local),
+        **{name: (view,) for name, view in PRETEXT.items()},
     }.get(method)
 
 
-METHODS = ("mocov1", "mocov2", "simclr", "dino", "dinov2", "dinov2-released")
+METHODS = ("mocov1", "mocov2", "simclr", "dino", "dinov2", "dinov2-released", *PRETEXT)
 HISTOLOGY = "-histology"
 RECIPES = (*METHODS, *(method + HISTOLOGY for method in METHODS))
 
@@ -190,6 +205,21 @@ def histology(view: ViewSpec) -> ViewSpec:
     )
 
 
+def pretext_histology(method: str, view: ViewSpec) -> ViewSpec:
+    """What tissue wants of a pretext task, as far as the answer stays in the picture.
+
+    Crops of several sizes and JPEG once more (a quarter of the tiles, as it is done on the CPU) hide the tile's own
+    compression grid. A rotation is told by nothing that turned or flipped before it. Patches keep their places in a
+    tile that turns as a whole, which takes away the direction of shading. Colours that are asked for stay as they are.
+    """
+    view = replace(histology(replace(view, jitter_p=0.8, blur_p=0.3)), scale=(0.5, 1.0), jpeg_p=0.25)
+    if method == "rotation":
+        return replace(view, flip_p=0.0, quarter_turns=False)
+    if method == "colorization":
+        return replace(view, stain_p=0.0, jitter_p=0.0, blur_p=0.0)
+    return view
+
+
 def recipe_named(name: str, size_px: int = 224, local_px: int | None = None, num_local: int = 8) -> ViewRecipe:
     """A recipe of `RECIPES`: a paper's, or with "-histology" what tissue wants of it.
 
@@ -204,7 +234,9 @@ def recipe_named(name: str, size_px: int = 224, local_px: int | None = None, num
         )
     small_px = local_px or max(16, round(size_px * 96 / 224 / 16) * 16)
     sized = [replace(view, size_px=size_px if number < 2 else small_px) for number, view in enumerate(views)]
-    return ViewRecipe(name, tuple(histology(view) if name != method else view for view in sized))
+    if name == method:
+        return ViewRecipe(name, tuple(sized))
+    return ViewRecipe(name, tuple(pretext_histology(method, v) if method in PRETEXT else histology(v) for v in sized))
 
 
 # ---- making them
