@@ -54,7 +54,10 @@ def pretrain(
     epochs: Annotated[
         float, typer.Option(help="Length in passes over the tiles, instead of --steps.", show_default=False)
     ] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Tiles per optimizer step, over all GPUs.")] = DEFAULTS.batch_size,
+    batch_size: Annotated[
+        str,
+        typer.Option(metavar="N|auto", help="Tiles per optimizer step, over all GPUs. auto: by tiles and GPU memory."),
+    ] = str(DEFAULTS.batch_size),
     view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = DEFAULTS.view_px,
     recipe: Annotated[
         str, typer.Option(help="Augmentation recipe; see `histossl views`. Default: the method's, for tissue.")
@@ -163,7 +166,7 @@ def pretrain(
         steps=steps,
         epochs=epochs,
         hours=hours,
-        batch_size=batch_size,
+        batch_size=_batch(batch_size),
         view_px=view_px,
         recipe=recipe,
         optimizer=optimizer,
@@ -203,13 +206,14 @@ def pretrain(
         stop_on_collapse=stop_on_collapse,
     )
     run = at.pretrain(name or method)
+    judge = probe_of(index, table, view_px) if table else None
     if only_plan:
-        show_plan(index, run, settings, operation, num_processes)
+        show_plan(index, run, settings, operation, num_processes, judge)
         return 0
     if num_processes > 1:
         check(index, run, settings, operation, num_processes)
         return launch(num_processes, sys.argv[1:], max_restarts)
-    result = run_pretrain(index, run, settings, operation, probe_of(index, table, view_px) if table else None)
+    result = run_pretrain(index, run, settings, operation, judge)
     if int(os.environ.get("RANK", "0")) == 0:
         console.say(result.text)
         if result.finished:
@@ -299,6 +303,15 @@ def _loader_threads(num_processes: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     return max(1, cores // here - 1)
+
+
+def _batch(text: str) -> int:
+    """'auto' is 0: to be worked out."""
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 2:
+        raise UsageError(f"--batch-size {text}: must be auto, or 2 or more tiles")
+    return int(text)
 
 
 def _every(text: str) -> tuple[float, int]:

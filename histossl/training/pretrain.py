@@ -20,7 +20,7 @@ from histossl.backbones import BackboneInfo, create_backbone, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
 from histossl.errors import MismatchError, TrainingError, UsageError
 from histossl.methods import classes_of, entry_of, gather
-from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.methods.ramps import half_cosine
@@ -30,19 +30,21 @@ from histossl.tiles.sampling import TileOrder
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, joined
 from histossl.training.log import RunLog
-from histossl.training.loop import Step, train
-from histossl.training.monitor import Ceiling, Health, Watch, weight_change
-from histossl.training.planner import Plan, plan
+from histossl.training.loop import HalfDoneError, Step, train
+from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
+from histossl.training.planner import Plan, batch_bounds, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
 from histossl.workspace import PretrainDir
 
-MONITOR_TILES = 512
+MONITOR_TILES, KEY_TILES = 512, 128
 BATCHNORM_TILES = 10_000
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
+
+RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 
 Probe = Callable[[nn.Module, BackboneInfo], float]
 
@@ -96,7 +98,8 @@ def pretrain(
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
     with joined() as processes:
-        return _Pretraining(index, run, config, operation, probe, processes).carry_out()
+        settled = settle_batch(index, run, config, operation, processes)
+        return _Pretraining(index, run, settled, operation, probe, processes).carry_out(config)
 
 
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
@@ -115,16 +118,40 @@ def check(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation:
     _refuse_other_run(index, run, config)
     if torch.cuda.is_available():  # this process stays on the CPU; its workers will not
         operation = replace(operation, precision="auto", decode_on_gpu=False)
-    _Pretraining(index, run, config, operation, None, Processes(0, 0, num_processes, torch.device("cpu")))
+    processes = Processes(0, 0, num_processes, torch.device("cpu"))
+    _Pretraining(index, run, settle_batch(index, run, config, operation, processes), operation, None, processes)
 
 
 def show_plan(
-    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_processes: int = 1
+    index: TileIndex,
+    run: PretrainDir,
+    config: PretrainConfig,
+    operation: Operation,
+    num_processes: int = 1,
+    probe: Probe | None = None,
 ) -> None:
     """What `pretrain` would do, how long it would take, and why. Timed on one process with its share of the batch."""
     with joined() as processes:
         shared = replace(processes, count=num_processes)
-        _Pretraining(index, run, config, operation, None, shared).show_plan()
+        settled = settle_batch(index, run, config, operation, shared)
+        _Pretraining(index, run, settled, operation, probe, shared).show_plan()
+
+
+def settle_batch(
+    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, processes: Processes
+) -> PretrainConfig:
+    """`--batch-size auto` (0) as a number: the run's own if it was begun, else the largest sensible one that fits."""
+    if config.batch_size:
+        return config
+    if run.run_json.exists():
+        return replace(config, batch_size=int(read_run(run.run_json)["plan"]["batch_size"]))
+    num_tiles = sum(len(index.tiles_of(slide)) for slide in set(index.slides) - set(config.excluded_slides))
+    usual, most = batch_bounds(num_tiles, processes.count)
+    if processes.device.type != "cuda":
+        return replace(config, batch_size=usual)
+    tried = _Pretraining(index, run, replace(config, batch_size=most), operation, None, processes)
+    pieces = fewest_pieces(tried._fits, most, processes.count)
+    return replace(config, batch_size=max(usual, most // pieces))
 
 
 def step_times_s(
@@ -189,37 +216,29 @@ class _Pretraining:
         self.best = Best()
         self.last_look: list[str] = []
         self.told = ""
+        self.key_drift = KeyDrift(self.plan.queue_size / self.plan.batch_size)
+        self.asked = config
         self.log: RunLog | None = None
 
     # ---- the recipe
 
-    def carry_out(self) -> Result:
+    def carry_out(self, asked: PretrainConfig) -> Result:
+        """`asked` is what run.json keeps: the config before `--batch-size auto` became a number."""
+        self.asked = asked
         self._fit_memory()
         if self.config.hours:
             self._fit_hours(None)
         if self.processes.writes:
             self.log = RunLog(self.run)
             self._announce()
-            write_run(
-                self.run.run_json,
-                self.config,
-                plan=asdict(self.plan),
-                knobs=asdict(self.knobs),
-                tiles={
-                    "digest": self.index.digest,
-                    "num_tiles": self.order.num_tiles,
-                    "num_slides": self.order.num_slides,
-                },
-                device=name_of(self.device),
-                precision=self.precision.name,
-            )
+            self._write_run()
         first = self._resume()
         if first is None:
             self._prefill()
             self._look(0)
             first = 0
         with stop_on_signal() as stop:
-            done = self._train(first, stop)
+            done = self._train_in_memory(first, stop)
         if done < self.plan.num_steps:
             return Result(
                 self.run,
@@ -227,6 +246,38 @@ class _Pretraining:
                 f"stopped at step {done} of {self.plan.num_steps} and saved; the same command goes on from there",
             )
         return Result(self.run, True, self._finish())
+
+    def _train_in_memory(self, first: int, stop: threading.Event) -> int:
+        """`_train`; where memory runs out under `--batch-size auto`, on with half the tiles a pass."""
+        while True:
+            try:
+                return self._train(first, stop)
+            except _OutOfMemoryError as error:
+                first = error.done
+                self._halve_pass(first)
+
+    def _halve_pass(self, done: int) -> None:
+        """The same global batch in twice as many micro-batches, from the state that was just saved.
+
+        Other processes wait for the one that ran out, and cannot be told: it dies, and all start again with the pass
+        that it has written down.
+        """
+        planned, pieces = self.plan, 2 * self.plan.micro_batches
+        if planned.batch_size % (pieces * planned.num_processes):
+            raise TrainingError(
+                f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass, which cannot be halved; "
+                "saved. Use a smaller --view-px or --backbone under another --name"
+            )
+        self.plan = replace(planned, micro_batches=pieces, tiles_per_pass=planned.tiles_per_pass // 2)
+        self._write_run()
+        console.warn(
+            f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass; on with "
+            f"{self.plan.tiles_per_pass}, and the same batch of {planned.batch_size}"
+        )
+        if self.processes.count > 1:
+            raise SystemExit(RESTART)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _train(self, first: int, stop: threading.Event) -> int:
         """From step `first` to the end, or to a signal. Returns how many steps are done."""
@@ -297,10 +348,14 @@ class _Pretraining:
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad(set_to_none=True)
             self._save(done)
+            if self.asked.batch_size == 0 and not self.operation.micro_batches:
+                raise _OutOfMemoryError(done) from None  # with its traceback the memory would stay taken
             raise TrainingError(
                 f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass; saved. "
                 f"The same command with --accumulate {2 * self.plan.micro_batches} goes on from there"
             ) from error
+        except HalfDoneError:
+            raise
         except TrainingError:
             self._save(done)
             raise
@@ -320,6 +375,21 @@ class _Pretraining:
 
     # ---- state
 
+    def _write_run(self) -> None:
+        write_run(
+            self.run.run_json,
+            self.asked,
+            plan=asdict(self.plan),
+            knobs=asdict(self.knobs),
+            tiles={
+                "digest": self.index.digest,
+                "num_tiles": self.order.num_tiles,
+                "num_slides": self.order.num_slides,
+            },
+            device=name_of(self.device),
+            precision=self.precision.name,
+        )
+
     def _resume(self) -> int | None:
         state = load_checkpoint(self.run)
         if state is None:
@@ -331,6 +401,7 @@ class _Pretraining:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
+        self.key_drift.keys_of_step = state["keys_of_step"]
         self.best = Best(**state["best"])
         first = int(state["step"])
         if self.log:
@@ -346,6 +417,7 @@ class _Pretraining:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "watch": self.watch.state_dict(),
+                "keys_of_step": self.key_drift.keys_of_step,
                 "best": asdict(self.best),
             }
             save_checkpoint(self.run, state)
@@ -428,12 +500,16 @@ class _Pretraining:
     # ---- trying out, before step 0
 
     def _fit_memory(self) -> None:
-        """On a GPU: halve the tiles of a pass until one fits, on the fullest GPU of all."""
-        if self.device.type != "cuda" or self.operation.micro_batches:
+        """Into how many micro-batches a batch is cut: as the run was before, or on a GPU until a pass fits on all."""
+        if self.operation.micro_batches:
             return
-        before = read_run(self.run.run_json)["plan"]["micro_batches"] if self.run.run_json.exists() else 0
-        known = before and self.plan.batch_size % (before * self.processes.count) == 0
-        pieces = before if known else fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
+        before = read_run(self.run.run_json)["plan"] if self.run.run_json.exists() else {}
+        if before.get("num_processes") == self.processes.count and before["batch_size"] == self.plan.batch_size:
+            pieces = int(before["micro_batches"])
+        elif self.device.type == "cuda":
+            pieces = fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
+        else:
+            return
         self.plan = replace(
             self.plan, micro_batches=pieces, tiles_per_pass=self.plan.batch_size // pieces // self.processes.count
         )
@@ -442,16 +518,23 @@ class _Pretraining:
         failed = torch.zeros((), device=self.device)
         with self._unchanged(), gather.alone():  # who runs out of memory would keep the others waiting
             try:
+                optimizer_state = self._like_optimizer_state()  # which comes with the first step, and stays
                 side = self.index.tile_px
                 tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=self.device)
                 numbers = torch.arange(tiles_per_pass)
                 images = make_views(tiles, self.method.views(1.0), 0, numbers, (self.info.mean, self.info.std))
                 on_device = numbers.to(self.device)
                 self._pass(Views(images, on_device, on_device, 0, positions_B=numbers))
+                del optimizer_state
             except torch.OutOfMemoryError:
                 failed += 1
         torch.cuda.empty_cache()
         return not bool(mean_over_processes(failed))
+
+    def _like_optimizer_state(self) -> list[Tensor]:
+        """As much memory as the optimizer will take: one value a weight for sgd, two for adamw."""
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [torch.empty_like(each) for each in trained for _ in range(1 if self.plan.optimizer == "sgd" else 2)]
 
     def _fit_hours(self, step_s: float | None) -> None:
         """Steps from `--hours`: those of the run's first start, else what the time of a few steps gives."""
@@ -515,6 +598,7 @@ class _Pretraining:
             "effective_rank_share": health.rank_share,
             "drift": health.drift,
             "moved": health.moved,
+            **self._look_at_keys(done),
             **self.method.diagnostics(),
             **{f"weight_change/{name}": value for name, value in self._weight_change().items()},
         }
@@ -534,6 +618,19 @@ class _Pretraining:
             raise self._collapse(health, done)
         if not health.collapsed and done and self.processes.writes:
             save_backbone(self.run.healthy_backbone, self._plain_backbone(), self._adapted_info(done))
+
+    @torch.no_grad()
+    def _look_at_keys(self, done: int) -> dict[str, float]:
+        """How far the keys of fixed tiles move while one is kept, of a method that keeps any."""
+        with still_as_in_training(self.method), self.precision.autocast(self.device):
+            keys = [self.method.keys_of(batch) for batch in self._clean_batches(MONITOR, KEY_TILES)]
+        kept = [batch for batch in keys if batch is not None]
+        if not kept:
+            return {}
+        drift = self.key_drift.look(done, torch.cat(kept))
+        if self.processes.writes and (stale := self.key_drift.verdict(drift)):
+            console.warn(f"step {done}: {stale}")
+        return {"key_drift": drift}
 
     @torch.no_grad()
     def _monitor_features(self) -> Tensor:
@@ -636,6 +733,14 @@ class _Pretraining:
 
 
 # ---- pieces
+
+
+class _OutOfMemoryError(Exception):
+    """Memory ran out in a step that left no trace; `done` steps are saved."""
+
+    def __init__(self, done: int) -> None:
+        super().__init__(done)
+        self.done = done
 
 
 @torch.no_grad()

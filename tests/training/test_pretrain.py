@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from histossl.cli.pretrain import slides_of_test_patients
 from histossl.config import PretrainConfig
 from histossl.errors import MismatchError, TrainingError
 from histossl.methods.method import Outcome, Views
-from histossl.methods.mocov2 import MoCoV2
+from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.tiles.index import TileIndex
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.pretrain import Operation, fewest_pieces, pretrain
@@ -149,6 +150,17 @@ def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: 
     for one, two in zip(rows(whole), rows(parts), strict=True):
         if "loss" in one:
             assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+def test_looking_changes_nothing_of_the_run(index: TileIndex, tmp_path: Path) -> None:
+    """Features, keys through BatchNorm by batch, the probe: a run that looks at every step is one that never does."""
+    often, never = run_dir(tmp_path, "often"), run_dir(tmp_path, "never")
+    pretrain(index, often, replace(TINY, steps=5), replace(QUICK, monitor_every=1))
+    pretrain(index, never, replace(TINY, steps=5), replace(QUICK, monitor_every=100))
+    assert often.backbone.read_bytes() == never.backbone.read_bytes()
+    drifts = [row["key_drift"] for row in rows(often) if "key_drift" in row]
+    assert len(drifts) == 6
+    assert drifts[0] == 0 < drifts[-1]
 
 
 def test_probe_that_never_rises_is_said_aloud(index: TileIndex, tmp_path: Path) -> None:
@@ -502,6 +514,50 @@ def test_out_of_memory_keeps_the_run_and_says_what_to_change(
         pretrain(index, run, TINY, QUICK)
     assert pretrain(index, run, TINY, replace(QUICK, micro_batches=2)).finished
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 9))
+
+
+def test_auto_batch_halves_the_pass_when_memory_runs_out_and_goes_on(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, the second time in the middle of a step."""
+    auto, run = replace(TINY, batch_size=0), run_dir(tmp_path)
+    forward = MoCoV2.forward
+
+    def crowded(self: MoCoV2, views: Views) -> Outcome:
+        outcome = forward(self, views)  # BatchNorm has seen the tiles before memory runs out
+        if len(views.tiles_B) > 4 or (views.step == 5 and len(views.tiles_B) > 2 and views.part == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outcome
+
+    monkeypatch.setattr(MoCoV2, "forward", crowded)
+    assert pretrain(index, run, auto, QUICK).finished
+    said = capsys.readouterr().err
+    assert "out of GPU memory with 8 tiles a pass; on with 4, and the same batch of 8" in said
+    assert "step 5: out of GPU memory with 4 tiles a pass; on with 2" in said
+    written = json.loads(run.run_json.read_text())
+    assert written["config"]["batch_size"] == 0
+    assert (written["plan"]["batch_size"], written["plan"]["micro_batches"]) == (8, 4)
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 9))
+    assert pretrain(index, run, auto, QUICK).finished  # the same command: no other batch, no other run
+
+
+def test_memory_that_runs_out_while_weights_change_is_never_saved(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_dir(tmp_path)
+    after_step = MoCoV2.after_step
+
+    def crowded(self: MoCoV2, carries: Sequence[Keys], progress: float) -> None:
+        if progress > 0.7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        after_step(self, carries, progress)
+
+    monkeypatch.setattr(MoCoV2, "after_step", crowded)
+    with pytest.raises(TrainingError, match=r"step 5: out of GPU memory while.*goes on from the last checkpoint"):
+        pretrain(index, run, replace(TINY, batch_size=0), replace(QUICK, checkpoint_every_steps=2))
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["step"] == 4
 
 
 def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
