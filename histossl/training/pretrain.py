@@ -32,6 +32,7 @@ from histossl.training.distributed import Processes, joined
 from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
+from histossl.training.pace import Expected, Pace
 from histossl.training.planner import Plan, batch_bounds, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
@@ -44,6 +45,7 @@ BATCHNORM_TILES = 10_000
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
 
+DAMAGED_NAMED = 20  # of the damaged tiles, at the end
 RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 
 Probe = Callable[[nn.Module, BackboneInfo], float]
@@ -218,6 +220,7 @@ class _Pretraining:
         self.told = ""
         self.key_drift = KeyDrift(self.plan.queue_size / self.plan.batch_size)
         self.asked = config
+        self.pace = Pace(0, self.plan.num_steps, operation.monitor_every)
         self.log: RunLog | None = None
 
     # ---- the recipe
@@ -235,7 +238,8 @@ class _Pretraining:
         first = self._resume()
         if first is None:
             self._prefill()
-            self._look(0)
+            with self.pace.look():
+                self._look(0)
             first = 0
         with stop_on_signal() as stop:
             done = self._train_in_memory(first, stop)
@@ -299,11 +303,13 @@ class _Pretraining:
             in_parallel(self.method) if self.processes.count > 1 else None,
             partial(_weight_decay_at, self.plan),
         )
+        self.pace = Pace(first, num_steps, operation.monitor_every, self.pace.look_s)
         saved_s = logged_s = time.monotonic()
         waited_s, logged, done = 0.0, first, first
         with tiles, console.progress("pretraining", num_steps, "steps", visible=self.processes.writes) as bar:
             bar.advance(first)
             for step in self._guarded(steps, first):
+                self.pace.stepped()
                 done = step.number + 1
                 last = done == num_steps
                 if step.skipped and self.processes.writes:
@@ -323,8 +329,11 @@ class _Pretraining:
                     if stuck and self.processes.writes:
                         console.warn(f"step {done}: {stuck}")
                     self._tell_ailment(row, done)
-                if done % operation.monitor_every == 0 or last:
-                    self._look(done)
+                if self.pace.is_look(done):
+                    with self.pace.look():
+                        self._look(done)
+                if (expected := self.pace.expected(done)) and self.processes.writes:
+                    console.say(f"from here {expected}")
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
@@ -334,9 +343,22 @@ class _Pretraining:
                     saved_s = time.monotonic()
                 if stopping:
                     break
-        for number, what in tiles.damaged.items():
-            console.warn(f"tile {number} was left out: {what}")
+                self.pace.resumed()
+        self._tell_damaged(tiles)
         return done
+
+    def _tell_damaged(self, tiles: TileBatches) -> None:
+        """Each process tells of its own tiles; no tile is met by two, but on another pass over all."""
+        damaged = list(tiles.damaged.items())
+        if damaged:
+            console.warn(
+                f"{len(damaged)} damaged tile{'s were' if len(damaged) > 1 else ' was'} left out, others shown:"
+            )
+        for number, what in damaged[:DAMAGED_NAMED]:
+            slide = self.index.slides[int(self.index.slide_of([number])[0])]
+            console.warn(f"tile {number} of {slide} was left out: {what}")
+        if len(damaged) > DAMAGED_NAMED:
+            console.warn(f"... and {len(damaged) - DAMAGED_NAMED} more")
 
     def _guarded(self, steps: Iterator[Step], first: int) -> Iterator[Step]:
         """Out of memory and too many NaN: the state before the step is whole, so keep it, and say what to change."""
@@ -394,7 +416,7 @@ class _Pretraining:
         state = load_checkpoint(self.run)
         if state is None:
             if self.log:
-                self.log.forget_from(0)
+                self.log.begin_at(0)
             return None
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -405,7 +427,7 @@ class _Pretraining:
         self.best = Best(**state["best"])
         first = int(state["step"])
         if self.log:
-            self.log.forget_from(first + 1)
+            self.log.begin_at(first + 1)
             console.say(f"going on from step {first} of {self.plan.num_steps}")
         return first
 
@@ -633,10 +655,10 @@ class _Pretraining:
         return {"key_drift": drift}
 
     @torch.no_grad()
-    def _monitor_features(self) -> Tensor:
+    def _monitor_features(self, num_tiles: int = MONITOR_TILES) -> Tensor:
         self.method.backbone.eval()
         with self.precision.autocast(self.device):
-            features = [self.method.backbone(batch).float() for batch in self._clean_batches(MONITOR, MONITOR_TILES)]
+            features = [self.method.backbone(batch).float() for batch in self._clean_batches(MONITOR, num_tiles)]
         self.method.train()
         return torch.cat(features)
 
@@ -709,6 +731,7 @@ class _Pretraining:
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
             _weights_told(self.info),
             *planned.reasons,
+            self._disk(),
             *more,
         ]
         console.panel(
@@ -721,15 +744,33 @@ class _Pretraining:
         step_s = self.step_s()
         if self.config.hours:
             self._fit_hours(step_s)
-        state = list(self.method.state_dict().values())
+        expected = self._expected(step_s)
+        self._announce(f"time: {expected}, timed just now")
+
+    def _expected(self, step_s: float) -> Expected:
+        """The whole run's time, with what is not steps: looks, filling the queue, BatchNorm's statistics at the end."""
+        num_tiles = min(64, self.order.num_tiles)
+        self._monitor_features(num_tiles)  # warms up
+        began_s = time.perf_counter()
+        self._monitor_features(num_tiles)
+        tile_s = (time.perf_counter() - began_s) / num_tiles
+        look_s = tile_s * min(MONITOR_TILES, self.order.num_tiles)
+        if self.probe is not None:
+            began_s = time.perf_counter()
+            self.probe(self._plain_backbone(), self.info)
+            look_s += time.perf_counter() - began_s
+        other_tiles = self.method.num_prefill_tiles() / self.processes.count
+        if has_batchnorm(self.method.backbone):
+            other_tiles += min(BATCHNORM_TILES, self.order.num_tiles)
+        num_looks = 1 + math.ceil(self.plan.num_steps / self.operation.monitor_every)
+        return Expected(step_s, self.plan.num_steps, look_s, num_looks, other_tiles * tile_s)
+
+    def _disk(self) -> str:
+        state = self.method.state_dict().values()
         trained = sum(value.numel() * value.element_size() for value in self.method.parameters() if value.requires_grad)
         held = sum(value.numel() * value.element_size() for value in state)
         held += trained * (1 if self.plan.optimizer == "sgd" else 2)
-        self._announce(
-            f"{step_s:.3g} s a step, so about {_duration(step_s * self.plan.num_steps)} in all (timed just now)",
-            f"besides that, a look at the features every {self.operation.monitor_every} steps",
-            f"disk: two checkpoints of {held / 2**20:,.0f} MB",
-        )
+        return f"disk: two checkpoints of {held / 2**20:,.0f} MB"
 
 
 # ---- pieces
@@ -774,11 +815,6 @@ def _weights_told(info: BackboneInfo) -> str:
     dropped = info.provenance["keys_dropped"]
     rest = f"; left out: {', '.join(dropped)}" if dropped else ""
     return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone loaded{rest}"
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), seconds % 3600 / 60
-    return f"{hours} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
 
 
 def _lr_at(planned: Plan, step: int) -> float:

@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from synthetic_store import write_synthetic_store
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
 from histossl.cli.pretrain import slides_of_test_patients
@@ -81,6 +82,9 @@ def test_four_steps_then_resume_equals_the_unbroken_run(index: TileIndex, tmp_pa
     assert [row["step"] for row in rows(broken) if "loss" in row] == list(range(1, 9))  # nothing lost, nothing doubled
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (unbroken, broken)]
     assert losses[0] == losses[1]
+    board = EventAccumulator(str(broken.tensorboard)).Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 9))
+    assert [event.step for event in board.Scalars("effective_rank")] == [0, 3, 6, 8]
 
 
 def test_the_same_command_again_is_finished(index: TileIndex, tmp_path: Path) -> None:
@@ -238,7 +242,9 @@ def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
         file.write(bytes(int(row["length"]) - 20))
     result = pretrain(TileIndex.open(workspace), run_dir(tmp_path), replace(TINY, set=("queue_size=8",)), QUICK)
     assert result.finished
-    assert "tile 5 was left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 damaged tile was left out" in said
+    assert "tile 5 of A1 was left out" in said
 
 
 # ---- the command line
@@ -564,7 +570,8 @@ def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
     workspace = index.path.parents[1]
     told = cli("plan", *command(workspace, "--name", "planned")[1:])
     assert told.code == 0
-    assert "a step, so about" in told.err
+    assert re.search(r"time: about .* \(4 steps of .* s, 2 looks of .* s\)", told.err)
+    assert "disk: two checkpoints of" in told.err
     assert "queue 16 keys" in told.err
     assert not (workspace / "pretrain" / "planned").exists()
 
