@@ -218,7 +218,7 @@ class _Pretraining:
         self.best = Best()
         self.last_look: list[str] = []
         self.told = ""
-        self.key_drift = KeyDrift(self.plan.queue_size / self.plan.batch_size)
+        self.key_drift = KeyDrift(self.plan.knobs.get("queue_size", 0) / self.plan.batch_size)
         self.asked = config
         self.pace = Pace(0, self.plan.num_steps, operation.monitor_every)
         self.log: RunLog | None = None
@@ -554,9 +554,9 @@ class _Pretraining:
         return not bool(mean_over_processes(failed))
 
     def _like_optimizer_state(self) -> list[Tensor]:
-        """As much memory as the optimizer will take: one value a weight for sgd, two for adamw."""
+        """As much memory as the optimizer will take: one value a weight for sgd and lars, two for adamw."""
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return [torch.empty_like(each) for each in trained for _ in range(1 if self.plan.optimizer == "sgd" else 2)]
+        return [torch.empty_like(each) for each in trained for _ in range(2 if self.plan.optimizer == "adamw" else 1)]
 
     def _fit_hours(self, step_s: float | None) -> None:
         """Steps from `--hours`: those of the run's first start, else what the time of a few steps gives."""
@@ -769,7 +769,7 @@ class _Pretraining:
         state = self.method.state_dict().values()
         trained = sum(value.numel() * value.element_size() for value in self.method.parameters() if value.requires_grad)
         held = sum(value.numel() * value.element_size() for value in state)
-        held += trained * (1 if self.plan.optimizer == "sgd" else 2)
+        held += trained * (2 if self.plan.optimizer == "adamw" else 1)
         return f"disk: two checkpoints of {held / 2**20:,.0f} MB"
 
 
