@@ -306,7 +306,8 @@ class _Pretraining:
         self.pace = Pace(first, num_steps, operation.monitor_every, self.pace.look_s)
         saved_s = logged_s = time.monotonic()
         waited_s, logged, done = 0.0, first, first
-        with tiles, console.progress("pretraining", num_steps, "steps", visible=self.processes.writes) as bar:
+        shown = console.progress("pretraining", num_steps, "steps", visible=self.processes.writes, framed=True)
+        with tiles, shown as bar:
             bar.advance(first)
             for step in self._guarded(steps, first):
                 self.pace.stepped()
@@ -845,9 +846,9 @@ def _note(row: dict[str, float]) -> str:
         parts[0] += f" of {row['loss_ceiling']:.2f}"
     if "instance_accuracy" in row:
         parts.append(f"accuracy {row['instance_accuracy']:.0%}")
-    parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting {row['data_wait']:.0%}"]
+    parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting for tiles {row['data_wait']:.0%}"]
     if "gpu_memory_gb" in row:
-        parts.append(f"{row['gpu_memory_gb']:.1f} GB")
+        parts.append(f"GPU memory {row['gpu_memory_gb']:.1f} GB")
     return ", ".join(parts)
 
 

@@ -140,7 +140,7 @@ def memory_over_steps(run: Path, num_steps: int = 2000) -> None:
         index,
         Workspace(run).pretrain("memory"),
         config,
-        Operation(monitor_every=every, checkpoint_every_steps=every),
+        Operation(monitor_every=every, checkpoint_every_steps=every, stop_on_collapse=False),  # noise teaches nothing
         probe=look,
     )
     print(
