@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = PretrainConfig()
 # Where the help lists an option. Those that a first run needs have no panel and come first.
-DATA, METHOD, LENGTH, MACHINE, WATCHING = "Data", "Method", "Length", "Machine", "Watching"
+DATA, METHOD, LENGTH, MACHINE, WATCHING = "Data", "Method", "Length and batch", "Machine", "Watching"
 
 
 def register(app: typer.Typer) -> None:

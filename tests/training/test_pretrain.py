@@ -24,12 +24,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from histossl.backbones import create_backbone, load_backbone, save_backbone
 from histossl.cli.pretrain import slides_of_test_patients
 from histossl.config import PretrainConfig
-from histossl.errors import MismatchError, TrainingError
+from histossl.errors import MismatchError, StoreError, TrainingError
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.tiles.index import TileIndex
+from histossl.tiles.loading import decode_tiles
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.pretrain import Operation, fewest_pieces, pretrain
+from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import PretrainDir, Workspace
 
 TINY = PretrainConfig(
@@ -139,10 +141,16 @@ def test_excluded_slides_are_never_drawn_and_told(index: TileIndex, tmp_path: Pa
 
 
 def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
+    """Mean and variance of what the first convolution makes of all 64 tiles, shown whole."""
     run = run_dir(tmp_path)
     pretrain(index, run, replace(TINY, steps=2), QUICK)
     state = load_file(run.backbone)
-    assert int(state["bn1.num_batches_tracked"]) == 1  # 64 tiles, one batch
+    backbone, info = load_backbone(run.backbone)
+    tiles = decode_tiles(index.read_many(range(len(index))), index.tile_px)
+    with torch.no_grad():
+        before_norm = backbone.conv1(normalise(clean_view(tiles, 32), info.mean, info.std))
+    torch.testing.assert_close(state["bn1.running_mean"], before_norm.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["bn1.running_var"], before_norm.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
@@ -245,6 +253,33 @@ def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert "1 damaged tile was left out" in said
     assert "tile 5 of A1 was left out" in said
+
+
+def test_more_than_one_per_cent_of_damaged_tiles_stops_the_run(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "damaged")
+    index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=600, tile_px=32)
+    with workspace.zip_of("A1").open("r+b") as file:
+        for row in index.table[:30]:
+            file.seek(int(row["offset"]) + 20)
+            file.write(bytes(int(row["length"]) - 20))
+    config = replace(TINY, batch_size=64, steps=20, set=("queue_size=64",))
+    with pytest.raises(StoreError, match=r"of the .* tiles read so far are damaged \(more than 1%\)"):
+        pretrain(TileIndex.open(workspace), run_dir(tmp_path), config, QUICK)
+
+
+def test_a_damaged_checkpoint_in_a_run_goes_on_from_the_one_before(
+    index: TileIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken, run = run_dir(tmp_path, "unbroken"), run_dir(tmp_path)
+    pretrain(index, unbroken, TINY, QUICK)
+    with pytest.raises(Killed):  # checkpoints at 2 and 4
+        pretrain(index, run, TINY, replace(QUICK, checkpoint_every_steps=2, monitor_every=5), probe=die_at_look(1))
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-1000])
+    assert pretrain(index, run, TINY, QUICK).finished
+    said = capsys.readouterr().err
+    assert "falling back to the checkpoint before it" in said
+    assert "going on from step 2 of 8" in said
+    assert run.backbone.read_bytes() == unbroken.backbone.read_bytes()
 
 
 # ---- the command line
@@ -449,8 +484,8 @@ def test_a_failure_in_the_workers_is_told_once(index: TileIndex) -> None:
 def test_killed_from_outside_and_run_again_equals_the_unbroken_run(index: TileIndex, how: signal.Signals) -> None:
     workspace = index.path.parents[1]
     name = how.name
-    every = ("--checkpoint-every", "1", "--name", name)
-    line = [sys.executable, "-m", "histossl", *command(workspace, *every, steps=12)]
+    every = ("--checkpoint-every", "1", "--name", name, "--deterministic")
+    line = [sys.executable, "-m", "histossl", *command(workspace, *every, steps=20)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     run = PretrainDir(workspace / "pretrain" / name)
     deadline_s = time.monotonic() + 120
@@ -465,10 +500,10 @@ def test_killed_from_outside_and_run_again_equals_the_unbroken_run(index: TileIn
     assert subprocess.run(line, capture_output=True, timeout=300, check=False).returncode == 0
     whole = PretrainDir(workspace / "pretrain" / "whole")
     if not whole.backbone.exists():
-        pretrain(index, whole, replace(TINY, steps=12), replace(QUICK, monitor_every=50))
+        pretrain(index, whole, replace(TINY, steps=20), replace(QUICK, monitor_every=50))
     assert run.backbone.read_bytes() == whole.backbone.read_bytes()
     steps = [row["step"] for row in rows(run) if "loss" in row]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 21))
 
 
 def test_hours_become_steps_once_and_a_resumed_run_keeps_them(index: TileIndex, tmp_path: Path) -> None:
@@ -617,6 +652,62 @@ def test_two_machines_compute_the_run_of_one(index: TileIndex) -> None:
     together = PretrainDir(workspace / "pretrain" / "hosts")
     for (key, one), two in zip(load_file(alone.backbone).items(), load_file(together.backbone).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=key)
+
+
+CROWDED = """
+import sys
+import torch
+from histossl.cli import main
+from histossl.methods.mocov2 import MoCoV2
+
+forward = MoCoV2.forward
+
+def crowded(self, views):
+    if views.step == 3 and len(views.tiles_B) > 2 and int(__import__("os").environ["RANK"]) == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(self, views)
+
+MoCoV2.forward = crowded
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_has_all_start_again_with_half_the_pass(index: TileIndex, tmp_path: Path) -> None:
+    """Its neighbours wait for it and cannot be told, so it dies, and the launcher restarts all of them."""
+    workspace = index.path.parents[1]
+    (tmp_path / "crowded.py").write_text(CROWDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    options = command(workspace, "--name", "crowded", "--batch-size", "auto", "--checkpoint-every", "1", steps=6)
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "crowded.py"), *options],
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 3: out of GPU memory with 4 tiles a pass; on with 2, and the same batch of 8" in done.stderr
+    assert "going on from step 3 of 6" in done.stderr
+    run = PretrainDir(workspace / "pretrain" / "crowded")
+    assert json.loads(run.run_json.read_text())["plan"]["micro_batches"] == 2
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(("content", "slides"), [("A2\nB1.svs\n\n", ["A2", "B1"]), ("A2\nZ9\n", None)])
+def test_slides_named_in_a_file_are_left_out(
+    index: TileIndex, tmp_path: Path, cli, content: str, slides: list[str] | None
+) -> None:
+    (tmp_path / "out.txt").write_text(content)
+    told = cli(*command(index.path.parents[1], "--exclude", tmp_path / "out.txt", "--name", "without", steps=1))
+    if slides is None:
+        assert told.code == 2
+        assert "'Z9' is none of the tiled slides" in told.err
+    else:
+        assert told.code == 0, told.err
+        run = PretrainDir(index.path.parents[1] / "pretrain" / "without")
+        assert json.loads(run.run_json.read_text())["config"]["excluded_slides"] == slides
 
 
 def test_every_slide_of_a_test_patient_stays_out(tmp_path: Path) -> None:
