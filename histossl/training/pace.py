@@ -63,7 +63,7 @@ class Pace:
         timed = self._steps_s[1:]
         wanted = min(TIMED_STEPS, (self.num_steps - self.first) // 10)
         enough = len(timed) >= max(2, wanted) or (len(timed) >= 2 and sum(timed) >= TIMED_S)
-        if self._told or not enough:
+        if self._told or not enough or self.num_steps - done <= len(timed):
             return None
         self._told = True
         looks = sum(1 for step in range(done + 1, self.num_steps + 1) if self.is_look(step))

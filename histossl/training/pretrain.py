@@ -217,6 +217,7 @@ class _Pretraining:
         self.ceiling = Ceiling()
         self.best = Best()
         self.last_look: list[str] = []
+        self.damaged: dict[int, str] = {}  # tile number -> what is wrong with it
         self.told = ""
         self.key_drift = KeyDrift(self.plan.knobs.get("queue_size", 0) / self.plan.batch_size)
         self.asked = config
@@ -243,6 +244,7 @@ class _Pretraining:
             first = 0
         with stop_on_signal() as stop:
             done = self._train_in_memory(first, stop)
+        self._tell_damaged()
         if done < self.plan.num_steps:
             return Result(
                 self.run,
@@ -345,12 +347,12 @@ class _Pretraining:
                 if stopping:
                     break
                 self.pace.resumed()
-        self._tell_damaged(tiles)
+        self.damaged |= tiles.damaged
         return done
 
-    def _tell_damaged(self, tiles: TileBatches) -> None:
-        """Each process tells of its own tiles; no tile is met by two, but on another pass over all."""
-        damaged = list(tiles.damaged.items())
+    def _tell_damaged(self) -> None:
+        """Each process tells of the tiles that it has met."""
+        damaged = list(self.damaged.items())
         if damaged:
             console.warn(
                 f"{len(damaged)} damaged tile{'s were' if len(damaged) > 1 else ' was'} left out, others shown:"
@@ -519,6 +521,7 @@ class _Pretraining:
                     self.method.prefill(views._replace(step=number))
                 if (number + 1) % self.plan.micro_batches == 0:
                     bar.advance()
+        self.damaged |= tiles.damaged
 
     # ---- trying out, before step 0
 
