@@ -291,7 +291,7 @@ def pretrain(
         return launch(num_processes, sys.argv[1:], max_restarts)
     result = run_pretrain(index, run, settings, operation, judge)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.say(result.text)
+        console.panel("finished" if result.finished else "stopped", result.text)
         if result.finished:
             here = f" -w {workspace}" if workspace else ""
             console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{here}")
