@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import threading
@@ -260,7 +261,7 @@ class _Pretraining:
                 return self._train(first, stop)
             except _OutOfMemoryError as error:
                 first = error.done
-                self._halve_pass(first)
+            self._halve_pass(first)  # out here the error is gone, and with it what its traceback held in memory
 
     def _halve_pass(self, done: int) -> None:
         """The same global batch in twice as many micro-batches, from the state that was just saved.
@@ -282,6 +283,7 @@ class _Pretraining:
         )
         if self.processes.count > 1:
             raise SystemExit(RESTART)
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -374,7 +376,7 @@ class _Pretraining:
             self.optimizer.zero_grad(set_to_none=True)
             self._save(done)
             if self.asked.batch_size == 0 and not self.operation.micro_batches:
-                raise _OutOfMemoryError(done) from None  # with its traceback the memory would stay taken
+                raise _OutOfMemoryError(done) from error
             raise TrainingError(
                 f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass; saved. "
                 f"The same command with --accumulate {2 * self.plan.micro_batches} goes on from there"
@@ -648,12 +650,13 @@ class _Pretraining:
     @torch.no_grad()
     def _look_at_keys(self, done: int) -> dict[str, float]:
         """How far the keys of fixed tiles move while one is kept, of a method that keeps any."""
+        keys: list[Tensor] = []
         with still_as_in_training(self.method), self.precision.autocast(self.device):
-            keys = [self.method.keys_of(batch) for batch in self._clean_batches(MONITOR, KEY_TILES)]
-        kept = [batch for batch in keys if batch is not None]
-        if not kept:
-            return {}
-        drift = self.key_drift.look(done, torch.cat(kept))
+            for batch in self._clean_batches(MONITOR, KEY_TILES):
+                if (key_BD := self.method.keys_of(batch)) is None:
+                    return {}
+                keys.append(key_BD)
+        drift = self.key_drift.look(done, torch.cat(keys))
         if self.processes.writes and (stale := self.key_drift.verdict(drift)):
             console.warn(f"step {done}: {stale}")
         return {"key_drift": drift}
