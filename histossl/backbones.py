@@ -230,7 +230,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             "save its state_dict alone, or convert it to safetensors"
         ) from error
     except UNREADABLE as error:
-        raise WeightsError(f"{path}: is no weights file, or is truncated ({type(error).__name__}: {error})") from error
+        first = str(error).split(". ")[0]  # torch goes on about its internals
+        raise WeightsError(f"{path}: is no weights file, or is truncated ({type(error).__name__}: {first})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content

@@ -154,7 +154,7 @@ class PretrainConfig:
     steps: int = 0
     epochs: float = 0.0
     hours: float = 0.0
-    batch_size: int = 256  # tiles per optimizer step, over all processes and micro-batches
+    batch_size: int = 256  # tiles per optimizer step, over all processes and micro-batches; 0: what fits
     view_px: int = 224
     recipe: str = ""  # '': the method's own with what tissue needs (mocov2-histology)
     optimizer: str = ""  # sgd, adamw, lars
@@ -177,7 +177,7 @@ class PretrainConfig:
         require(self.hours >= 0, "hours", self.hours, "more than 0")
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
         require(len(given) < 2, " and --".join(given), "", "only one of them: each sets the length")
-        require(self.batch_size >= 2, "batch-size", self.batch_size, "2 or more tiles")
+        require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, "auto, or 2 or more tiles")
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
         require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
         require(self.lr >= 0, "lr", self.lr, "more than 0")

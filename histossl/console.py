@@ -12,11 +12,21 @@ from contextlib import contextmanager
 from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False, soft_wrap=False)
 PLAIN_LINE_EVERY_S = 10.0
@@ -96,9 +106,23 @@ class _SilentBar(Bar):
         pass
 
 
+class _Framed(Progress):
+    """The bar in a frame, and the parts of its note below it, in columns: for a run that is watched for hours."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            parts = [part for part in task.fields["note"].split(", ") if part]
+            figures = Columns([Text.from_markup(part) for part in parts], padding=(0, 3))
+            frame = Group(self.make_tasks_table([task]), figures) if parts else self.make_tasks_table([task])
+            yield Panel(frame, box=box.ROUNDED, padding=(0, 1))
+
+
 @contextmanager
-def progress(what: str, total: int, unit: str = "", visible: bool = True) -> Iterator[Bar]:
-    """`with progress("tiling", 12, "slides") as bar: bar.advance(note="830 tiles/s")`. `visible=False` says nothing."""
+def progress(what: str, total: int, unit: str = "", visible: bool = True, framed: bool = False) -> Iterator[Bar]:
+    """`with progress("tiling", 12, "slides") as bar: bar.advance(note="830 tiles/s")`. `visible=False` says nothing.
+
+    `framed`: on a terminal a panel, with the parts of the note (between commas) as figures below the bar.
+    """
     if not visible:
         yield _SilentBar(what, total, unit, None)
         return
@@ -107,14 +131,16 @@ def progress(what: str, total: int, unit: str = "", visible: bool = True) -> Ite
         yield bar
         bar.finish()
         return
-    columns = (
+    columns: tuple[ProgressColumn, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(escape(unit)),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as live:
+    if framed:
+        live: Progress = _Framed(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
+    else:
+        live = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+    with live:
         yield Bar(what, total, unit, live)

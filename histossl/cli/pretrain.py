@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from histossl.workspace import Workspace
 
 DEFAULTS = PretrainConfig()
+# Where the help lists an option. Those that a first run needs have no panel and come first.
+DATA, METHOD, LENGTH, MACHINE, WATCHING = "Data", "Method", "Length and batch", "Machine", "Watching"
 
 
 def register(app: typer.Typer) -> None:
@@ -38,59 +40,6 @@ def register(app: typer.Typer) -> None:
 def pretrain(
     slides: SlidesOption = None,
     workspace: WorkspaceOption = None,
-    name: Annotated[
-        str, typer.Option(help="Name of the run: its directory under WORKSPACE/pretrain. Default: the method.")
-    ] = "",
-    method: Annotated[
-        str, typer.Option(help="What the backbone learns from; see `histossl methods`.")
-    ] = DEFAULTS.method,
-    backbone: Annotated[str, typer.Option(help="Any timm model.")] = DEFAULTS.backbone,
-    weights: Annotated[
-        str, typer.Option(help="Where to start: imagenet (timm's cache or the hub), random, or a weights file.")
-    ] = DEFAULTS.weights,
-    steps: Annotated[
-        int, typer.Option(help="Length in optimizer steps. Default: worked out from the tiles.", show_default=False)
-    ] = 0,
-    epochs: Annotated[
-        float, typer.Option(help="Length in passes over the tiles, instead of --steps.", show_default=False)
-    ] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Tiles per optimizer step, over all GPUs.")] = DEFAULTS.batch_size,
-    view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = DEFAULTS.view_px,
-    recipe: Annotated[
-        str, typer.Option(help="Augmentation recipe; see `histossl views`. Default: the method's, for tissue.")
-    ] = "",
-    optimizer: Annotated[
-        str, typer.Option(help="sgd, adamw or lars. Default: the method's; mostly sgd with BatchNorm, else adamw.")
-    ] = "",
-    lr: Annotated[
-        float, typer.Option(help="Peak learning rate. Default: worked out from the batch.", show_default=False)
-    ] = 0.0,
-    weight_decay: Annotated[
-        float, typer.Option(help="Default: the method's (histossl methods NAME).", show_default=False)
-    ] = -1.0,
-    layer_decay: Annotated[
-        float,
-        typer.Option(
-            help="Factor on the learning rate from block to block. Default: the method's with adamw, else 1.",
-            show_default=False,
-        ),
-    ] = 0.0,
-    warmup: Annotated[
-        float,
-        typer.Option(
-            help="Share of the steps in which the learning rate rises. Default: the method's.", show_default=False
-        ),
-    ] = DEFAULTS.warmup,
-    slide_balance: Annotated[
-        float, typer.Option(help="0: every tile equally often; 1: every slide.")
-    ] = DEFAULTS.slide_balance,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A knob of the method; repeat as needed.")
-    ] = None,
-    clip_norm: Annotated[
-        float, typer.Option(help="Gradients longer than this are shortened to it.")
-    ] = DEFAULTS.clip_norm,
-    seed: Annotated[int, typer.Option(help="Of tile order, views and heads.")] = DEFAULTS.seed,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -98,53 +47,183 @@ def pretrain(
             help="labels.csv: patients marked `test` are left out, and the rest judge the run as it goes.",
         ),
     ] = None,
-    exclude: Annotated[Path | None, typer.Option(metavar="FILE", help="Slides to leave out: one name a line.")] = None,
-    tile_px: Annotated[
-        int | None, typer.Option(help="Side of the tiles in pixels. Default: as tiled, else 256.", show_default=False)
-    ] = None,
-    mpp: Annotated[
-        float | None,
-        typer.Option(help="Microns per pixel of the tiles. Default: as tiled, else 0.5.", show_default=False),
-    ] = None,
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="Microns per pixel of slides that do not say it themselves.")
-    ] = None,
-    hours: Annotated[float, typer.Option(help="Length in hours, instead of --steps.", show_default=False)] = 0.0,
-    gpus: Annotated[
-        str, typer.Option(help="auto, or how many; on a machine without GPUs that many CPU processes.")
-    ] = "auto",
-    accumulate: Annotated[
-        int,
-        typer.Option(help="Micro-batches per step. Default: as few as GPU memory allows.", min=0, show_default=False),
-    ] = 0,
-    decode_on_gpu: Annotated[
-        bool, typer.Option("--decode-on-gpu", help="Decode tiles on the GPU; `histossl bench views` says when it pays.")
-    ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the networks: minutes at first, faster after.")
-    ] = False,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same bits every time; slower on GPUs.")
-    ] = False,
+    backbone: Annotated[str, typer.Option(help="Any timm model.")] = DEFAULTS.backbone,
+    weights: Annotated[
+        str, typer.Option(help="Where to start: imagenet (timm's cache or the hub), random, or a weights file.")
+    ] = DEFAULTS.weights,
+    name: Annotated[
+        str, typer.Option(help="Name of the run: its directory under WORKSPACE/pretrain. Default: the method.")
+    ] = "",
     only_plan: Annotated[
         bool, typer.Option("--plan", help="Print what would be done, time a few steps, and stop.")
     ] = False,
+    config: ConfigOption = None,
+    exclude: Annotated[
+        Path | None, typer.Option(metavar="FILE", rich_help_panel=DATA, help="Slides to leave out: one name a line.")
+    ] = None,
+    slide_balance: Annotated[
+        float, typer.Option(rich_help_panel=DATA, help="0: every tile equally often; 1: every slide.")
+    ] = DEFAULTS.slide_balance,
+    tile_px: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=DATA, help="Side of the tiles in pixels. Default: as tiled, else 256.", show_default=False
+        ),
+    ] = None,
+    mpp: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=DATA,
+            help="Microns per pixel of the tiles. Default: as tiled, else 0.5.",
+            show_default=False,
+        ),
+    ] = None,
+    slide_mpp: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=DATA, help="Microns per pixel of slides that do not say it themselves."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(rich_help_panel=METHOD, help="What the backbone learns from; see `histossl methods`.")
+    ] = DEFAULTS.method,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=METHOD, help="Augmentation recipe; see `histossl views`. Default: the method's, for tissue."
+        ),
+    ] = "",
+    view_px: Annotated[
+        int, typer.Option(rich_help_panel=METHOD, help="Side of the views in pixels.")
+    ] = DEFAULTS.view_px,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", rich_help_panel=METHOD, help="A knob of the method; repeat as needed."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=METHOD,
+            help="sgd, adamw or lars. Default: the method's; mostly sgd with BatchNorm, else adamw.",
+        ),
+    ] = "",
+    lr: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=METHOD, help="Peak learning rate. Default: worked out from the batch.", show_default=False
+        ),
+    ] = 0.0,
+    weight_decay: Annotated[
+        float,
+        typer.Option(rich_help_panel=METHOD, help="Default: the method's (histossl methods NAME).", show_default=False),
+    ] = -1.0,
+    layer_decay: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=METHOD,
+            help="Factor on the learning rate from block to block. Default: the method's with adamw, else 1.",
+            show_default=False,
+        ),
+    ] = 0.0,
+    warmup: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=METHOD,
+            help="Share of the steps in which the learning rate rises. Default: the method's.",
+            show_default=False,
+        ),
+    ] = DEFAULTS.warmup,
+    clip_norm: Annotated[
+        float, typer.Option(rich_help_panel=METHOD, help="Gradients longer than this are shortened to it.")
+    ] = DEFAULTS.clip_norm,
+    seed: Annotated[int, typer.Option(rich_help_panel=METHOD, help="Of tile order, views and heads.")] = DEFAULTS.seed,
+    steps: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=LENGTH,
+            help="Length in optimizer steps. Default: worked out from the tiles.",
+            show_default=False,
+        ),
+    ] = 0,
+    epochs: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=LENGTH, help="Length in passes over the tiles, instead of --steps.", show_default=False
+        ),
+    ] = 0.0,
+    hours: Annotated[
+        float, typer.Option(rich_help_panel=LENGTH, help="Length in hours, instead of --steps.", show_default=False)
+    ] = 0.0,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            rich_help_panel=LENGTH,
+            help="Tiles per optimizer step, over all GPUs. auto: by tiles and GPU memory.",
+        ),
+    ] = str(DEFAULTS.batch_size),
+    gpus: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=MACHINE, help="auto, or how many; on a machine without GPUs that many CPU processes."
+        ),
+    ] = "auto",
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=MACHINE,
+            help="Micro-batches per step. Default: as few as GPU memory allows.",
+            min=0,
+            show_default=False,
+        ),
+    ] = 0,
     workers: Annotated[
-        int, typer.Option(help="Threads that read and decode tiles, per GPU. 0: none.", show_default=False)
+        int,
+        typer.Option(
+            rich_help_panel=MACHINE, help="Threads that read and decode tiles, per GPU. 0: none.", show_default=False
+        ),
     ] = -1,
     precision: Annotated[
-        str, typer.Option(help="auto, fp32, bf16 or fp16. auto: bf16 or fp16 on a GPU, fp32 on a CPU.")
+        str,
+        typer.Option(
+            rich_help_panel=MACHINE, help="auto, fp32, bf16 or fp16. auto: bf16 or fp16 on a GPU, fp32 on a CPU."
+        ),
     ] = "auto",
+    decode_on_gpu: Annotated[
+        bool,
+        typer.Option(
+            "--decode-on-gpu",
+            rich_help_panel=MACHINE,
+            help="Decode tiles on the GPU; `histossl bench views` says when it pays.",
+        ),
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", rich_help_panel=MACHINE, help="Compile the networks: minutes at first, faster after."
+        ),
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", rich_help_panel=MACHINE, help="The same bits every time; slower on GPUs.")
+    ] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, rich_help_panel=MACHINE, help="How often a dead GPU process is replaced.")
+    ] = 3,
     checkpoint_every: Annotated[
-        str, typer.Option(help="Minutes (10m), hours (1h), seconds (90s), or steps (500).")
+        str, typer.Option(rich_help_panel=WATCHING, help="Minutes (10m), hours (1h), seconds (90s), or steps (500).")
     ] = "10m",
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between two lines of log.jsonl.")] = 10,
-    monitor_every: Annotated[int, typer.Option(min=1, help="Steps between two looks at the features.")] = 100,
+    log_every: Annotated[
+        int, typer.Option(min=1, rich_help_panel=WATCHING, help="Steps between two lines of log.jsonl.")
+    ] = 10,
+    monitor_every: Annotated[
+        int, typer.Option(min=1, rich_help_panel=WATCHING, help="Steps between two looks at the features.")
+    ] = 100,
     stop_on_collapse: Annotated[
-        bool, typer.Option(help="Stop when the features collapse, keeping the last healthy backbone.")
+        bool,
+        typer.Option(
+            rich_help_panel=WATCHING, help="Stop when the features collapse, keeping the last healthy backbone."
+        ),
     ] = True,
-    max_restarts: Annotated[int, typer.Option(min=0, help="How often a dead GPU process is replaced.")] = 3,
-    config: ConfigOption = None,
 ) -> int:
     """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
     from histossl.evaluation.probe import probe_of
@@ -163,7 +242,7 @@ def pretrain(
         steps=steps,
         epochs=epochs,
         hours=hours,
-        batch_size=batch_size,
+        batch_size=_batch(batch_size),
         view_px=view_px,
         recipe=recipe,
         optimizer=optimizer,
@@ -203,15 +282,16 @@ def pretrain(
         stop_on_collapse=stop_on_collapse,
     )
     run = at.pretrain(name or method)
+    judge = probe_of(index, table, view_px) if table else None
     if only_plan:
-        show_plan(index, run, settings, operation, num_processes)
+        show_plan(index, run, settings, operation, num_processes, judge)
         return 0
     if num_processes > 1:
         check(index, run, settings, operation, num_processes)
         return launch(num_processes, sys.argv[1:], max_restarts)
-    result = run_pretrain(index, run, settings, operation, probe_of(index, table, view_px) if table else None)
+    result = run_pretrain(index, run, settings, operation, judge)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.say(result.text)
+        console.panel("finished" if result.finished else "stopped", result.text)
         if result.finished:
             here = f" -w {workspace}" if workspace else ""
             console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{here}")
@@ -299,6 +379,15 @@ def _loader_threads(num_processes: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     return max(1, cores // here - 1)
+
+
+def _batch(text: str) -> int:
+    """'auto' is 0: to be worked out."""
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 2:
+        raise UsageError(f"--batch-size {text}: must be auto, or 2 or more tiles")
+    return int(text)
 
 
 def _every(text: str) -> tuple[float, int]:

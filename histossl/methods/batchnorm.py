@@ -8,6 +8,9 @@ Here a group is a fixed number of tiles, consecutive in the global batch, on one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -131,6 +134,26 @@ def batchnorm_buffers(network: nn.Module) -> list[Tensor]:
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]
+
+
+@contextmanager
+def still_as_in_training(network: nn.Module) -> Iterator[None]:
+    """Within it BatchNorm takes each batch's statistics, as in training, and all else is as in evaluation.
+
+    Afterwards it is in training mode as before, and no running statistic has moved.
+    """
+    network.eval()
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        network.train()
 
 
 @torch.no_grad()

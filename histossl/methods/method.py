@@ -108,6 +108,13 @@ class Method(nn.Module):
         """Figures too costly for every step; asked for when a step is logged."""
         return {}
 
+    def keys_of(self, images: Tensor) -> Tensor | None:
+        """(B, D) unit-length keys of views as they are now, of a method that keeps keys over steps; None otherwise.
+
+        Asked for now and then, to see how far the key of one and the same tile moves while it is kept.
+        """
+        return None
+
     def loss_ceiling(self) -> float | None:
         """The loss of features that tell nothing, where a closed form exists (InfoNCE: ln(K+1))."""
         return None

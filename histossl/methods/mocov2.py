@@ -29,6 +29,7 @@ from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import moco_head
 from histossl.methods.losses import NEVER, InfoNCE, info_nce
 from histossl.methods.method import Method, Outcome, Views
+from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
 # B tiles of this process, G of all processes, K keys in the queue, D embedding dimensions.
@@ -137,7 +138,7 @@ class MoCoV2(Method):
             return gather.gather(self._key(key_view))
         images_G = gather.gather(key_view)
         generator = torch.Generator().manual_seed((views.step * 1000 + views.part) * 2 + direction)
-        order_G = torch.randperm(len(images_G), generator=generator).to(key_view.device)
+        order_G = on(key_view.device, torch.randperm(len(images_G), generator=generator).numpy())
         shuffled_GD = gather.gather(self._key(images_G[gather.own_part(order_G)]))
         return torch.empty_like(shuffled_GD).index_copy_(0, order_G, shuffled_GD)
 
@@ -162,6 +163,9 @@ class MoCoV2(Method):
             "same_tile_negatives": (~nce.allowed_BK).float().mean(),
             "same_slide_negatives": (slides_B[:, None] == self.queue_slides_K).float().mean(),
         }
+
+    def keys_of(self, images: Tensor) -> Tensor:
+        return self._key(images)
 
     # ---- after_step: all change of state
 

@@ -19,14 +19,18 @@ def _plain(value: float) -> float | None:
 
 class RunLog:
     def __init__(self, run: PretrainDir) -> None:
+        self.run = run
         self.path: Path = run.log
-        try:
-            self._board = SummaryWriter(str(run.tensorboard))
-        except OSError as error:
-            raise HistosslError(f"{run.root}: cannot be written ({error.strerror}); use another --workspace") from error
+        self._board: SummaryWriter | None = None
 
-    def forget_from(self, step: int) -> None:
-        """Drop what a resumed run will write again."""
+    def begin_at(self, step: int) -> None:
+        """Drop what the run is going to write again: the rows here, and in TensorBoard's files as it reads them."""
+        try:
+            self._board = SummaryWriter(str(self.run.tensorboard), purge_step=step)
+        except OSError as error:
+            raise HistosslError(
+                f"{self.run.root}: cannot be written ({error.strerror}); use another --workspace"
+            ) from error
         if not self.path.exists():
             return
         rows = []
@@ -40,6 +44,7 @@ class RunLog:
             aside.write_text("".join(kept), encoding="utf-8")
 
     def write(self, row: dict[str, float]) -> None:
+        assert self._board is not None, "begin_at comes first"
         line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ It knows no method, no slide, no file and no console.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,24 +92,30 @@ def train(
         if statistics:
             torch._foreach_copy_(before, statistics)
         outcomes: list[Outcome] = []
-        for part in range(micro_batches):
-            assert views is not None, "fewer batches than steps"
-            last = part == micro_batches - 1
-            with nullcontext() if last or parallel is None else parallel.no_sync():  # type: ignore[operator]
-                with precision.autocast(device):
-                    here = views._replace(step=number, part=part, progress=number / num_steps)
-                    outcome: Outcome = wrapped(here)
-                scaler.scale(outcome.loss / micro_batches).backward()
-            outcomes.append(outcome._replace(loss=outcome.loss.detach()))
-            views = next(batches, None)  # made on the host while the device is still busy with this one
+        with put_back_if_broken(statistics, before):
+            for part in range(micro_batches):
+                assert views is not None, "fewer batches than steps"
+                last = part == micro_batches - 1
+                with nullcontext() if last or parallel is None else parallel.no_sync():  # type: ignore[operator]
+                    with precision.autocast(device):
+                        here = views._replace(step=number, part=part, progress=number / num_steps)
+                        outcome: Outcome = wrapped(here)
+                    scaler.scale(outcome.loss / micro_batches).backward()
+                outcomes.append(outcome._replace(loss=outcome.loss.detach()))
+                if not last:
+                    views = next(batches, None)  # made on the host while the device is still busy with this one
         scaler.unscale_(optimizer)
         method.before_step(number / num_steps)
         grad_norm = clip_gradients(clipped, clip_norm)
         loss = torch.stack([outcome.loss for outcome in outcomes]).mean()
 
         # Before the step: after it the weights, and after the next the teacher, would have swallowed the NaN.
-        # Gradients are averaged over processes, so all of them decide alike.
-        skipped = not bool(torch.isfinite(grad_norm))
+        # Gradients are averaged over processes, so all of them decide alike. The host waits for the answer only when
+        # the next views stand in the device's line behind it, so that the device has work while the host is told.
+        finite = Answer(torch.isfinite(grad_norm))
+        with put_back_if_broken(statistics, before):
+            views = next(batches, None)
+        skipped = not finite.get()
         if skipped:
             if statistics:  # forward has put the NaN into them already
                 torch._foreach_copy_(statistics, before)
@@ -125,9 +131,12 @@ def train(
                 )
         else:
             skipped_in_a_row = 0
-            scaler.step(optimizer)
-            scaler.update()
-            method.after_step([outcome.carry for outcome in outcomes], (number + 1) / num_steps)
+            try:
+                scaler.step(optimizer)
+                scaler.update()
+                method.after_step([outcome.carry for outcome in outcomes], (number + 1) / num_steps)
+            except torch.OutOfMemoryError as error:
+                raise HalfDoneError(number) from error
         yield Step(number, lr, loss, grad_norm, _mean_metrics([outcome.metrics for outcome in outcomes]), skipped)
 
 
@@ -157,6 +166,44 @@ def _clipped_together(method: Method, optimizer: torch.optim.Optimizer) -> list[
         ]
         return [own for own in modules if own]
     return [parameters]
+
+
+class HalfDoneError(TrainingError):
+    """Memory ran out while weights or method state were being changed: what is in memory now must not be saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"step {step}: out of GPU memory while the weights were being changed; use more --accumulate. "
+            "The same command goes on from the last checkpoint"
+        )
+
+
+class Answer:
+    """A yes or no on its way from the device: only who asks for it waits, and only for what came before it."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._flag = flag
+        if flag.device.type == "cuda":
+            self._flag = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def get(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._flag)
+
+
+@contextmanager
+def put_back_if_broken(statistics: list[Tensor], before: list[Tensor]) -> Iterator[None]:
+    """A pass that breaks off (out of memory) leaves no trace: BatchNorm's statistics are all that it has changed."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        if statistics:
+            torch._foreach_copy_(statistics, before)
+        raise
 
 
 def _mean_metrics(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

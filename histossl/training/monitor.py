@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+KEY_DRIFT_WARN = 0.1
 SPREAD_WARN, SPREAD_STOP = 0.3, 0.05
 RANK_WARN, RANK_STOP = 0.7, 0.25  # of the value at step 0
 
@@ -54,7 +56,7 @@ class Health:
     spread: float
     rank: float
     rank_share: float  # of the rank at step 0
-    drift: float  # 1 - mean cosine to the features of the look before
+    drift: float  # 1 - mean cosine to the features of the look before; of the backbone, not of keys
     moved: float  # 1 - mean cosine to the features at step 0
     verdict: str = ""
     collapsed: bool = False
@@ -108,6 +110,45 @@ def diagnosis(spread: float, rank_share: float, first_spread: float) -> tuple[st
     if rank_share < RANK_WARN:
         return f"the features' effective rank fell to {rank_share:.0%} of the start's; lower --lr if it goes on", False
     return "", False
+
+
+class KeyDrift:
+    """How far the keys of fixed tiles move while a key is kept: 1 - mean cosine to those of `age_steps` steps ago.
+
+    Looks seldom fall exactly that far back, so the drift is taken between the two looks around that age, in proportion;
+    0 steps ago it is 0. Drift grows with time at least in proportion, so this errs towards telling too much. Before the
+    run is that old, keys are as old as the run: the first ones were made before step 0.
+    """
+
+    def __init__(self, age_steps: float) -> None:
+        self.age_steps = age_steps
+        self.keys_of_step: dict[int, Tensor] = {}  # (N, D) each, unit length
+
+    def look(self, step: int, keys_ND: Tensor) -> float:
+        keys_ND = F.normalize(keys_ND.detach().float().cpu(), dim=1)
+        ages, drifts = [0.0], [0.0]
+        for before, past_ND in sorted(self.keys_of_step.items(), reverse=True):
+            ages.append(float(step - before))
+            drifts.append(max(0.0, 1 - float((keys_ND * past_ND).sum(1).mean())))
+        self._keep(step, keys_ND)
+        return float(np.interp(min(self.age_steps, ages[-1]), ages, drifts))
+
+    def _keep(self, step: int, keys_ND: Tensor) -> None:
+        """A dozen looks over the age at most, and one that is older."""
+        if not self.keys_of_step or step - max(self.keys_of_step) >= self.age_steps / 12:
+            self.keys_of_step[step] = keys_ND
+        old = sorted(before for before in self.keys_of_step if step - before >= self.age_steps)
+        for before in old[:-1]:
+            del self.keys_of_step[before]
+
+    def verdict(self, drift: float) -> str:
+        if drift <= KEY_DRIFT_WARN:
+            return ""
+        return (
+            f"keys go stale: over the {self.age_steps:.0f} steps that one is kept, a tile's key moves by {drift:.2f} "
+            f"(1 - cosine; healthy below {KEY_DRIFT_WARN}). Likely causes: --lr too high, --set momentum too low, "
+            "--set queue_size too large"
+        )
 
 
 class Ceiling:

@@ -21,6 +21,8 @@ QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
 SINKHORN_BATCH = 64  # up to here prototypes are centred: so few tiles cannot share thousands of them evenly
+BATCH_LEAST, BATCH_USUAL, BATCH_MOST = 32, 256, 1024  # of --batch-size auto: MoCo's own is 256
+BATCH_SHARE = 0.01  # of the tiles: eight batches are then the queue's share
 BATCHNORM_GROUP = 32  # tiles per statistic, as the methods' knob has it
 
 
@@ -112,6 +114,22 @@ def plan(
         knobs=fitted,
         reasons=tuple(reasons),
     )
+
+
+def batch_bounds(num_tiles: int, num_processes: int) -> tuple[int, int]:
+    """--batch-size auto: (the usual batch, the largest sensible one), multiples of what the processes can share.
+
+    A hundredth of the tiles, as the published runs have it, held between 32 tiles and MoCo's own 256, and up to 1,024
+    where memory allows: the learning rate's rule was tried no further. Never more than an eighth of the tiles.
+    """
+    fitting = min(max(BATCH_SHARE * num_tiles, BATCH_LEAST), num_tiles / 8)
+    share = BATCHNORM_GROUP * num_processes if fitting >= BATCHNORM_GROUP * num_processes else num_processes
+
+    def shared(batch: float) -> int:
+        pieces = max(1, int(batch) // share)
+        return share << (pieces.bit_length() - 1)  # a power of two of them, so that it can be halved
+
+    return max(2, shared(min(fitting, BATCH_USUAL))), max(2, shared(min(fitting, BATCH_MOST)))
 
 
 def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str]) -> int:

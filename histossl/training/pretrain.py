@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import threading
@@ -20,7 +21,7 @@ from histossl.backbones import BackboneInfo, create_backbone, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
 from histossl.errors import MismatchError, TrainingError, UsageError
 from histossl.methods import classes_of, entry_of, gather
-from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.methods.ramps import half_cosine
@@ -30,19 +31,23 @@ from histossl.tiles.sampling import TileOrder
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, joined
 from histossl.training.log import RunLog
-from histossl.training.loop import Step, train
-from histossl.training.monitor import Ceiling, Health, Watch, weight_change
-from histossl.training.planner import Plan, plan
+from histossl.training.loop import HalfDoneError, Step, train
+from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
+from histossl.training.pace import Expected, Pace
+from histossl.training.planner import Plan, batch_bounds, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
 from histossl.workspace import PretrainDir
 
-MONITOR_TILES = 512
+MONITOR_TILES, KEY_TILES = 512, 128
 BATCHNORM_TILES = 10_000
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
+
+DAMAGED_NAMED = 20  # of the damaged tiles, at the end
+RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 
 Probe = Callable[[nn.Module, BackboneInfo], float]
 
@@ -96,7 +101,8 @@ def pretrain(
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
     with joined() as processes:
-        return _Pretraining(index, run, config, operation, probe, processes).carry_out()
+        settled = settle_batch(index, run, config, operation, processes)
+        return _Pretraining(index, run, settled, operation, probe, processes).carry_out(config)
 
 
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
@@ -115,16 +121,40 @@ def check(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation:
     _refuse_other_run(index, run, config)
     if torch.cuda.is_available():  # this process stays on the CPU; its workers will not
         operation = replace(operation, precision="auto", decode_on_gpu=False)
-    _Pretraining(index, run, config, operation, None, Processes(0, 0, num_processes, torch.device("cpu")))
+    processes = Processes(0, 0, num_processes, torch.device("cpu"))
+    _Pretraining(index, run, settle_batch(index, run, config, operation, processes), operation, None, processes)
 
 
 def show_plan(
-    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_processes: int = 1
+    index: TileIndex,
+    run: PretrainDir,
+    config: PretrainConfig,
+    operation: Operation,
+    num_processes: int = 1,
+    probe: Probe | None = None,
 ) -> None:
     """What `pretrain` would do, how long it would take, and why. Timed on one process with its share of the batch."""
     with joined() as processes:
         shared = replace(processes, count=num_processes)
-        _Pretraining(index, run, config, operation, None, shared).show_plan()
+        settled = settle_batch(index, run, config, operation, shared)
+        _Pretraining(index, run, settled, operation, probe, shared).show_plan()
+
+
+def settle_batch(
+    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, processes: Processes
+) -> PretrainConfig:
+    """`--batch-size auto` (0) as a number: the run's own if it was begun, else the largest sensible one that fits."""
+    if config.batch_size:
+        return config
+    if run.run_json.exists():
+        return replace(config, batch_size=int(read_run(run.run_json)["plan"]["batch_size"]))
+    num_tiles = sum(len(index.tiles_of(slide)) for slide in set(index.slides) - set(config.excluded_slides))
+    usual, most = batch_bounds(num_tiles, processes.count)
+    if processes.device.type != "cuda":
+        return replace(config, batch_size=usual)
+    tried = _Pretraining(index, run, replace(config, batch_size=most), operation, None, processes)
+    pieces = fewest_pieces(tried._fits, most, processes.count)
+    return replace(config, batch_size=max(usual, most // pieces))
 
 
 def step_times_s(
@@ -189,38 +219,34 @@ class _Pretraining:
         self.ceiling = Ceiling()
         self.best = Best()
         self.last_look: list[str] = []
+        self.damaged: dict[int, str] = {}  # tile number -> what is wrong with it
         self.told = ""
+        self.key_drift = KeyDrift(self.plan.knobs.get("queue_size", 0) / self.plan.batch_size)
+        self.asked = config
+        self.pace = Pace(0, self.plan.num_steps, operation.monitor_every)
         self.log: RunLog | None = None
 
     # ---- the recipe
 
-    def carry_out(self) -> Result:
+    def carry_out(self, asked: PretrainConfig) -> Result:
+        """`asked` is what run.json keeps: the config before `--batch-size auto` became a number."""
+        self.asked = asked
         self._fit_memory()
         if self.config.hours:
             self._fit_hours(None)
         if self.processes.writes:
             self.log = RunLog(self.run)
             self._announce()
-            write_run(
-                self.run.run_json,
-                self.config,
-                plan=asdict(self.plan),
-                knobs=asdict(self.knobs),
-                tiles={
-                    "digest": self.index.digest,
-                    "num_tiles": self.order.num_tiles,
-                    "num_slides": self.order.num_slides,
-                },
-                device=name_of(self.device),
-                precision=self.precision.name,
-            )
+            self._write_run()
         first = self._resume()
         if first is None:
             self._prefill()
-            self._look(0)
+            with self.pace.look():
+                self._look(0)
             first = 0
         with stop_on_signal() as stop:
-            done = self._train(first, stop)
+            done = self._train_in_memory(first, stop)
+        self._tell_damaged()
         if done < self.plan.num_steps:
             return Result(
                 self.run,
@@ -228,6 +254,39 @@ class _Pretraining:
                 f"stopped at step {done} of {self.plan.num_steps} and saved; the same command goes on from there",
             )
         return Result(self.run, True, self._finish())
+
+    def _train_in_memory(self, first: int, stop: threading.Event) -> int:
+        """`_train`; where memory runs out under `--batch-size auto`, on with half the tiles a pass."""
+        while True:
+            try:
+                return self._train(first, stop)
+            except _OutOfMemoryError as error:
+                first = error.done
+            self._halve_pass(first)  # out here the error is gone, and with it what its traceback held in memory
+
+    def _halve_pass(self, done: int) -> None:
+        """The same global batch in twice as many micro-batches, from the state that was just saved.
+
+        Other processes wait for the one that ran out, and cannot be told: it dies, and all start again with the pass
+        that it has written down.
+        """
+        planned, pieces = self.plan, 2 * self.plan.micro_batches
+        if planned.batch_size % (pieces * planned.num_processes):
+            raise TrainingError(
+                f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass, which cannot be halved; "
+                "saved. Use a smaller --view-px or --backbone under another --name"
+            )
+        self.plan = replace(planned, micro_batches=pieces, tiles_per_pass=planned.tiles_per_pass // 2)
+        self._write_run()
+        console.warn(
+            f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass; on with "
+            f"{self.plan.tiles_per_pass}, and the same batch of {planned.batch_size}"
+        )
+        if self.processes.count > 1:
+            raise SystemExit(RESTART)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _train(self, first: int, stop: threading.Event) -> int:
         """From step `first` to the end, or to a signal. Returns how many steps are done."""
@@ -249,11 +308,14 @@ class _Pretraining:
             in_parallel(self.method) if self.processes.count > 1 else None,
             partial(_weight_decay_at, self.plan),
         )
+        self.pace = Pace(first, num_steps, operation.monitor_every, self.pace.look_s)
         saved_s = logged_s = time.monotonic()
         waited_s, logged, done = 0.0, first, first
-        with tiles, console.progress("pretraining", num_steps, "steps", visible=self.processes.writes) as bar:
+        shown = console.progress("pretraining", num_steps, "steps", visible=self.processes.writes, framed=True)
+        with tiles, shown as bar:
             bar.advance(first)
             for step in self._guarded(steps, first):
+                self.pace.stepped()
                 done = step.number + 1
                 last = done == num_steps
                 if step.skipped and self.processes.writes:
@@ -273,8 +335,11 @@ class _Pretraining:
                     if stuck and self.processes.writes:
                         console.warn(f"step {done}: {stuck}")
                     self._tell_ailment(row, done)
-                if done % operation.monitor_every == 0 or last:
-                    self._look(done)
+                if self.pace.is_look(done):
+                    with self.pace.look():
+                        self._look(done)
+                if (expected := self.pace.expected(done)) and self.processes.writes:
+                    console.say(f"from here {expected}")
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
@@ -284,9 +349,22 @@ class _Pretraining:
                     saved_s = time.monotonic()
                 if stopping:
                     break
-        for number, what in tiles.damaged.items():
-            console.warn(f"tile {number} was left out: {what}")
+                self.pace.resumed()
+        self.damaged |= tiles.damaged
         return done
+
+    def _tell_damaged(self) -> None:
+        """Each process tells of the tiles that it has met."""
+        damaged = list(self.damaged.items())
+        if damaged:
+            console.warn(
+                f"{len(damaged)} damaged tile{'s were' if len(damaged) > 1 else ' was'} left out, others shown:"
+            )
+        for number, what in damaged[:DAMAGED_NAMED]:
+            slide = self.index.slides[int(self.index.slide_of([number])[0])]
+            console.warn(f"tile {number} of {slide} was left out: {what}")
+        if len(damaged) > DAMAGED_NAMED:
+            console.warn(f"... and {len(damaged) - DAMAGED_NAMED} more")
 
     def _guarded(self, steps: Iterator[Step], first: int) -> Iterator[Step]:
         """Out of memory and too many NaN: the state before the step is whole, so keep it, and say what to change."""
@@ -298,10 +376,14 @@ class _Pretraining:
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad(set_to_none=True)
             self._save(done)
+            if self.asked.batch_size == 0 and not self.operation.micro_batches:
+                raise _OutOfMemoryError(done) from error
             raise TrainingError(
                 f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass; saved. "
                 f"The same command with --accumulate {2 * self.plan.micro_batches} goes on from there"
             ) from error
+        except HalfDoneError:
+            raise
         except TrainingError:
             self._save(done)
             raise
@@ -323,21 +405,37 @@ class _Pretraining:
 
     # ---- state
 
+    def _write_run(self) -> None:
+        write_run(
+            self.run.run_json,
+            self.asked,
+            plan=asdict(self.plan),
+            knobs=asdict(self.knobs),
+            tiles={
+                "digest": self.index.digest,
+                "num_tiles": self.order.num_tiles,
+                "num_slides": self.order.num_slides,
+            },
+            device=name_of(self.device),
+            precision=self.precision.name,
+        )
+
     def _resume(self) -> int | None:
         state = load_checkpoint(self.run)
         if state is None:
             if self.log:
-                self.log.forget_from(0)
+                self.log.begin_at(0)
             return None
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
+        self.key_drift.keys_of_step = state["keys_of_step"]
         self.best = Best(**state["best"])
         first = int(state["step"])
         if self.log:
-            self.log.forget_from(first + 1)
+            self.log.begin_at(first + 1)
             console.say(f"going on from step {first} of {self.plan.num_steps}")
         return first
 
@@ -349,6 +447,7 @@ class _Pretraining:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "watch": self.watch.state_dict(),
+                "keys_of_step": self.key_drift.keys_of_step,
                 "best": asdict(self.best),
             }
             save_checkpoint(self.run, state)
@@ -430,16 +529,21 @@ class _Pretraining:
                     self.method.prefill(views._replace(step=number))
                 if (number + 1) % self.plan.micro_batches == 0:
                     bar.advance()
+        self.damaged |= tiles.damaged
 
     # ---- trying out, before step 0
 
     def _fit_memory(self) -> None:
-        """On a GPU: halve the tiles of a pass until one fits, on the fullest GPU of all."""
-        if self.device.type != "cuda" or self.operation.micro_batches:
+        """Into how many micro-batches a batch is cut: as the run was before, or on a GPU until a pass fits on all."""
+        if self.operation.micro_batches:
             return
-        before = read_run(self.run.run_json)["plan"]["micro_batches"] if self.run.run_json.exists() else 0
-        known = before and self.plan.batch_size % (before * self.processes.count) == 0
-        pieces = before if known else fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
+        before = read_run(self.run.run_json)["plan"] if self.run.run_json.exists() else {}
+        if before.get("num_processes") == self.processes.count and before["batch_size"] == self.plan.batch_size:
+            pieces = int(before["micro_batches"])
+        elif self.device.type == "cuda":
+            pieces = fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
+        else:
+            return
         self.plan = replace(
             self.plan, micro_batches=pieces, tiles_per_pass=self.plan.batch_size // pieces // self.processes.count
         )
@@ -448,16 +552,23 @@ class _Pretraining:
         failed = torch.zeros((), device=self.device)
         with self._unchanged(), gather.alone():  # who runs out of memory would keep the others waiting
             try:
+                optimizer_state = self._like_optimizer_state()  # which comes with the first step, and stays
                 side = self.index.tile_px
                 tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=self.device)
                 numbers = torch.arange(tiles_per_pass)
                 images = make_views(tiles, self.method.views(1.0), 0, numbers, (self.info.mean, self.info.std))
                 on_device = numbers.to(self.device)
                 self._pass(Views(images, on_device, on_device, 0, positions_B=numbers))
+                del optimizer_state
             except torch.OutOfMemoryError:
                 failed += 1
         torch.cuda.empty_cache()
         return not bool(mean_over_processes(failed))
+
+    def _like_optimizer_state(self) -> list[Tensor]:
+        """As much memory as the optimizer will take: one value a weight for sgd and lars, two for adamw."""
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [torch.empty_like(each) for each in trained for _ in range(2 if self.plan.optimizer == "adamw" else 1)]
 
     def _fit_hours(self, step_s: float | None) -> None:
         """Steps from `--hours`: those of the run's first start, else what the time of a few steps gives."""
@@ -521,6 +632,7 @@ class _Pretraining:
             "effective_rank_share": health.rank_share,
             "drift": health.drift,
             "moved": health.moved,
+            **self._look_at_keys(done),
             **self.method.diagnostics(),
             **{f"weight_change/{name}": value for name, value in self._weight_change().items()},
         }
@@ -542,10 +654,24 @@ class _Pretraining:
             save_backbone(self.run.healthy_backbone, self._plain_backbone(), self._adapted_info(done))
 
     @torch.no_grad()
-    def _monitor_features(self) -> Tensor:
+    def _look_at_keys(self, done: int) -> dict[str, float]:
+        """How far the keys of fixed tiles move while one is kept, of a method that keeps any."""
+        keys: list[Tensor] = []
+        with still_as_in_training(self.method), self.precision.autocast(self.device):
+            for batch in self._clean_batches(MONITOR, KEY_TILES):
+                if (key_BD := self.method.keys_of(batch)) is None:
+                    return {}
+                keys.append(key_BD)
+        drift = self.key_drift.look(done, torch.cat(keys))
+        if self.processes.writes and (stale := self.key_drift.verdict(drift)):
+            console.warn(f"step {done}: {stale}")
+        return {"key_drift": drift}
+
+    @torch.no_grad()
+    def _monitor_features(self, num_tiles: int = MONITOR_TILES) -> Tensor:
         self.method.backbone.eval()
         with self.precision.autocast(self.device):
-            features = [self.method.backbone(batch).float() for batch in self._clean_batches(MONITOR, MONITOR_TILES)]
+            features = [self.method.backbone(batch).float() for batch in self._clean_batches(MONITOR, num_tiles)]
         self.method.train()
         return torch.cat(features)
 
@@ -618,6 +744,7 @@ class _Pretraining:
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
             _weights_told(self.info),
             *planned.reasons,
+            self._disk(),
             *more,
         ]
         console.panel(
@@ -632,18 +759,44 @@ class _Pretraining:
         step_s = self.step_s()
         if self.config.hours:
             self._fit_hours(step_s)
-        state = list(self.method.state_dict().values())
+        expected = self._expected(step_s)
+        self._announce(f"time: {expected}, timed just now")
+
+    def _expected(self, step_s: float) -> Expected:
+        """The whole run's time, with what is not steps: looks, filling the queue, BatchNorm's statistics at the end."""
+        num_tiles = min(64, self.order.num_tiles)
+        self._monitor_features(num_tiles)  # warms up
+        began_s = time.perf_counter()
+        self._monitor_features(num_tiles)
+        tile_s = (time.perf_counter() - began_s) / num_tiles
+        look_s = tile_s * min(MONITOR_TILES, self.order.num_tiles)
+        if self.probe is not None:
+            began_s = time.perf_counter()
+            self.probe(self._plain_backbone(), self.info)
+            look_s += time.perf_counter() - began_s
+        other_tiles = self.method.num_prefill_tiles() / self.processes.count
+        if has_batchnorm(self.method.backbone):
+            other_tiles += min(BATCHNORM_TILES, self.order.num_tiles)
+        num_looks = 1 + math.ceil(self.plan.num_steps / self.operation.monitor_every)
+        return Expected(step_s, self.plan.num_steps, look_s, num_looks, other_tiles * tile_s)
+
+    def _disk(self) -> str:
+        state = self.method.state_dict().values()
         trained = sum(value.numel() * value.element_size() for value in self.method.parameters() if value.requires_grad)
         held = sum(value.numel() * value.element_size() for value in state)
-        held += trained * (1 if self.plan.optimizer == "sgd" else 2)
-        self._announce(
-            f"{step_s:.3g} s a step, so about {_duration(step_s * self.plan.num_steps)} in all (timed just now)",
-            f"besides that, a look at the features every {self.operation.monitor_every} steps",
-            f"disk: two checkpoints of {held / 2**20:,.0f} MB",
-        )
+        held += trained * (2 if self.plan.optimizer == "adamw" else 1)
+        return f"disk: two checkpoints of {held / 2**20:,.0f} MB"
 
 
 # ---- pieces
+
+
+class _OutOfMemoryError(Exception):
+    """Memory ran out in a step that left no trace; `done` steps are saved."""
+
+    def __init__(self, done: int) -> None:
+        super().__init__(done)
+        self.done = done
 
 
 @torch.no_grad()
@@ -679,11 +832,6 @@ def _weights_told(info: BackboneInfo) -> str:
     return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone loaded{rest}"
 
 
-def _duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), seconds % 3600 / 60
-    return f"{hours} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
-
-
 def _lr_at(planned: Plan, step: int) -> float:
     return warmup_cosine(step, planned.num_steps, planned.warmup_steps, planned.lr, planned.final_lr)
 
@@ -714,9 +862,9 @@ def _note(row: dict[str, float]) -> str:
         parts.append(f"accuracy {row['instance_accuracy']:.0%}")
     if "pretext_accuracy_recent" in row:
         parts.append(f"accuracy {row['pretext_accuracy_recent']:.1%}, chance {row['chance']:.1%}")
-    parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting {row['data_wait']:.0%}"]
+    parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting for tiles {row['data_wait']:.0%}"]
     if "gpu_memory_gb" in row:
-        parts.append(f"{row['gpu_memory_gb']:.1f} GB")
+        parts.append(f"GPU memory {row['gpu_memory_gb']:.1f} GB")
     return ", ".join(parts)
 
 

@@ -89,6 +89,31 @@ class ViewRates:
         return [figure for figure in every if figure is not None]
 
 
+def advice(rates: ViewRates) -> list[str]:
+    """Which stage limits, and what to change, a line each."""
+    loaded, made = rates.loaded, rates.on_gpu or rates.views
+    lines, way = [], "reading and decoding"
+    if rates.decode_on_gpu is not None:
+        # Decoded there, tiles queue behind the model's own work: it must be clearly faster to be worth it.
+        faster, ratio = rates.decode_on_gpu, loaded.ms / rates.decode_on_gpu.ms
+        if ratio > 1.2:
+            lines.append(
+                f"decoding: {ratio:.1f}x as fast on the GPU as on the workers here; pass --decode-on-gpu to pretrain"
+            )
+            loaded, way = faster, "decoding on the GPU"
+        else:
+            lines.append(f"decoding: {1 / ratio:.1f}x as fast on the workers as on the GPU; leave --decode-on-gpu out")
+    if loaded.ms > made.ms:
+        lines.append(f"limit: {way}; give --workers more cores, or put the workspace on a faster disk")
+    elif rates.on_gpu is None:
+        lines.append(
+            "limit: making views on the CPU; smaller --view-px, or a GPU, where they are made beside the model"
+        )
+    else:
+        lines.append("limit: making views on the GPU; the loader keeps up, fewer --workers would do as well")
+    return lines
+
+
 def view_rates(
     store: TileStore, recipe: ViewRecipe, num_workers: int, num_tiles: int = 256, repeats: int = 3
 ) -> ViewRates:

@@ -1,6 +1,7 @@
 """The training step: beside lightly's building blocks, with tiles beside without, and its memory over many steps.
 
-    python tests/bench/bench_train.py              # five minutes on two cores; with a GPU also the figures for it
+    python tests/bench/bench_train.py              # ten minutes on two cores; with a GPU also the figures for it
+    python tests/bench/bench_train.py memory       # one of: lightly, tiles, memory, gpu
 
 Every ratio is of two things timed in turn within this one run.
 """
@@ -88,7 +89,7 @@ def timed(step: Callable[[list[Tensor]], None], images: list[Tensor]) -> float:
     return (time.perf_counter() - began_s) / STEPS
 
 
-def beside_lightly() -> None:
+def beside_lightly(_: Path) -> None:
     images = [torch.randn(BATCH, 3, SIDE, SIDE, device=DEVICE) for _ in range(2)]
     one, other = ours(), theirs()
     timed(one, images), timed(other, images)
@@ -102,16 +103,17 @@ def beside_lightly() -> None:
     )
 
 
-def textured_store(workspace: Workspace, num_tiles: int = 512) -> TileIndex:
+def textured_store(workspace: Workspace, num_tiles: int = 512, tile_px: int = 256) -> TileIndex:
     noise = np.random.default_rng(0)
 
     def picture(slide: int, tile: int, tile_px: int) -> np.ndarray:
         return noise.integers(0, 255, (tile_px, tile_px, 3), dtype=np.uint8)
 
-    return write_synthetic_store(workspace, ("A", "B"), num_tiles // 2, tile_px=256, picture=picture)
+    return write_synthetic_store(workspace, ("A", "B"), num_tiles // 2, tile_px=tile_px, picture=picture)
 
 
-def with_tiles_beside_without(index: TileIndex, run: Path) -> None:
+def with_tiles_beside_without(run: Path) -> None:
+    index = textured_store(Workspace(run / "store"))
     config = PretrainConfig(backbone="resnet50", weights="random", batch_size=256 if DEVICE.type == "cuda" else 16)
     shares = []
     for _ in range(3):
@@ -122,8 +124,10 @@ def with_tiles_beside_without(index: TileIndex, run: Path) -> None:
     )
 
 
-def memory_over_steps(index: TileIndex, run: Path, num_steps: int = 2000) -> None:
-    config = PretrainConfig(backbone="resnet10t", weights="random", steps=num_steps, batch_size=8, view_px=32)
+def memory_over_steps(run: Path, num_steps: int = 2000) -> None:
+    """A small network, looks and a probe, checkpoints every 200 steps: resident memory from the tenth of the run on."""
+    index = textured_store(Workspace(run / "small-tiles"), tile_px=64)
+    config = PretrainConfig(backbone="test_vit", weights="random", steps=num_steps, batch_size=16, view_px=32)
     seen: list[float] = []
 
     def look(*_: object) -> float:
@@ -131,13 +135,22 @@ def memory_over_steps(index: TileIndex, run: Path, num_steps: int = 2000) -> Non
         seen.append(pages * resource.getpagesize() / 2**20)
         return 0.0
 
-    pretrain(index, Workspace(run).pretrain("memory"), config, Operation(monitor_every=num_steps // 10), probe=look)
+    every = num_steps // 10
+    pretrain(
+        index,
+        Workspace(run).pretrain("memory"),
+        config,
+        Operation(monitor_every=every, checkpoint_every_steps=every, stop_on_collapse=False),  # noise teaches nothing
+        probe=look,
+    )
     print(
-        f"resident memory over {num_steps} steps: {seen[1]:.0f} MB to {seen[-1]:.0f} MB ({seen[-1] / seen[1] - 1:+.1%})"
+        f"resident memory over {num_steps} steps: {seen[1]:.0f} MB at a tenth, {seen[-1]:.0f} MB at the end "
+        f"({seen[-1] / seen[1] - 1:+.1%}); every tenth: {', '.join(f'{mb:.0f}' for mb in seen)}",
+        flush=True,
     )
 
 
-def on_gpu_beside_the_original_recipe() -> None:
+def on_gpu_beside_the_original_recipe(_: Path) -> None:
     """bf16, channels-last, compiled, against plain fp32 eager: what MoCo's code does."""
     if DEVICE.type != "cuda":
         print("no GPU here: the bf16 figure is not measured")
@@ -172,13 +185,18 @@ def on_gpu_beside_the_original_recipe() -> None:
     print(f"resnet50 step, 256 x 224 px, bf16 channels-last compiled against fp32 eager: {median(ratios):.2f}x")
 
 
+PARTS = {
+    "lightly": beside_lightly,
+    "tiles": with_tiles_beside_without,
+    "memory": memory_over_steps,
+    "gpu": on_gpu_beside_the_original_recipe,
+}
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        beside_lightly()
-        index = textured_store(Workspace(Path(directory) / "store"))
-        with_tiles_beside_without(index, Path(directory))
-        memory_over_steps(index, Path(directory))
-        on_gpu_beside_the_original_recipe()
+    for name in sys.argv[1:] or PARTS:
+        with tempfile.TemporaryDirectory() as directory:
+            PARTS[name](Path(directory))
 
 
 if __name__ == "__main__":

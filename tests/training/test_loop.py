@@ -97,5 +97,53 @@ def test_five_in_a_row_stop_the_run() -> None:
     assert torch.isfinite(method.weight).all()
 
 
+class Normed(Parabola):
+    """Runs out of memory in its second micro-batch of step 1, when BatchNorm has already seen the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, views: Views) -> Outcome:
+        self.norm(views.images[0])
+        if (views.step, views.part) == (1, 1):
+            raise torch.OutOfMemoryError
+        return super().forward(views)
+
+
+def test_a_step_that_breaks_off_leaves_batchnorm_as_it_was() -> None:
+    method, precision = Normed(), Precision()
+    optimizer = torch.optim.SGD([method.weight], lr=1.0)
+    steps = train(
+        method, optimizer, stream([1.0, 2.0, 3.0, 4.0]), lambda step: 0.2, 0, 2, CPU, precision, precision.scaler(CPU),
+        1e9, 2,
+    )  # fmt: skip
+    next(steps)
+    mean, weight = method.norm.running_mean.clone(), method.weight.detach().clone()
+    with pytest.raises(torch.OutOfMemoryError):
+        next(steps)
+    assert torch.equal(method.norm.running_mean, mean)
+    assert torch.equal(method.weight, weight)
+    assert len(method.log) == 1
+
+
+def test_the_next_views_are_made_before_the_step_is_taken() -> None:
+    """So that on a GPU they stand in line while the host waits to hear whether the gradient is finite."""
+    method = Parabola()
+
+    def told() -> Iterator[Views]:
+        for views in stream([1.0, 2.0, 3.0]):
+            method.log.append("views")
+            yield views
+
+    precision = Precision()
+    optimizer = torch.optim.SGD([method.weight], lr=1.0)
+    for _ in train(method, optimizer, told(), lambda step: 0.2, 0, 3, CPU, precision, precision.scaler(CPU), 1e9):
+        pass
+    assert ["views" if entry == "views" else "step" for entry in method.log] == [
+        "views", "views", "step", "views", "step", "step"
+    ]  # fmt: skip
+
+
 def test_it_starts_where_it_is_told() -> None:
     assert [step.number for step in run(Parabola(), [1.0] * 3, 5, start=2)] == [2, 3, 4]

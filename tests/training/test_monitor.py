@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from histossl.training.monitor import Ceiling, Watch, effective_rank, feature_spread, weight_change
+from histossl.training.monitor import Ceiling, KeyDrift, Watch, effective_rank, feature_spread, weight_change
 
 
 def gaussian(n: int, d: int, rank: int | None = None) -> torch.Tensor:
@@ -81,3 +81,37 @@ def test_a_loss_that_never_leaves_its_ceiling_is_told_once() -> None:
     learning.stuck(5.0, 6.93, 20, 200)
     assert learning.stuck(6.9, 6.93, 180, 200) == ""
     assert Ceiling().stuck(9.0, None, 180, 200) == ""
+
+
+def turned(degrees: float) -> torch.Tensor:
+    angle = torch.deg2rad(torch.tensor(degrees))
+    return torch.stack([angle.cos(), angle.sin()]).expand(5, 2)
+
+
+def test_key_drift_is_that_of_the_steps_a_key_is_kept() -> None:
+    """Keys that turn by a degree each ten steps, kept for 100: 1 - cos(10 degrees), whatever the looks' spacing."""
+    for every in (10, 50, 100):
+        drift = KeyDrift(age_steps=100)
+        for step in range(0, 601, every):
+            last = drift.look(step, turned(step / 10))
+        assert last == pytest.approx(1 - torch.cos(torch.deg2rad(torch.tensor(10.0))).item(), rel=1e-4), every
+        assert len(drift.keys_of_step) <= 14
+
+
+def test_key_drift_before_the_run_is_that_old_is_since_its_start() -> None:
+    drift = KeyDrift(age_steps=1000)
+    drift.look(0, turned(0))
+    assert drift.look(100, turned(60)) == pytest.approx(0.5)
+
+
+def test_key_drift_between_looks_is_in_proportion() -> None:
+    drift = KeyDrift(age_steps=25)
+    drift.look(0, turned(0))
+    assert drift.look(100, turned(60)) == pytest.approx(0.125)
+
+
+def test_stale_keys_are_named_with_their_cause() -> None:
+    drift = KeyDrift(age_steps=64)
+    assert drift.verdict(0.09) == ""
+    assert "over the 64 steps" in drift.verdict(0.2)
+    assert "momentum too low" in drift.verdict(0.2)

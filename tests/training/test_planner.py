@@ -4,7 +4,7 @@ import pytest
 
 from histossl.config import PretrainConfig
 from histossl.errors import UsageError
-from histossl.training.planner import plan
+from histossl.training.planner import batch_bounds, plan
 
 
 def planned(
@@ -62,6 +62,16 @@ def test_batch_that_cannot_be_shared_or_filled_is_refused() -> None:
         plan(PretrainConfig(), 20_000, 10, {}, num_processes=3)
     with pytest.raises(UsageError, match="only 100 tiles"):
         planned(100)
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "processes", "usual", "most"),
+    [(64, 1, 8, 8), (6_000, 1, 32, 32), (20_000, 1, 128, 128), (1_000_000, 1, 256, 1024), (1_000_000, 3, 192, 768)],
+)
+def test_auto_batch_is_a_hundredth_of_the_tiles_within_bounds(
+    num_tiles: int, processes: int, usual: int, most: int
+) -> None:
+    assert batch_bounds(num_tiles, processes) == (usual, most)
 
 
 def test_continuing_takes_a_third_of_the_rate_of_scratch() -> None:

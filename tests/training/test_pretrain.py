@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +19,19 @@ import timm
 import torch
 from safetensors.torch import load_file
 from synthetic_store import write_synthetic_store
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
 from histossl.cli.pretrain import slides_of_test_patients
 from histossl.config import PretrainConfig
-from histossl.errors import MismatchError, TrainingError
+from histossl.errors import MismatchError, StoreError, TrainingError
 from histossl.methods.method import Outcome, Views
-from histossl.methods.mocov2 import MoCoV2
+from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.tiles.index import TileIndex
+from histossl.tiles.loading import decode_tiles
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.pretrain import Operation, fewest_pieces, pretrain
+from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import PretrainDir, Workspace
 
 TINY = PretrainConfig(
@@ -80,6 +84,9 @@ def test_four_steps_then_resume_equals_the_unbroken_run(index: TileIndex, tmp_pa
     assert [row["step"] for row in rows(broken) if "loss" in row] == list(range(1, 9))  # nothing lost, nothing doubled
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (unbroken, broken)]
     assert losses[0] == losses[1]
+    board = EventAccumulator(str(broken.tensorboard)).Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 9))
+    assert [event.step for event in board.Scalars("effective_rank")] == [0, 3, 6, 8]
 
 
 def test_the_same_command_again_is_finished(index: TileIndex, tmp_path: Path) -> None:
@@ -134,10 +141,16 @@ def test_excluded_slides_are_never_drawn_and_told(index: TileIndex, tmp_path: Pa
 
 
 def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
+    """Mean and variance of what the first convolution makes of all 64 tiles, shown whole."""
     run = run_dir(tmp_path)
     pretrain(index, run, replace(TINY, steps=2), QUICK)
     state = load_file(run.backbone)
-    assert int(state["bn1.num_batches_tracked"]) == 1  # 64 tiles, one batch
+    backbone, info = load_backbone(run.backbone)
+    tiles = decode_tiles(index.read_many(range(len(index))), index.tile_px)
+    with torch.no_grad():
+        before_norm = backbone.conv1(normalise(clean_view(tiles, 32), info.mean, info.std))
+    torch.testing.assert_close(state["bn1.running_mean"], before_norm.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["bn1.running_var"], before_norm.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
@@ -149,6 +162,17 @@ def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: 
     for one, two in zip(rows(whole), rows(parts), strict=True):
         if "loss" in one:
             assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+def test_looking_changes_nothing_of_the_run(index: TileIndex, tmp_path: Path) -> None:
+    """Features, keys through BatchNorm by batch, the probe: a run that looks at every step is one that never does."""
+    often, never = run_dir(tmp_path, "often"), run_dir(tmp_path, "never")
+    pretrain(index, often, replace(TINY, steps=5), replace(QUICK, monitor_every=1))
+    pretrain(index, never, replace(TINY, steps=5), replace(QUICK, monitor_every=100))
+    assert often.backbone.read_bytes() == never.backbone.read_bytes()
+    drifts = [row["key_drift"] for row in rows(often) if "key_drift" in row]
+    assert len(drifts) == 6
+    assert drifts[0] == 0 < drifts[-1]
 
 
 def test_probe_that_never_rises_is_said_aloud(index: TileIndex, tmp_path: Path) -> None:
@@ -226,7 +250,36 @@ def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
         file.write(bytes(int(row["length"]) - 20))
     result = pretrain(TileIndex.open(workspace), run_dir(tmp_path), replace(TINY, set=("queue_size=8",)), QUICK)
     assert result.finished
-    assert "tile 5 was left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 damaged tile was left out" in said
+    assert "tile 5 of A1 was left out" in said
+
+
+def test_more_than_one_per_cent_of_damaged_tiles_stops_the_run(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "damaged")
+    index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=600, tile_px=32)
+    with workspace.zip_of("A1").open("r+b") as file:
+        for row in index.table[:30]:
+            file.seek(int(row["offset"]) + 20)
+            file.write(bytes(int(row["length"]) - 20))
+    config = replace(TINY, batch_size=64, steps=20, set=("queue_size=64",))
+    with pytest.raises(StoreError, match=r"of the .* tiles read so far are damaged \(more than 1%\)"):
+        pretrain(TileIndex.open(workspace), run_dir(tmp_path), config, QUICK)
+
+
+def test_a_damaged_checkpoint_in_a_run_goes_on_from_the_one_before(
+    index: TileIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken, run = run_dir(tmp_path, "unbroken"), run_dir(tmp_path)
+    pretrain(index, unbroken, TINY, QUICK)
+    with pytest.raises(Killed):  # checkpoints at 2 and 4
+        pretrain(index, run, TINY, replace(QUICK, checkpoint_every_steps=2, monitor_every=5), probe=die_at_look(1))
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-1000])
+    assert pretrain(index, run, TINY, QUICK).finished
+    said = capsys.readouterr().err
+    assert "falling back to the checkpoint before it" in said
+    assert "going on from step 2 of 8" in said
+    assert run.backbone.read_bytes() == unbroken.backbone.read_bytes()
 
 
 # ---- the command line
@@ -431,8 +484,8 @@ def test_a_failure_in_the_workers_is_told_once(index: TileIndex) -> None:
 def test_killed_from_outside_and_run_again_equals_the_unbroken_run(index: TileIndex, how: signal.Signals) -> None:
     workspace = index.path.parents[1]
     name = how.name
-    every = ("--checkpoint-every", "1", "--name", name)
-    line = [sys.executable, "-m", "histossl", *command(workspace, *every, steps=12)]
+    every = ("--checkpoint-every", "1", "--name", name, "--deterministic")
+    line = [sys.executable, "-m", "histossl", *command(workspace, *every, steps=20)]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     run = PretrainDir(workspace / "pretrain" / name)
     deadline_s = time.monotonic() + 120
@@ -447,10 +500,10 @@ def test_killed_from_outside_and_run_again_equals_the_unbroken_run(index: TileIn
     assert subprocess.run(line, capture_output=True, timeout=300, check=False).returncode == 0
     whole = PretrainDir(workspace / "pretrain" / "whole")
     if not whole.backbone.exists():
-        pretrain(index, whole, replace(TINY, steps=12), replace(QUICK, monitor_every=50))
+        pretrain(index, whole, replace(TINY, steps=20), replace(QUICK, monitor_every=50))
     assert run.backbone.read_bytes() == whole.backbone.read_bytes()
     steps = [row["step"] for row in rows(run) if "loss" in row]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 21))
 
 
 def test_hours_become_steps_once_and_a_resumed_run_keeps_them(index: TileIndex, tmp_path: Path) -> None:
@@ -504,11 +557,56 @@ def test_out_of_memory_keeps_the_run_and_says_what_to_change(
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 9))
 
 
+def test_auto_batch_halves_the_pass_when_memory_runs_out_and_goes_on(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, the second time in the middle of a step."""
+    auto, run = replace(TINY, batch_size=0), run_dir(tmp_path)
+    forward = MoCoV2.forward
+
+    def crowded(self: MoCoV2, views: Views) -> Outcome:
+        outcome = forward(self, views)  # BatchNorm has seen the tiles before memory runs out
+        if len(views.tiles_B) > 4 or (views.step == 5 and len(views.tiles_B) > 2 and views.part == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outcome
+
+    monkeypatch.setattr(MoCoV2, "forward", crowded)
+    assert pretrain(index, run, auto, QUICK).finished
+    said = capsys.readouterr().err
+    assert "out of GPU memory with 8 tiles a pass; on with 4, and the same batch of 8" in said
+    assert "step 5: out of GPU memory with 4 tiles a pass; on with 2" in said
+    written = json.loads(run.run_json.read_text())
+    assert written["config"]["batch_size"] == 0
+    assert (written["plan"]["batch_size"], written["plan"]["micro_batches"]) == (8, 4)
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 9))
+    assert pretrain(index, run, auto, QUICK).finished  # the same command: no other batch, no other run
+
+
+def test_memory_that_runs_out_while_weights_change_is_never_saved(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_dir(tmp_path)
+    after_step = MoCoV2.after_step
+
+    def crowded(self: MoCoV2, carries: Sequence[Keys], progress: float) -> None:
+        if progress > 0.7:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        after_step(self, carries, progress)
+
+    monkeypatch.setattr(MoCoV2, "after_step", crowded)
+    with pytest.raises(TrainingError, match=r"step 5: out of GPU memory while.*goes on from the last checkpoint"):
+        pretrain(index, run, replace(TINY, batch_size=0), replace(QUICK, checkpoint_every_steps=2))
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["step"] == 4
+
+
 def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
     workspace = index.path.parents[1]
     told = cli("plan", *command(workspace, "--name", "planned")[1:])
     assert told.code == 0
-    assert "a step, so about" in told.err
+    assert re.search(r"time: about .* \(4 steps of .* s, 2 looks of .* s\)", told.err)
+    assert "disk: two checkpoints of" in told.err
     assert "queue 16 keys" in told.err
     assert not (workspace / "pretrain" / "planned").exists()
 
@@ -554,6 +652,62 @@ def test_two_machines_compute_the_run_of_one(index: TileIndex) -> None:
     together = PretrainDir(workspace / "pretrain" / "hosts")
     for (key, one), two in zip(load_file(alone.backbone).items(), load_file(together.backbone).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=key)
+
+
+CROWDED = """
+import sys
+import torch
+from histossl.cli import main
+from histossl.methods.mocov2 import MoCoV2
+
+forward = MoCoV2.forward
+
+def crowded(self, views):
+    if views.step == 3 and len(views.tiles_B) > 2 and int(__import__("os").environ["RANK"]) == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(self, views)
+
+MoCoV2.forward = crowded
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_memory_has_all_start_again_with_half_the_pass(index: TileIndex, tmp_path: Path) -> None:
+    """Its neighbours wait for it and cannot be told, so it dies, and the launcher restarts all of them."""
+    workspace = index.path.parents[1]
+    (tmp_path / "crowded.py").write_text(CROWDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    options = command(workspace, "--name", "crowded", "--batch-size", "auto", "--checkpoint-every", "1", steps=6)
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "crowded.py"), *options],
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 3: out of GPU memory with 4 tiles a pass; on with 2, and the same batch of 8" in done.stderr
+    assert "going on from step 3 of 6" in done.stderr
+    run = PretrainDir(workspace / "pretrain" / "crowded")
+    assert json.loads(run.run_json.read_text())["plan"]["micro_batches"] == 2
+    assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(("content", "slides"), [("A2\nB1.svs\n\n", ["A2", "B1"]), ("A2\nZ9\n", None)])
+def test_slides_named_in_a_file_are_left_out(
+    index: TileIndex, tmp_path: Path, cli, content: str, slides: list[str] | None
+) -> None:
+    (tmp_path / "out.txt").write_text(content)
+    told = cli(*command(index.path.parents[1], "--exclude", tmp_path / "out.txt", "--name", "without", steps=1))
+    if slides is None:
+        assert told.code == 2
+        assert "'Z9' is none of the tiled slides" in told.err
+    else:
+        assert told.code == 0, told.err
+        run = PretrainDir(index.path.parents[1] / "pretrain" / "without")
+        assert json.loads(run.run_json.read_text())["config"]["excluded_slides"] == slides
 
 
 def test_every_slide_of_a_test_patient_stays_out(tmp_path: Path) -> None:

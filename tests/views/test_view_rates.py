@@ -4,7 +4,8 @@ import pytest
 import simplejpeg
 import torch
 
-from histossl.views.bench import MEAN, STD, Figure, SyntheticStore, reference_pipeline, view_rates
+from histossl.cli.bench import _step_advice
+from histossl.views.bench import MEAN, STD, Figure, SyntheticStore, ViewRates, advice, reference_pipeline, view_rates
 from histossl.views.recipe import recipe_named
 
 
@@ -51,6 +52,38 @@ def test_a_wrong_setting_is_one_clear_line(option, value, tmp_path, monkeypatch,
     told = cli("bench", "views", option, value)
     assert told.code == 2
     assert f"{option} {value}: " in " ".join(told.err.split())
+
+
+def rates_of(loaded_ms: float, views_ms: float, on_gpu_ms: float | None = None, decode_on_gpu_ms: float | None = None):
+    def figure(ms: float | None) -> Figure | None:
+        return None if ms is None else Figure("", (ms,))
+
+    return ViewRates(
+        *(Figure("", (ms,)) for ms in (0.01, 0.2, views_ms, 8.0, loaded_ms)),
+        figure(on_gpu_ms),
+        figure(decode_on_gpu_ms),
+    )
+
+
+def test_the_faster_way_to_decode_is_named_with_its_flag():
+    assert advice(rates_of(0.1, 2.0))[0].startswith("limit: making views on the CPU")
+    faster = advice(rates_of(0.1, 2.0, on_gpu_ms=0.03, decode_on_gpu_ms=0.04))
+    assert "2.5x as fast on the GPU" in faster[0]
+    assert "pass --decode-on-gpu" in faster[0]
+    assert "limit: decoding on the GPU" in faster[1]
+    slower = advice(rates_of(0.01, 2.0, on_gpu_ms=0.03, decode_on_gpu_ms=0.02))
+    assert "leave --decode-on-gpu out" in slower[0]
+    assert "limit: making views on the GPU" in slower[1]
+
+
+def test_a_step_names_its_limit_and_the_faster_way_to_decode():
+    assert _step_advice(1.0, 0.99) == ["as it runs: 99% of the rate with views at hand", _step_advice(1.0, 0.99)[-1]]
+    assert "limit: the network itself" in _step_advice(1.0, 0.99)[-1]
+    assert "limit: tiles and views" in _step_advice(1.0, 0.5)[-1]
+    told = _step_advice(1.0, 0.5, gpu_decoding_s=0.52)
+    assert "1.92x as fast with tiles decoded on the GPU: pass --decode-on-gpu" in told[1]
+    assert "limit: the network itself" in told[2]
+    assert "leave --decode-on-gpu out" in _step_advice(1.0, 0.5, gpu_decoding_s=0.99)[1]
 
 
 def test_the_command_names_the_limit_and_what_to_change(tmp_path, monkeypatch, cli):

@@ -1,0 +1,49 @@
+"""The time that is told beforehand is the time that it takes."""
+
+import pytest
+
+from histossl.training.pace import Expected, Pace, duration
+
+
+def paced(num_steps: int, step_s: float, monkeypatch: pytest.MonkeyPatch, first: int = 0) -> tuple[int, Expected]:
+    """A run whose first step takes ten seconds and the others `step_s`: (when it speaks, what it says)."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    pace, told = Pace(first, num_steps, look_every=50), []
+    with pace.look():
+        clock[0] += 7
+    pace.resumed()
+    for done in range(first + 1, num_steps + 1):
+        clock[0] += 10 if done == first + 1 else step_s
+        pace.stepped()
+        if pace.is_look(done):
+            with pace.look():
+                clock[0] += 3
+        if expected := pace.expected(done):
+            told.append((done, expected))
+        clock[0] += 100  # a checkpoint, say: no part of a step
+        pace.resumed()
+    (only,) = told
+    return only
+
+
+def test_it_speaks_once_after_twenty_steps_beside_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, expected = paced(1000, 0.5, monkeypatch)
+    assert done == 21
+    assert expected == Expected(pytest.approx(0.5), 979, pytest.approx(7), 20)
+    assert expected.total_s == pytest.approx(979 * 0.5 + 20 * 7)
+
+
+def test_slow_steps_and_short_runs_do_not_wait_for_twenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paced(1000, 10.0, monkeypatch)[0] == 3
+    assert paced(100, 0.5, monkeypatch)[0] == 11
+    assert paced(8, 0.5, monkeypatch)[0] == 3
+
+
+def test_a_run_that_goes_on_counts_from_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, expected = paced(1000, 0.5, monkeypatch, first=900)
+    assert (done, expected.num_steps, expected.num_looks) == (911, 89, 2)
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [duration(s) for s in (0.25, 42, 90, 5400)] == ["0.25 s", "42 s", "1.5 min", "1 h 30 min"]
