@@ -87,7 +87,9 @@ def plan(
     final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
     reasons[-1] += f"; the rate falls to {final_lr:.2g}"
     group = int(knobs.get("batchnorm_group_tiles", BATCHNORM_GROUP))
-    if batchnorm and group and pieces > 1 and (batch // pieces) % group:
+    if training.in_batch:
+        reasons.append(in_batch_reason(batch, micro_batches))
+    elif batchnorm and group and pieces > 1 and (batch // pieces) % group:
         reasons.append(
             f"warning: passes of {batch // pieces} tiles are no whole groups of {group}: BatchNorm takes each pass as "
             "it comes, so another number of GPUs gives other statistics; --set batchnorm_group_tiles=N"
@@ -109,6 +111,17 @@ def plan(
         layer_decay=layer_decay,
         knobs=fitted,
         reasons=tuple(reasons),
+    )
+
+
+def in_batch_reason(batch: int, micro_batches: int) -> str:
+    """What a method without a queue has to tell a tile from."""
+    told = f"negatives: the {batch // micro_batches - 1:,} other tiles of a pass, of all processes together"
+    if micro_batches == 1:
+        return f"{told}; no queue adds to them, so more tiles in --batch-size are a harder task"
+    return (
+        f"warning: {told}. The batch of {batch} goes in {micro_batches} passes, which does not make up for one: "
+        "use more GPUs, a smaller --view-px or --backbone, or --method mocov2, whose queue needs no large batch"
     )
 
 
@@ -194,7 +207,7 @@ def _optimizer(
     config: PretrainConfig, batchnorm: bool, training: Training, reasons: list[str]
 ) -> tuple[str, float, float, float]:
     continuing = config.weights != "random"
-    optimizer = config.optimizer or training.optimizer or ("sgd" if batchnorm else "adamw")
+    optimizer = config.optimizer or training.optimizer or (training.for_batchnorm if batchnorm else "adamw")
     rate: Rate = getattr(training, optimizer)
     if config.lr:
         lr, why = config.lr, "--lr"
