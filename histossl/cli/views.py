@@ -36,7 +36,7 @@ def views(
     config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
     recipe: Annotated[
         str,
-        typer.Option(help='mocov1, mocov2, simclr, dino, dinov2, dinov2-released; with "-histology" as tissue wants.'),
+        typer.Option(help='mocov1, mocov2, mocov3, simclr, dino, dinov2, dinov2-released; "-histology": for tissue.'),
     ] = "mocov2-histology",
     output: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the sheet.")] = Path("views.png"),
     view_px: Annotated[int, typer.Option(help="Side of the (global) views in pixels.")] = 224,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from copy import deepcopy
 
 import torch
@@ -23,8 +22,3 @@ def ema_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     slow_parameters: list[Tensor] = list(slow.parameters())
     fast_parameters: list[Tensor] = [parameter.detach() for parameter in fast.parameters()]
     torch._foreach_lerp_(slow_parameters, fast_parameters, 1 - momentum)
-
-
-def momentum_at(progress: float, first: float) -> float:
-    """From `first` at the start of a run to 1 at its end along half a cosine (Grill et al. 2020, BYOL)."""
-    return 1 - (1 - first) * (1 + math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2

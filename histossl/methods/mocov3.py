@@ -28,10 +28,11 @@ from histossl.config import knob, require
 from histossl.errors import UsageError
 from histossl.methods import gather
 from histossl.methods.batchnorm import globalise_batchnorms
-from histossl.methods.ema import ema_update, frozen_copy, momentum_at
+from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import normed_head
 from histossl.methods.losses import InfoNCE, info_nce, tells_nothing
 from histossl.methods.method import Method, Outcome, Rate, Training, Views
+from histossl.methods.ramps import half_cosine
 from histossl.views.recipe import ViewRecipe
 
 # B tiles of this process, G of all processes, D embedding dimensions.
@@ -84,7 +85,7 @@ class MoCoV3(Method):
         self.key_backbone = frozen_copy(self.backbone)
         self.key_projector = frozen_copy(self.projector)
 
-    def views(self) -> ViewRecipe:
+    def views(self, progress: float = 0.0) -> ViewRecipe:
         return self.recipe
 
     def forward(self, views: Views) -> Outcome:
@@ -112,7 +113,7 @@ class MoCoV3(Method):
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[None], progress: float) -> None:
-        momentum = momentum_at(progress, self.config.momentum)
+        momentum = half_cosine(progress, self.config.momentum, 1.0)
         ema_update(self.key_backbone, self.backbone, momentum)
         ema_update(self.key_projector, self.projector, momentum)
 

@@ -67,7 +67,7 @@ class SimCLR(Method):
         self.head = normed_head([feature_dim] * self.head_layers + [config.embedding_dim])
         globalise_batchnorms(self)
 
-    def views(self) -> ViewRecipe:
+    def views(self, progress: float = 0.0) -> ViewRecipe:
         return self.recipe
 
     def forward(self, views: Views) -> Outcome:

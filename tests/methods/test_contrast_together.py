@@ -36,6 +36,7 @@ def test_two_processes_compute_what_one_does(name: str, everyone: list[dict[str,
     alone = everyone[0][name]
     for together in everyone[1:]:
         assert len(together[name]) == len(alone)
+        assert float(together[name][0]) == pytest.approx(float(alone[0]), rel=1e-5)
         for ours, theirs in zip(together[name], alone, strict=True):
-            # By the norm: a chain of BatchNorms over 8 tiles magnifies the rounding of small entries.
-            assert (ours - theirs).double().norm() <= 1e-3 * theirs.double().norm() + 1e-6
+            # By the norm: a chain of BatchNorms over 8 tiles magnifies the rounding of entries that are nearly 0.
+            assert (ours - theirs).double().norm() <= 1e-3 * theirs.double().norm() + 1e-4
