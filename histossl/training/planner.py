@@ -118,7 +118,7 @@ def in_batch_reason(batch: int, micro_batches: int) -> str:
     """What a method without a queue has to tell a tile from."""
     told = f"negatives: the {batch // micro_batches - 1:,} other tiles of a pass, of all processes together"
     if micro_batches == 1:
-        return f"{told}; no queue adds to them, so more tiles in --batch-size are a harder task"
+        return f"{told}; a larger --batch-size has more"
     return (
         f"warning: {told}. The batch of {batch} goes in {micro_batches} passes, which does not make up for one: "
         "use more GPUs, a smaller --view-px or --backbone, or --method mocov2, whose queue needs no large batch"
