@@ -1,6 +1,7 @@
 """A timm model from ImageNet weights, from a file, or random; saved so that timm loads it again.
 
 A backbone maps normalised views (B, 3, h, w) to pooled features (B, D): `timm.create_model(name, num_classes=0)`.
+Some have layers of their pretraining head behind it (SimCLR v2): a second file, which timm need not know.
 Weights are read as safetensors or with `weights_only=True`: a file with pickled code in it is refused.
 """
 
@@ -13,7 +14,7 @@ import pickle
 import socket
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from histossl.config import nearest
@@ -51,6 +53,36 @@ class BackboneInfo:
     mpp: float | None = None  # microns per pixel of the tiles it was adapted to
     method: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    projection: str | None = None  # file beside the weights with the layers behind the backbone, whose output D is
+
+
+class Projected(nn.Module):
+    """A backbone with the first layers of its pretraining head behind it: features = relu(bn(linear(...))).
+
+    Chen et al. 2020b (SimCLR v2, arXiv 2006.10029) finetune from there. For timm's layer decay the layers belong to
+    the backbone's last group, as if they had always been its end.
+    """
+
+    def __init__(self, backbone: nn.Module, projection: Mapping[str, Tensor]) -> None:
+        """`projection`: the state of Linear, BatchNorm, ReLU, Linear, ... as numbered in an nn.Sequential."""
+        super().__init__()
+        self.backbone = backbone
+        layers: list[nn.Module] = []
+        while (weight := projection.get(f"{len(layers)}.weight")) is not None:
+            layers += [nn.Linear(weight.shape[1], weight.shape[0], bias=False), nn.BatchNorm1d(len(weight)), nn.ReLU()]
+        self.projection = nn.Sequential(*layers)
+        self.projection.load_state_dict(projection)
+        self.feature_dim = int(projection[f"{len(layers) - 3}.weight"].shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.projection(self.backbone(x))
+        return features
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        inner = cast(Any, self.backbone)
+        group_of: dict[str, int] = group_parameters(inner, inner.group_matcher(coarse=coarse), reverse=True)
+        last = max(group_of.values())
+        return lambda name: group_of.get(name.removeprefix("backbone."), last)
 
 
 def create_backbone(
@@ -97,14 +129,30 @@ def load_backbone(path: Path) -> tuple[nn.Module, BackboneInfo]:
         ) from error
     backbone, _ = _empty(info.timm_name, seed=0)
     _load_into(backbone, path)
-    return backbone, info
+    if info.projection is None:
+        return backbone, info
+    behind = path.with_name(info.projection)
+    try:
+        return Projected(backbone, read_weights(behind)), info
+    except (KeyError, RuntimeError) as error:
+        raise WeightsError(f"{behind}: holds no layers that fit behind {path.name} ({error})") from error
 
 
 def save_backbone(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
-    """Weights with timm's own key names, and the JSON first: the weights' presence means that both are there."""
+    """Weights with timm's own key names, and the rest first: the weights' presence means that all are there."""
+    info = replace(info, projection=None)
+    if isinstance(backbone, Projected):
+        behind = path.with_suffix(".projection.safetensors")
+        _save_weights(behind, backbone.projection)
+        info = replace(info, projection=behind.name, feature_dim=backbone.feature_dim)
+        backbone = backbone.backbone
     with written_aside(path.with_suffix(".json")) as aside:
         aside.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    _save_weights(path, backbone)
+
+
+def _save_weights(path: Path, module: nn.Module) -> None:
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     with written_aside(path) as aside:
         save_file(state, str(aside), metadata={"format": "pt"})  # one entry: their order in the file is not fixed
 

@@ -52,9 +52,9 @@ def _told(name: str, field: Any, planned: tuple[str, ...]) -> tuple[object, ...]
 
 def _trained_by(entry: Any, method: Any) -> list[tuple[str, str]]:
     training = method.trained_by
-    which = training.optimizer or "sgd for backbones with BatchNorm, else adamw"
+    which = training.optimizer or f"{training.for_batchnorm} for backbones with BatchNorm, else adamw"
     rows = [("--recipe", entry.default_recipe), ("--optimizer", which)]
-    for optimizer in (training.optimizer,) if training.optimizer else ("sgd", "adamw"):
+    for optimizer in (training.optimizer,) if training.optimizer else (training.for_batchnorm, "adamw"):
         rate = getattr(training, optimizer)
         follows = "the square root of the batch" if rate.scaling == "sqrt" else "the batch"
         end = training.weight_decay_end if optimizer == "adamw" else None

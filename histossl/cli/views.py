@@ -37,8 +37,8 @@ def views(
     recipe: Annotated[
         str,
         typer.Option(
-            help="mocov1, mocov2, simclr, dino, dinov2, dinov2-released, rotation, context, jigsaw, colorization; "
-            'with "-histology" as tissue wants.'
+            help="mocov1, mocov2, mocov3, simclr, dino, dinov2, dinov2-released, rotation, context, jigsaw, "
+            'colorization; with "-histology" as tissue wants.'
         ),
     ] = "mocov2-histology",
     output: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the sheet.")] = Path("views.png"),

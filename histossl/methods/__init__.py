@@ -24,6 +24,36 @@ class Entry:
 
 
 REGISTRY: dict[str, Entry] = {
+    "simclr": Entry(
+        "histossl.methods.simclr",
+        "SimCLR",
+        "SimCLRConfig",
+        "finding a tile's other view among all other tiles of the batch",
+        "any; LARS for those with BatchNorm, AdamW for ViT and ConvNeXt",
+        "two views, both with gradient: high",
+        "when 512 tiles and more fit in one pass of all GPUs together; below, mocov2",
+        "simclr-histology",
+    ),
+    "simclrv2": Entry(
+        "histossl.methods.simclrv2",
+        "SimCLRv2",
+        "SimCLRv2Config",
+        "as simclr, with a deeper head whose first layer stays on the backbone",
+        "any; LARS for those with BatchNorm, AdamW for ViT and ConvNeXt",
+        "two views, both with gradient: high; with a memory a third without",
+        "instead of simclr, when few labels are to finetune the whole network",
+        "simclr-histology",
+    ),
+    "mocov1": Entry(
+        "histossl.methods.mocov1",
+        "MoCoV1",
+        "MoCoV1Config",
+        "as mocov2, with a linear head and the colour jitter of 2019",
+        "any",
+        "two views, one without gradient: low",
+        "as a baseline: v2 has been better on every published task",
+        "mocov1-histology",
+    ),
     "mocov2": Entry(
         "histossl.methods.mocov2",
         "MoCoV2",
@@ -33,6 +63,16 @@ REGISTRY: dict[str, Entry] = {
         "two views: low",
         "first: small batches on one GPU are enough",
         "mocov2-histology",
+    ),
+    "mocov3": Entry(
+        "histossl.methods.mocov3",
+        "MoCoV3",
+        "MoCoV3Config",
+        "predicting a tile's slowly moving key among all keys of the batch",
+        "ViT (patch embedding frozen), or any; LARS for those with BatchNorm, else AdamW",
+        "four encodings of a tile, two without gradient: high",
+        "for a ViT when 512 tiles and more fit in one pass of all GPUs together",
+        "mocov3-histology",
     ),
     "dino": Entry(
         "histossl.methods.dino",

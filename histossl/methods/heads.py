@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +54,19 @@ class PrototypeHead(nn.Module):
         prototypes_KD = F.normalize(self.last_layer.weight, dim=1)
         logits = F.linear(towards, prototypes_KD.to(towards.dtype))
         return logits if self.gain_K is None else logits * self.gain_K
+
+
+def normed_head(widths: Sequence[int], output_scale: bool = True) -> nn.Sequential:
+    """Linear without bias and BatchNorm for each layer, the output's too, ReLU between them.
+
+    As google-research/simclr: the output's BatchNorm has no shift. MoCo v3's has no scale either (`output_scale`).
+    Weights start as torch's Linear has them; with BatchNorm behind each layer, the official 0.01 is the same function.
+    """
+    layers: list[nn.Module] = []
+    for number, (width, next_width) in enumerate(itertools.pairwise(widths)):
+        last = number == len(widths) - 2
+        norm = nn.BatchNorm1d(next_width, affine=not last or output_scale)
+        if last:
+            norm.register_parameter("bias", None)
+        layers += [nn.Linear(width, next_width, bias=False), norm, *([] if last else [nn.ReLU()])]
+    return nn.Sequential(*layers)

@@ -35,7 +35,8 @@ class Rate:
 class Training:
     """How a method is optimized unless the command line says otherwise; the planner prints what came of it."""
 
-    optimizer: str = ""  # '': sgd for backbones with BatchNorm, else adamw
+    optimizer: str = ""  # '': `for_batchnorm` for backbones that have it, else adamw
+    for_batchnorm: str = "sgd"
     sgd: Rate = Rate(0.03, 0.01, 256, "linear", 1e-4, "MoCo's 0.03")
     adamw: Rate = Rate(5e-4, 3e-4, 128, "sqrt", 0.04, "5e-4")
     lars: Rate = Rate(1.2, 0.4, 256, "sqrt", 1e-4, "SimCLR's 0.075 x sqrt(batch)")
@@ -47,6 +48,7 @@ class Training:
     final_lr: float = 0.01  # share of the peak at the end of the cosine
     clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO); module: backbone, heads
     prototypes: tuple[int, int] = (1, 65536)  # times the table's number for so many tiles, and the most
+    in_batch: bool = False  # negatives are the tiles of the same pass: micro-batches make them fewer
 
 
 class Views(NamedTuple):
@@ -82,6 +84,10 @@ class Method(nn.Module):
     def learner(self) -> nn.Module:
         """The backbone that the optimizer moves: the exported one, but for methods that export a teacher."""
         return self.backbone
+
+    def projection(self) -> dict[str, Tensor] | None:
+        """Weights of head layers that belong to the exported backbone (SimCLR v2), as `Projected` takes them."""
+        return None
 
     def views(self, progress: float = 0.0) -> ViewRecipe:
         """What the tiles must become at this share of the run; 1 gives the largest views of all."""

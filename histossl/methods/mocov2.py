@@ -13,9 +13,8 @@ follows the optimizer step instead of preceding the next key forward, which is t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,9 @@ from histossl.methods import gather
 from histossl.methods.batchnorm import average_batchnorm_buffers, group_batchnorms
 from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import moco_head
-from histossl.methods.losses import NEVER, InfoNCE, info_nce
-from histossl.methods.method import Method, Outcome, Views
+from histossl.methods.losses import NEVER, InfoNCE, info_nce, tells_nothing
+from histossl.methods.method import Outcome, Views
+from histossl.methods.ring import Keys, Ring
 from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
@@ -66,15 +66,7 @@ class MoCoV2Config:
         )
 
 
-class Keys(NamedTuple):
-    """Keys with the tiles and slides they come from, all processes' in rank order."""
-
-    key_GD: Tensor
-    tiles_G: Tensor
-    slides_G: Tensor
-
-
-class MoCoV2(Method):
+class MoCoV2(Ring):
     planned = ("queue_size", "momentum")
 
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: MoCoV2Config) -> None:
@@ -87,17 +79,13 @@ class MoCoV2(Method):
         self.recipe = recipe
         self.num_batchnorms = group_batchnorms(backbone, config.batchnorm_group_tiles)
         self.backbone = backbone
-        self.head = moco_head(feature_dim, config.embedding_dim)
+        self.head = self.make_head(feature_dim)
         self.key_backbone = frozen_copy(self.backbone)
         self.key_head = frozen_copy(self.head)
-        self.register_buffer("queue_KD", F.normalize(torch.randn(config.queue_size, config.embedding_dim), dim=1))
-        self.register_buffer("queue_tiles_K", torch.full((config.queue_size,), -1))
-        self.register_buffer("queue_slides_K", torch.full((config.queue_size,), -1))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
-        self.queue_KD: Tensor
-        self.queue_tiles_K: Tensor
-        self.queue_slides_K: Tensor
-        self.pointer: Tensor
+        self.make_ring(config.queue_size, config.embedding_dim)
+
+    def make_head(self, feature_dim: int) -> nn.Module:
+        return moco_head(feature_dim, self.config.embedding_dim)
 
     def views(self, progress: float = 0.0) -> ViewRecipe:
         return self.recipe
@@ -123,9 +111,7 @@ class MoCoV2(Method):
             keys.append(key_GD)
             if direction == 0:
                 metrics = self._metrics(nce, views.slides_B)
-        tiles_G, slides_G = gather.gather(views.tiles_B), gather.gather(views.slides_B)
-        carry = Keys(torch.cat(keys), tiles_G.repeat(len(pairs)), slides_G.repeat(len(pairs)))
-        return Outcome(torch.stack(losses).mean(), metrics, carry)
+        return Outcome(torch.stack(losses).mean(), metrics, Keys.of(keys, views))
 
     @torch.no_grad()
     def encode_keys(self, key_view: Tensor, views: Views, direction: int = 0) -> Tensor:
@@ -175,36 +161,17 @@ class MoCoV2(Method):
         ema_update(self.key_head, self.head, self.config.momentum)
         average_batchnorm_buffers(self)
         # Keys join the queue after the loss: enqueued earlier, every positive would also be its own negative.
-        for keys in carries:
-            self._enqueue(keys)
-
-    def _enqueue(self, keys: Keys) -> None:
-        """Write a batch of any size into the ring; one larger than the ring leaves its last keys."""
-        size = len(self.queue_KD)
-        count = len(keys.key_GD)
-        places = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
-        last = slice(max(0, count - size), None)
-        self.queue_KD[places[last]] = keys.key_GD[last].to(self.queue_KD.dtype)
-        self.queue_tiles_K[places[last]] = keys.tiles_G[last]
-        self.queue_slides_K[places[last]] = keys.slides_G[last]
-        self.pointer.copy_((self.pointer + count) % size)
+        self.enqueue(carries)
 
     # ---- before step 0
 
-    def num_prefill_tiles(self) -> int:
-        return len(self.queue_KD)
+    def ring_keys(self, views: Views) -> Keys:
+        return Keys.of([self.encode_keys(views.images[1], views)], views)
 
-    @torch.no_grad()
-    def prefill(self, views: Views) -> None:
-        """Real keys of the pretrained encoder instead of noise, which an already trained query finds too easy."""
-        key_GD = self.encode_keys(views.images[1], views)
-        self._enqueue(Keys(key_GD, gather.gather(views.tiles_B), gather.gather(views.slides_B)))
-
-    @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """Effective number of slides in the queue: 1 / sum of squared shares. Near 1, negatives betray their slide."""
-        counts = torch.unique(self.queue_slides_K, return_counts=True)[1].double()
-        return {"queue_slides": float(counts.sum() ** 2 / counts.square().sum())}
+    # ---- what its figures mean
 
     def loss_ceiling(self) -> float:
         return math.log(len(self.queue_KD) + 1)
+
+    def ailment(self, row: Mapping[str, float]) -> str:
+        return tells_nothing(row)

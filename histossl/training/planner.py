@@ -91,7 +91,9 @@ def plan(
     final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
     reasons[-1] += f"; the rate falls to {final_lr:.2g}"
     group = batchnorm_group
-    if batchnorm and group and pieces > 1 and (batch // pieces) % group:
+    if training.in_batch:
+        reasons.append(in_batch_reason(batch, micro_batches))
+    elif batchnorm and group and pieces > 1 and (batch // pieces) % group:
         reasons.append(
             f"warning: passes of {batch // pieces} tiles are no whole groups of {group}: BatchNorm takes each pass as "
             "it comes, so another number of GPUs gives other statistics; --set batchnorm_group_tiles=N"
@@ -130,6 +132,17 @@ def batch_bounds(num_tiles: int, num_processes: int) -> tuple[int, int]:
         return share << (pieces.bit_length() - 1)  # a power of two of them, so that it can be halved
 
     return max(2, shared(min(fitting, BATCH_USUAL))), max(2, shared(min(fitting, BATCH_MOST)))
+
+
+def in_batch_reason(batch: int, micro_batches: int) -> str:
+    """What a method without a queue has to tell a tile from."""
+    told = f"negatives: the {batch // micro_batches - 1:,} other tiles of a pass, of all processes together"
+    if micro_batches == 1:
+        return f"{told}; a larger --batch-size has more"
+    return (
+        f"warning: {told}. The batch of {batch} goes in {micro_batches} passes, which does not make up for one: "
+        "use more GPUs, a smaller --view-px or --backbone, or --method mocov2, whose queue needs no large batch"
+    )
 
 
 def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str]) -> int:
@@ -214,7 +227,7 @@ def _optimizer(
     config: PretrainConfig, batchnorm: bool, training: Training, reasons: list[str]
 ) -> tuple[str, float, float, float]:
     continuing = config.weights != "random"
-    optimizer = config.optimizer or training.optimizer or ("sgd" if batchnorm else "adamw")
+    optimizer = config.optimizer or training.optimizer or (training.for_batchnorm if batchnorm else "adamw")
     rate: Rate = getattr(training, optimizer)
     if config.lr:
         lr, why = config.lr, "--lr"

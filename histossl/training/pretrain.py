@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from histossl import console
-from histossl.backbones import BackboneInfo, create_backbone, save_backbone
+from histossl.backbones import BackboneInfo, Projected, create_backbone, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
 from histossl.errors import MismatchError, TrainingError, UsageError
 from histossl.methods import classes_of, entry_of, gather
@@ -331,7 +331,7 @@ class _Pretraining:
                         self.log.write(row)
                     logged, logged_s, waited_s = done, now_s, tiles.wait_s
                     bar.note = ", ".join((_note(row), *self.last_look))
-                    stuck = self.ceiling.stuck(row["loss"], self.method.loss_ceiling(), done, num_steps)
+                    stuck = self.ceiling.stuck(row["loss"], row.get("loss_ceiling"), done, num_steps)
                     if stuck and self.processes.writes:
                         console.warn(f"step {done}: {stuck}")
                     self._tell_ailment(row, done)
@@ -544,8 +544,15 @@ class _Pretraining:
             pieces = fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
         else:
             return
+        reasons = self.plan.reasons
+        if self.method.trained_by.in_batch and pieces > 1:
+            before_cut, cut = (in_batch_reason(self.plan.batch_size, each) for each in (1, pieces))
+            reasons = tuple(cut if reason == before_cut else reason for reason in reasons)
         self.plan = replace(
-            self.plan, micro_batches=pieces, tiles_per_pass=self.plan.batch_size // pieces // self.processes.count
+            self.plan,
+            micro_batches=pieces,
+            tiles_per_pass=self.plan.batch_size // pieces // self.processes.count,
+            reasons=reasons,
         )
 
     def _fits(self, tiles_per_pass: int) -> bool:
@@ -712,9 +719,15 @@ class _Pretraining:
     # ---- what is left of it
 
     def _plain_backbone(self) -> nn.Module:
-        """The backbone as timm makes it (no grouped BatchNorm), with the present weights, in evaluation mode."""
+        """The backbone as timm makes it (no grouped BatchNorm), with the present weights, in evaluation mode.
+
+        With the head layers behind it that the method wants kept.
+        """
         plain, _ = create_backbone(self.config.backbone, "random")
         plain.load_state_dict(self.method.backbone.state_dict())
+        projection = self.method.projection()
+        if projection is not None:
+            plain = Projected(plain, projection)
         return plain.to(self.device).eval()
 
     def _adapted_info(self, done: int) -> BackboneInfo:

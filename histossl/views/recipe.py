@@ -133,6 +133,12 @@ Decided: crops of the published long runs (0.25..1 and 0.05..0.25), not the code
 8 locals, as the code (the paper's 10 are `num_local=10`).
 """
 
+MOCOV3 = replace(DINO_GLOBAL, scale=(0.08, 1.0))
+"""MoCo v3, after BYOL: jitter 0.4/0.4/0.2/0.1 p 0.8, grey 0.2; blur p 1 and 0.1 and solarize p 0.2 as DINO's globals.
+
+Decided: crops of its ViTs (0.08..1); its ResNet-50 has 0.2..1.
+"""
+
 DINOV2_GLOBAL = replace(DINO_GLOBAL, scale=(0.32, 1.0))
 DINOV2_LOCAL = replace(DINO_LOCAL, scale=(0.05, 0.32))
 """DINOv2: DINO's with crops 0.32..1 and 0.05..0.32.
@@ -165,6 +171,7 @@ def _views(method: str, num_local: int) -> tuple[ViewSpec, ...] | None:
     return {
         "mocov1": (MOCOV1, MOCOV1),
         "mocov2": (MOCOV2, MOCOV2),
+        "mocov3": _dino(MOCOV3, MOCOV3, (1.0, 0.1), 0),
         "simclr": (SIMCLR, SIMCLR),
         "dino": _dino(DINO_GLOBAL, DINO_LOCAL, (1.0, 0.1), num_local),
         "dinov2": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (1.0, 0.1), num_local),
@@ -173,7 +180,7 @@ def _views(method: str, num_local: int) -> tuple[ViewSpec, ...] | None:
     }.get(method)
 
 
-METHODS = ("mocov1", "mocov2", "simclr", "dino", "dinov2", "dinov2-released", *PRETEXT)
+METHODS = ("mocov1", "mocov2", "mocov3", "simclr", "dino", "dinov2", "dinov2-released", *PRETEXT)
 HISTOLOGY = "-histology"
 RECIPES = (*METHODS, *(method + HISTOLOGY for method in METHODS))
 

@@ -125,6 +125,25 @@ def test_backbone_loads_in_timm_with_nothing_missing(index: TileIndex, tmp_path:
     assert info.provenance["start_weights"] == "random"
 
 
+def test_a_head_layer_that_the_method_keeps_is_behind_the_backbone(index: TileIndex, tmp_path: Path) -> None:
+    run, seen = run_dir(tmp_path), []
+
+    def probe(backbone: torch.nn.Module, _: object) -> float:
+        seen.append(backbone(torch.zeros(2, 3, 32, 32)).shape[1])
+        return 0.5
+
+    pretrain(index, run, replace(TINY, method="simclrv2", steps=2, set=("queue_size=8",)), QUICK, probe)
+    backbone, info = load_backbone(run.backbone)
+    features = backbone.eval()(torch.randn(4, 3, 32, 32))
+    assert features.shape == (4, info.feature_dim)
+    assert (features >= 0).all()  # behind a ReLU
+    assert set(seen) == {info.feature_dim}
+    timm.create_model("resnet10t", checkpoint_path=str(run.backbone), num_classes=0)
+    logged = [row for row in rows(run) if "loss" in row]
+    assert [row["loss_ceiling"] for row in logged] == pytest.approx([math.log(14 + 8 + 1)] * 2, rel=0.05)
+    assert json.loads(run.run_json.read_text())["plan"]["optimizer"] == "lars"
+
+
 def test_excluded_slides_are_never_drawn_and_told(index: TileIndex, tmp_path: Path) -> None:
     run = run_dir(tmp_path)
     drawn: set[int] = set()

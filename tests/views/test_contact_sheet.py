@@ -44,7 +44,7 @@ def test_views_of_slides_and_of_their_tiles(painted_archive, tmp_path, cli):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--recipe", "mocov3"), "did you mean 'mocov2'"),
+        (("--recipe", "moco-v2"), "did you mean 'mocov2'"),
         (("--tiles", 0), "--tiles 0: must be 1 to 64"),
         (("--draws", 99), "--draws 99: must be 1 to 8"),
         (("--output", "views.jpg"), "--output views.jpg: must be a .png file"),

@@ -39,6 +39,8 @@ def test_the_recipes_are_the_papers():
     assert (query.scale, query.jitter_p, query.grey_p, query.blur_p) == ((0.2, 1.0), 0.8, 0.2, 0.5)
     assert (query.brightness, query.contrast, query.saturation, query.hue) == (0.4, 0.4, 0.4, 0.1)
     assert (query.blur_sigma, query.mirror_p, query.flip_p, query.stain_p) == ((0.1, 2.0), 0.5, 0, 0)
+    v3 = recipe_named("mocov3").views
+    assert [(v.scale, v.blur_p, v.solarize_p) for v in v3] == [((0.08, 1.0), 1.0, 0.0), ((0.08, 1.0), 0.1, 0.2)]
     v1 = recipe_named("mocov1").views[0]
     assert (v1.jitter_p, v1.hue, v1.grey_p, v1.blur_p) == (1.0, 0.4, 0.2, 0)
     simclr = recipe_named("simclr").views[0]
@@ -73,8 +75,8 @@ def test_sizes_are_parameters():
 
 
 def test_a_wrong_name_or_value_is_one_clear_line():
-    with pytest.raises(UsageError, match="mocov3: no such recipe, did you mean 'mocov2'"):
-        recipe_named("mocov3")
+    with pytest.raises(UsageError, match="moco-v2: no such recipe, did you mean 'mocov2'"):
+        recipe_named("moco-v2")
     with pytest.raises(UsageError, match=r"view setting grey_p = 1\.2: must be a probability"):
         ViewSpec(grey_p=1.2)
     with pytest.raises(UsageError, match="view setting scale"):
