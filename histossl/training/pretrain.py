@@ -34,7 +34,7 @@ from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
 from histossl.training.pace import Expected, Pace
-from histossl.training.planner import Plan, batch_bounds, plan
+from histossl.training.planner import Plan, batch_bounds, in_batch_reason, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
