@@ -114,6 +114,14 @@ def tile(
     retry: Annotated[
         bool, typer.Option("--retry", help="Try again what failed before, and tile replaced slides anew.")
     ] = False,
+    verify_copies: Annotated[
+        bool,
+        typer.Option(
+            "--verify-copies",
+            help="Decode every tile that is copied, to find flipped bits. Default: of each slide a sample; all, if "
+            "one of the sample is damaged.",
+        ),
+    ] = False,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -179,6 +187,7 @@ def tile(
         retry=retry,
         dask=dask,
         silence_s=silence_s,
+        verify=verify_copies,
     )
     tell(rows)
     if not any(row.num_tiles for row in rows):

@@ -64,10 +64,13 @@ class TissueMask:
         return result
 
     @property
-    def _integral(self) -> NDArray[np.float64]:
+    def _integral(self) -> NDArray[np.int32]:
         table = self.__dict__.get("_table")
         if table is None:
-            table = np.pad(self.mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            table = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
+            inner = table[1:, 1:]
+            np.cumsum(self.mask, axis=0, dtype=np.int32, out=inner)
+            np.cumsum(inner, axis=1, out=inner)
             self.__dict__["_table"] = table  # a cache only: the mask never changes
         assert isinstance(table, np.ndarray)
         return table
