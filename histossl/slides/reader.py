@@ -45,7 +45,8 @@ FORMATS = {
     "ventana": "Ventana BIF",
     "zeiss": "Zeiss CZI",
 }
-NATIVE_VENDORS = ("aperio", "generic-tiff")  # their OpenSlide levels are TIFF pages, tile for tile
+# Their OpenSlide levels are TIFF pages, tile for tile. Ventana's overlap, and Leica's lie somewhere on a larger plane.
+NATIVE_VENDORS = ("aperio", "generic-tiff", "philips", "trestle")
 
 
 class Levels(Protocol):
@@ -296,7 +297,10 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
         slide.native_tile = levels.tile_size
         if tiff is not None:
             _described(slide, tiff)
-            if vendor in NATIVE_VENDORS:
+            if tiff.is_qpi and vendor == "generic-tiff":
+                slide.format, slide.vendor = "QPTIFF", "perkinelmer"
+            # Where tiles overlap (Trestle does that) OpenSlide tells no tile size.
+            if vendor in NATIVE_VENDORS and levels.tile_size is not None:
                 levels.stand_by(tiff)
             else:
                 tiff.close()
@@ -311,13 +315,16 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
 def _through_tifffile(path: Path) -> Slide:
     tiff = TiffLevels(path)
     try:
-        return _described(Slide(path, tiff, _tiff_format(tiff), "ome" if tiff.is_ome else "plain-tiff"), tiff)
+        vendor = "perkinelmer" if tiff.is_qpi else ("ome" if tiff.is_ome else "plain-tiff")
+        return _described(Slide(path, tiff, _tiff_format(tiff), vendor), tiff)
     except BaseException:
         tiff.close()
         raise
 
 
 def _tiff_format(tiff: TiffLevels) -> str:
+    if tiff.is_qpi:
+        return "QPTIFF"
     return "OME-TIFF" if tiff.is_ome else ("BigTIFF" if tiff.is_big else "TIFF")
 
 
