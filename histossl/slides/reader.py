@@ -95,11 +95,16 @@ class Slide:
         height_l0: float,
         out_width_px: int,
         out_height_px: int,
+        level: int | None = None,
     ) -> NDArray[np.uint8]:
-        """The box as (out_height_px, out_width_px, 3), antialiased from the nearest finer level, white outside."""
+        """The box as (out_height_px, out_width_px, 3), antialiased from the nearest finer level, white outside.
+
+        `level` asks another level, where that one is damaged.
+        """
         assert min(width_l0, height_l0) > 0, (width_l0, height_l0)
         assert min(out_width_px, out_height_px) >= 1, (out_width_px, out_height_px)
-        level = self.level_for(min(width_l0 / out_width_px, height_l0 / out_height_px))
+        if level is None:
+            level = self.level_for(min(width_l0 / out_width_px, height_l0 / out_height_px))
         downsample = self.level_downsamples[level]
         box = (x_l0 / downsample, y_l0 / downsample, width_l0 / downsample, height_l0 / downsample)
         out = np.empty((out_height_px, out_width_px, 3), dtype=np.uint8)

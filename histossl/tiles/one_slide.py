@@ -10,7 +10,6 @@ import errno
 import hashlib
 import hmac
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -33,9 +32,8 @@ from histossl.slides.tissue import (
     fold_mask,
     highest,
     lowest,
-    thumbnail_um,
+    readable_thumbnail,
     tissue_mask,
-    tissue_thumbnail,
 )
 from histossl.tiles.cutting import (
     Cutter,
@@ -49,7 +47,7 @@ from histossl.tiles.cutting import (
 )
 from histossl.tiles.native import DamagedTile, NativeTiles, decoded
 from histossl.tiles.store import StoreWriter, new_store, scale_name
-from histossl.units import l0_from_um, um_from_l0
+from histossl.units import um_from_l0
 from histossl.workers import Report
 
 Ints = npt.NDArray[np.int64]
@@ -62,7 +60,6 @@ COARSE = 1.1
 SAMPLE = 32  # native tiles looked at, to know how large a blurred one is, and whether the slide is damaged
 JUDGED_PX = 112  # a smaller one is too small to be judged for focus
 GLANCE_SHRINK = 8  # the smallest picture a decoder makes: it reads all of a tile's bytes for it
-SMALLEST_PIECE_PX = 32  # of a thumbnail, when damage makes reading it piece by piece
 SMALL = 0.7  # of the usual bytes of a copied tile: less may be blur
 SMALL_BLURRED = 1.3  # of the bytes of a tile that is blurred: less may be blur, too
 GIVE_UP_DAMAGED = 200  # damaged tiles, when they are also most of what was read
@@ -274,9 +271,10 @@ class Making:
         self._opened: Slide | None = None
         self._counts = Counts()
         self._unreported, self._reported_s = 0, time.monotonic()
-        thumbnail, downsample, unreadable = _thumbnail(slide, open_again, job.config.tissue.tissue_um)
+        found = readable_thumbnail(slide, open_again, job.config.tissue.tissue_um)
+        thumbnail, downsample = found.pixels, found.downsample
         # What the thumbnail could not show counts as tissue: cutting will tell exactly which tiles are damaged.
-        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue) | unreadable
+        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue) | found.unreadable
         self._tissue = TissueMask(mask, downsample)
         self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
         self._pale = TissueMask(_pale(thumbnail, 3 * job.config.tissue.min_saturation), downsample)
@@ -286,7 +284,7 @@ class Making:
             drawn = read_regions(job.regions, slide.size_l0).masks(mask.shape, downsample)
             self._regions = [TissueMask(each, downsample) for each in drawn.values()]
             self._region_names = list(drawn)
-        if unreadable.any():  # an OpenSlide handle that met damage reads nothing any more
+        if found.handle_spent:
             self._slide = self._opened = open_again()
         self._beat(0, force=True)
 
@@ -484,48 +482,6 @@ class Making:
         if force or now_s - self._reported_s > REPORT_EVERY_S:
             self._report(self._unreported)
             self._unreported, self._reported_s = 0, now_s
-
-
-def _thumbnail(
-    slide: Slide, open_again: Callable[[], Slide], tissue_um: float
-) -> tuple[Pixels, float, npt.NDArray[np.bool_]]:
-    """The thumbnail of `tissue_thumbnail`, its downsample, and where damage left it white."""
-    try:
-        thumbnail, downsample = tissue_thumbnail(slide, tissue_um)
-        return thumbnail, downsample, np.zeros(thumbnail.shape[:2], bool)
-    except SlideError as error:
-        first = error
-    downsample = l0_from_um(thumbnail_um(slide, tissue_um), slide.mpp_l0)
-    width, height = (max(1, math.ceil(side / downsample)) for side in slide.size_l0)
-    thumbnail = np.full((height, width, 3), 255, np.uint8)
-    unreadable = np.zeros((height, width), bool)
-    waiting = [(0, 0, width, height)]
-    failures = 0
-    again = open_again()
-    try:
-        while waiting:
-            x, y, w, h = waiting.pop()
-            box = (x * downsample, y * downsample, w * downsample, h * downsample)
-            try:
-                thumbnail[y : y + h, x : x + w] = again.read_region_l0(*box, w, h)
-                continue
-            except SlideError:
-                failures += 1
-                if failures > GIVE_UP_DAMAGED:
-                    raise SlideError(f"{slide.path.name}: damaged throughout ({first})") from first
-                again.close()
-                again = open_again()
-            if max(w, h) <= SMALLEST_PIECE_PX:
-                unreadable[y : y + h, x : x + w] = True
-            elif w >= h:
-                waiting += [(x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)]
-            else:
-                waiting += [(x, y, w, h // 2), (x, y + h // 2, w, h - h // 2)]
-    finally:
-        again.close()
-    if unreadable.all():
-        raise first
-    return thumbnail, downsample, unreadable
 
 
 def _pale(thumbnail: Pixels, limit: float) -> npt.NDArray[np.bool_]:

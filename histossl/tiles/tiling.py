@@ -582,7 +582,11 @@ def why_none(tiling: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _alone_in(workspace: Workspace) -> Iterator[None]:
-    """One `tile` at a time per workspace. The kernel lets go of the lock however the process ends."""
+    """One `tile` at a time per workspace. The kernel lets go of the lock however the process ends.
+
+    A workspace that this run made and left empty (its settings were refused, say) goes with it.
+    """
+    new = not workspace.root.exists()
     workspace.make()
     path = workspace.tiles / ".lock"
     try:
@@ -601,7 +605,13 @@ def _alone_in(workspace: Workspace) -> Iterator[None]:
         except OSError as error:
             raise HistosslError(f"{workspace.tiles}: cannot be written ({error.strerror})") from error
         _sweep(workspace.tiles)
-        yield
+        try:
+            yield
+        finally:
+            if new and {*workspace.root.iterdir()} <= {workspace.tiles} and {*workspace.tiles.iterdir()} <= {path}:
+                path.unlink(missing_ok=True)
+                workspace.tiles.rmdir()
+                workspace.root.rmdir()
 
 
 def _locked(descriptor: int) -> bool:
