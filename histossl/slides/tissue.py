@@ -135,8 +135,7 @@ def readable_thumbnail(slide: Slide, open_again: Callable[[], Slide], tissue_um:
         if not near or math.prod(slide.level_sizes[level]) > MAX_WHOLE_PX:
             continue
         with contextlib.suppress(SlideError), open_again() as fresh:
-            box = (0, 0, width * downsample, height * downsample)
-            thumbnail = fresh.read_region_l0(*box, width, height, level=level)
+            thumbnail = fresh.read_region_l0(0, 0, width * downsample, height * downsample, width, height, level=level)
             return Thumbnail(thumbnail, downsample, np.zeros(thumbnail.shape[:2], bool), True)
     waiting = [(0, 0, width, height)]
     failures = 0
