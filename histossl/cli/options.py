@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from histossl.config import read_toml
+from histossl.errors import UsageError
 from histossl.workspace import Workspace
 
 
@@ -54,6 +55,22 @@ SlidesOption = Annotated[
         show_default=False,
     ),
 ]
+
+DirectoryArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="DIR", help="The same as --slides DIR.", show_default=False),
+]
+
+
+def archive_of(directory: Path | None, slides: Path | None) -> Path:
+    """The folder with the slides, named as an argument or with --slides."""
+    if directory is not None and slides is not None and directory != slides:
+        raise UsageError(f"{directory} and --slides {slides}: two folders; name one")
+    found = slides if directory is None else directory
+    if found is None:
+        raise UsageError("--slides DIR: name the folder that holds the slides")
+    return found
+
 
 # ---- what scan and tile mean by scale and by tissue
 

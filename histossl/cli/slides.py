@@ -11,19 +11,22 @@ import typer
 from histossl import console
 from histossl.cli.options import (
     ConfigOption,
+    DirectoryArgument,
     MaxHoleOption,
     MinSpeckOption,
     MinTissueOption,
     MppCsvOption,
     RejectPenOption,
     SlideMppOption,
+    SlidesOption,
     TissueThresholdOption,
     TissueUmOption,
     WorkspaceOption,
-    workspace_at,
+    archive_of,
 )
 from histossl.config import ScanConfig, TissueConfig
 from histossl.errors import UsageError
+from histossl.workspace import Workspace
 
 if TYPE_CHECKING:
     from histossl.slides.ledger import LedgerRow
@@ -42,9 +45,8 @@ def register(app: typer.Typer) -> None:
 
 
 def scan(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder with the slides (searched through all its subfolders).")
-    ],
+    directory: DirectoryArgument = None,
+    slides: SlidesOption = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
     tile_px: Annotated[int, typer.Option(help="Side in pixels of the tiles to expect.")] = DEFAULTS.tile_px,
@@ -115,7 +117,8 @@ def scan(
             reject_pen=reject_pen,
         ),
     )
-    place = workspace_at(workspace)
+    place = Workspace.at(workspace)
+    directory = archive_of(directory, slides)
     scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
     _show(scanned)
     console.say(_totals(scanned, mpp, tile_px))

@@ -12,6 +12,7 @@ import typer
 from histossl import console
 from histossl.cli.options import (
     ConfigOption,
+    DirectoryArgument,
     MaxHoleOption,
     MinSpeckOption,
     MinTissueOption,
@@ -22,10 +23,11 @@ from histossl.cli.options import (
     TissueThresholdOption,
     TissueUmOption,
     WorkspaceOption,
-    workspace_at,
+    archive_of,
 )
 from histossl.config import GRIDS, TileConfig, TissueConfig
 from histossl.errors import HistosslError, UsageError
+from histossl.workspace import Workspace
 
 if TYPE_CHECKING:
     from histossl.slides.ledger import LedgerRow
@@ -44,6 +46,7 @@ def register(app: typer.Typer) -> None:
 
 
 def tile(
+    directory: DirectoryArgument = None,
     slides: SlidesOption = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
@@ -114,6 +117,14 @@ def tile(
     retry: Annotated[
         bool, typer.Option("--retry", help="Try again what failed before, and tile replaced slides anew.")
     ] = False,
+    verify_copies: Annotated[
+        bool,
+        typer.Option(
+            "--verify-copies",
+            help="Decode every tile that is copied, to find flipped bits. Default: of each slide a sample; all, if "
+            "one of the sample is damaged.",
+        ),
+    ] = False,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -129,8 +140,7 @@ def tile(
     """
     from histossl.tiles.tiling import common_native_px, stored_config, tile_archive
 
-    if slides is None:
-        raise UsageError("--slides DIR: name the folder that holds the slides")
+    slides = archive_of(directory, slides)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     if dask is not None and workers is not None:
@@ -142,7 +152,7 @@ def tile(
         raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
     if regions is not None and not regions.is_dir():
         raise UsageError(f"--regions {regions}: no such folder")
-    at = workspace_at(workspace)
+    at = Workspace.at(workspace)
     finest, *coarser = _scales(mpp)
     if tile_px is None and grid == "native":
         before = stored_config(at)
@@ -179,6 +189,7 @@ def tile(
         retry=retry,
         dask=dask,
         silence_s=silence_s,
+        verify=verify_copies,
     )
     tell(rows)
     if not any(row.num_tiles for row in rows):

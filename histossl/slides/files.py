@@ -10,20 +10,25 @@ import configparser
 import os
 import stat
 import struct
+import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from histossl.errors import UsageError
+from histossl.errors import HistosslError, UsageError
 
 OPENSLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".mrxs", ".svslide", ".vms", ".vmu", ".dcm", ".czi")
 TIFF_SUFFIXES = (".tif", ".tiff", ".qptiff", ".btf", ".tf2", ".tf8", ".gtif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 SUFFIXES = frozenset(OPENSLIDE_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)
 VOLUME = "VOLUME"
+STALLED = "the disk gave no answer about it; try again when it is connected"
 NOT_REGULAR = "not a regular file (a named pipe, a socket or a device)"
+STALL_S = 60.0  # a file whose header, or a folder whose listing, takes longer is left out: a disk that does not answer
+MAX_STALLS = 3  # more of them, and it is the disk's fault
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -55,9 +60,56 @@ def relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def walk(directory: Path) -> Walk:
-    """Every file once, links followed without going in circles."""
+def walk(directory: Path, stall_s: float = STALL_S) -> Walk:
+    """Every file once, links followed without going in circles.
+
+    A file or folder that does not answer for `stall_s` is found with that as its problem, and the walk goes on without
+    it; HistosslError if there are several.
+    """
     directory = Path(directory)
+    stalled: set[Path] = set()
+    while True:
+        visit = _Visit(frozenset(stalled))
+        outcome: list[Walk | Exception] = []
+        # A thread, since nothing else outlives a system call that never returns. One that hangs is left behind.
+        thread = threading.Thread(target=_walk_into, args=(directory, visit, outcome), daemon=True)
+        thread.start()
+        while thread.is_alive() and visit.waited_s() < stall_s:
+            thread.join(min(1.0, max(0.01, stall_s - visit.waited_s())))
+        if outcome:
+            if isinstance(outcome[0], Exception):
+                raise outcome[0]
+            return outcome[0]
+        if not thread.is_alive():
+            continue
+        stalled.add(visit.path)
+        if visit.path == directory or len(stalled) > MAX_STALLS:
+            raise HistosslError(f"{visit.path}: the disk gave no answer for {stall_s:g} s; is it connected?")
+
+
+class _Visit:
+    """Notes what a walk is looking at. False if that has stalled before."""
+
+    def __init__(self, stalled: frozenset[Path]) -> None:
+        self._stalled, self.path, self._since_s = stalled, Path(), time.monotonic()
+
+    def __call__(self, path: Path) -> bool:
+        self.path, self._since_s = path, time.monotonic()
+        return path not in self._stalled
+
+    def waited_s(self) -> float:
+        return time.monotonic() - self._since_s
+
+
+def _walk_into(directory: Path, visit: _Visit, outcome: list[Walk | Exception]) -> None:
+    try:
+        outcome.append(_walked(directory, visit))
+    except Exception as error:  # it is raised where the walk was asked for
+        outcome.append(error)
+
+
+def _walked(directory: Path, visit: _Visit) -> Walk:
+    visit(directory)
     if not directory.exists():
         raise UsageError(f"{directory}: no such folder")
     if not directory.is_dir():
@@ -65,11 +117,11 @@ def walk(directory: Path) -> Walk:
     result = Walk(directory)
     files: list[tuple[Path, str, str]] = []  # path, problem, note
     like_slides: list[Path] = []  # folders by their name
-    for folder, names, problem in _folders(directory):
+    for folder, names, problem in _folders(directory, visit):
         if problem:
             files.append((folder, problem, ""))
             continue
-        files += _slides_of(folder, names, result.ignored)
+        files += _slides_of(folder, names, result.ignored, visit)
         if folder != directory and folder.suffix.lower() in SUFFIXES - {".dcm"}:
             like_slides.append(folder)
     for folder in like_slides:
@@ -79,12 +131,15 @@ def walk(directory: Path) -> Walk:
     return result
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[str], str]]:
+def _folders(root: Path, visit: _Visit) -> Iterator[tuple[Path, list[str], str]]:
     """(folder, names of its files, problem). Real folders go before links to them, so that paths stay stable."""
     seen: set[tuple[int, int]] = set()
     waiting, links = [root], list[Path]()
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
+        if not visit(folder):
+            yield folder, [], f"{STALLED}; its slides are left out"
+            continue
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -108,9 +163,9 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str], str]]:
         yield folder, files, ""
 
 
-def _slides_of(folder: Path, names: list[str], ignored: Counter[str]) -> list[tuple[Path, str, str]]:
+def _slides_of(folder: Path, names: list[str], ignored: Counter[str], visit: _Visit) -> list[tuple[Path, str, str]]:
     """The slides among a folder's files; companions of other files are left out, the rest is counted."""
-    companions = _companions(folder, names)
+    companions = _companions(folder, names, visit)
     files: list[tuple[Path, str, str]] = []
     series: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for name in names:
@@ -119,6 +174,9 @@ def _slides_of(folder: Path, names: list[str], ignored: Counter[str]) -> list[tu
         if name in companions:
             continue
         known = suffix in SUFFIXES
+        if not visit(path):
+            files.append((path, STALLED, ""))
+            continue
         if known and _irregular(path):
             files.append((path, NOT_REGULAR, ""))
             continue
@@ -147,13 +205,14 @@ def _slides_of(folder: Path, names: list[str], ignored: Counter[str]) -> list[tu
     return files
 
 
-def _companions(folder: Path, names: list[str]) -> set[str]:
+def _companions(folder: Path, names: list[str], visit: _Visit) -> set[str]:
     """Files that belong to another file: JPEGs of a Hamamatsu VMS, data of a MIRAX folder."""
     if "Slidedat.ini" in names:
         return set(names)
     found: set[str] = set()
     for name in names:
-        if Path(name).suffix.lower() in (".vms", ".vmu") and not _irregular(folder / name):
+        hamamatsu = Path(name).suffix.lower() in (".vms", ".vmu")
+        if hamamatsu and visit(folder / name) and not _irregular(folder / name):
             parser = configparser.ConfigParser(strict=False, interpolation=None)
             try:
                 parser.read(folder / name, encoding="latin-1")
@@ -168,9 +227,9 @@ def _named(root: Path, files: list[tuple[Path, str, str]]) -> list[SlideFile]:
     """Ids without suffix; those that collide all keep theirs, so that none takes another's name."""
     per_folder = Counter(path.parent for path, _, _ in files)
     ids: list[str] = []
-    for path, _, _ in files:
+    for path, problem, _ in files:
         name = relative(path, root)
-        is_dicom = path.suffix.lower() in (".dcm", "") and _head(path)[128:132] == b"DICM"
+        is_dicom = problem != STALLED and path.suffix.lower() in (".dcm", "") and _head(path)[128:132] == b"DICM"
         if is_dicom and path.parent != root and per_folder[path.parent] == 1:
             ids.append(relative(path.parent, root))  # a folder that is one slide gives it its name
         else:

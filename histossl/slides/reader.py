@@ -45,7 +45,8 @@ FORMATS = {
     "ventana": "Ventana BIF",
     "zeiss": "Zeiss CZI",
 }
-NATIVE_VENDORS = ("aperio", "generic-tiff")  # their OpenSlide levels are TIFF pages, tile for tile
+# Their OpenSlide levels are TIFF pages, tile for tile. Ventana's overlap, and Leica's lie somewhere on a larger plane.
+NATIVE_VENDORS = ("aperio", "generic-tiff", "philips", "trestle")
 
 
 class Levels(Protocol):
@@ -94,11 +95,16 @@ class Slide:
         height_l0: float,
         out_width_px: int,
         out_height_px: int,
+        level: int | None = None,
     ) -> NDArray[np.uint8]:
-        """The box as (out_height_px, out_width_px, 3), antialiased from the nearest finer level, white outside."""
+        """The box as (out_height_px, out_width_px, 3), antialiased from the nearest finer level, white outside.
+
+        `level` asks another level, where that one is damaged.
+        """
         assert min(width_l0, height_l0) > 0, (width_l0, height_l0)
         assert min(out_width_px, out_height_px) >= 1, (out_width_px, out_height_px)
-        level = self.level_for(min(width_l0 / out_width_px, height_l0 / out_height_px))
+        if level is None:
+            level = self.level_for(min(width_l0 / out_width_px, height_l0 / out_height_px))
         downsample = self.level_downsamples[level]
         box = (x_l0 / downsample, y_l0 / downsample, width_l0 / downsample, height_l0 / downsample)
         out = np.empty((out_height_px, out_width_px, 3), dtype=np.uint8)
@@ -296,7 +302,10 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
         slide.native_tile = levels.tile_size
         if tiff is not None:
             _described(slide, tiff)
-            if vendor in NATIVE_VENDORS:
+            if tiff.is_qpi and vendor == "generic-tiff":
+                slide.format, slide.vendor = "QPTIFF", "perkinelmer"
+            # Where tiles overlap (Trestle does that) OpenSlide tells no tile size.
+            if vendor in NATIVE_VENDORS and levels.tile_size is not None:
                 levels.stand_by(tiff)
             else:
                 tiff.close()
@@ -311,13 +320,16 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
 def _through_tifffile(path: Path) -> Slide:
     tiff = TiffLevels(path)
     try:
-        return _described(Slide(path, tiff, _tiff_format(tiff), "ome" if tiff.is_ome else "plain-tiff"), tiff)
+        vendor = "perkinelmer" if tiff.is_qpi else ("ome" if tiff.is_ome else "plain-tiff")
+        return _described(Slide(path, tiff, _tiff_format(tiff), vendor), tiff)
     except BaseException:
         tiff.close()
         raise
 
 
 def _tiff_format(tiff: TiffLevels) -> str:
+    if tiff.is_qpi:
+        return "QPTIFF"
     return "OME-TIFF" if tiff.is_ome else ("BigTIFF" if tiff.is_big else "TIFF")
 
 

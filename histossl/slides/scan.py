@@ -37,7 +37,7 @@ from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import MIN_INSIDE, match_regions, read_regions
 from histossl.slides.scale import MppTable, read_mpp_csv
 from histossl.slides.stain import OTHER, Stain, stain_of
-from histossl.slides.tissue import TissueMask, tissue_mask, tissue_thumbnail
+from histossl.slides.tissue import TissueMask, readable_thumbnail, tissue_mask
 from histossl.units import l0_from_px, um_from_l0
 from histossl.workers import Job, Report, run_jobs
 from histossl.workspace import Workspace
@@ -311,7 +311,12 @@ class _Look:
             self._describe(slide)
             if slide.mpp_problem:
                 raise SlideError(slide.mpp_problem)
-            thumbnail, downsample = tissue_thumbnail(slide, config.tissue.tissue_um)
+            found = readable_thumbnail(slide, self._open, config.tissue.tissue_um)
+            thumbnail, downsample = found.pixels, found.downsample
+            if found.handle_spent:
+                missing = found.unreadable.mean()
+                what = f"{missing:.1%} of it cannot be read on any level" if missing else "a level of it cannot be read"
+                self.warnings.append(f"damaged: {what}")
             um_per_px = um_from_l0(downsample, slide.mpp_l0)
             tissue = TissueMask(tissue_mask(thumbnail, um_per_px, config.tissue), downsample)
             drawn = None
@@ -321,7 +326,8 @@ class _Look:
             stain = stain_of(thumbnail, tissue.mask)
             self._warn_of(slide, tissue, stain)
             corners, side_l0 = self._places(slide, tissue, drawn)
-            tile_bytes = self._probe(slide, corners, side_l0)
+            with self._open() as fresh:  # the first may have met damage, and then reads nothing any more
+                tile_bytes = self._probe(fresh, corners, side_l0)
             per_scale = [len(corners)] + [len(self._grid(slide, mpp, tissue, drawn)[0]) for mpp in config.coarser_mpp]
             self.row = replace(
                 self.row,

@@ -131,6 +131,7 @@ class TiffLevels:
         self.pages = [pages[0] for pages in self._levels]
         page = self.pages[0]
         self.is_ome = bool(self._tiff.is_ome)
+        self.is_qpi = bool(self._tiff.is_qpi)
         self.is_big = bool(self._tiff.is_bigtiff)
         self.compression = COMPRESSIONS.get(
             int(page.compression), str(getattr(page.compression, "name", page.compression))

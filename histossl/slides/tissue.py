@@ -6,7 +6,9 @@ light *and* has a stain's colour: glass absorbs nothing, a cover slip's edge and
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from histossl.config import TissueConfig
+from histossl.errors import SlideError
 from histossl.slides.reader import Slide
 from histossl.units import l0_from_um, um_from_l0
 
@@ -27,6 +30,10 @@ MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
 DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
+SMALLEST_PIECE_PX = 32  # of a thumbnail, when damage makes reading it piece by piece
+GIVE_UP_FAILURES = 400  # of such pieces
+MAX_WHOLE_PX = 64 << 20  # of a level that is read as a whole in another one's stead
+COARSER_AT_MOST = 4.0  # times than what is wanted
 MAX_THUMBNAIL_PX, MIN_THUMBNAIL_PX = 2560, 1024
 
 Mask = NDArray[np.bool_]
@@ -64,10 +71,13 @@ class TissueMask:
         return result
 
     @property
-    def _integral(self) -> NDArray[np.float64]:
+    def _integral(self) -> NDArray[np.int32]:
         table = self.__dict__.get("_table")
         if table is None:
-            table = np.pad(self.mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+            table = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
+            inner = table[1:, 1:]
+            np.cumsum(self.mask, axis=0, dtype=np.int32, out=inner)
+            np.cumsum(inner, axis=1, out=inner)
             self.__dict__["_table"] = table  # a cache only: the mask never changes
         assert isinstance(table, np.ndarray)
         return table
@@ -89,6 +99,74 @@ def tissue_thumbnail(slide: Slide, tissue_um: float) -> tuple[Image, float]:
     downsample = l0_from_um(thumbnail_um(slide, tissue_um), slide.mpp_l0)
     width, height = (max(1, math.ceil(side / downsample)) for side in slide.size_l0)
     return slide.read_region_l0(0, 0, width * downsample, height * downsample, width, height), downsample
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """`downsample` level-0 pixels are one of its pixels; `unreadable` is where damage left it white.
+
+    `handle_spent`: the slide that it was read of met damage. An OpenSlide handle then reads nothing any more.
+    """
+
+    pixels: Image
+    downsample: float
+    unreadable: Mask
+    handle_spent: bool
+
+
+def readable_thumbnail(slide: Slide, open_again: Callable[[], Slide], tissue_um: float) -> Thumbnail:
+    """The thumbnail of `tissue_thumbnail`, however damaged the level that suits.
+
+    Then it is read from another level: as a whole if that is small, else piece by piece from where each can be read.
+    """
+    try:
+        thumbnail, downsample = tissue_thumbnail(slide, tissue_um)
+        return Thumbnail(thumbnail, downsample, np.zeros(thumbnail.shape[:2], bool), False)
+    except SlideError as error:
+        first = error
+    downsample = l0_from_um(thumbnail_um(slide, tissue_um), slide.mpp_l0)
+    width, height = (max(1, math.ceil(side / downsample)) for side in slide.size_l0)
+    thumbnail = np.full((height, width, 3), 255, np.uint8)
+    unreadable = np.zeros((height, width), bool)
+    own = slide.level_for(downsample)
+    others = sorted(set(range(len(slide.level_sizes))) - {own}, key=lambda level: (abs(level - own), level))
+    for level in others:
+        near = slide.level_downsamples[level] <= downsample * COARSER_AT_MOST
+        if not near or math.prod(slide.level_sizes[level]) > MAX_WHOLE_PX:
+            continue
+        with contextlib.suppress(SlideError), open_again() as fresh:
+            thumbnail = fresh.read_region_l0(0, 0, width * downsample, height * downsample, width, height, level=level)
+            return Thumbnail(thumbnail, downsample, np.zeros(thumbnail.shape[:2], bool), True)
+    waiting = [(0, 0, width, height)]
+    failures = 0
+    again = open_again()
+    try:
+        while waiting:
+            x, y, w, h = waiting.pop()
+            box = (x * downsample, y * downsample, w * downsample, h * downsample)
+            small = max(w, h) <= SMALLEST_PIECE_PX
+            for level in (own, *others) if small else (own,):
+                try:
+                    thumbnail[y : y + h, x : x + w] = again.read_region_l0(*box, w, h, level=level)
+                    break
+                except SlideError:
+                    failures += 1
+                    if failures > GIVE_UP_FAILURES:
+                        raise SlideError(f"{slide.path.name}: damaged throughout ({first})") from first
+                    again.close()
+                    again = open_again()
+            else:
+                if small:
+                    unreadable[y : y + h, x : x + w] = True
+                elif w >= h:
+                    waiting += [(x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)]
+                else:
+                    waiting += [(x, y, w, h // 2), (x, y + h // 2, w, h - h // 2)]
+    finally:
+        again.close()
+    if unreadable.all():
+        raise first
+    return Thumbnail(thumbnail, downsample, unreadable, True)
 
 
 def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:

@@ -36,6 +36,7 @@ STRIP_TILES = 16  # tiles across a strip: what one row has decoded is still cach
 MAX_RUN_PX = 4 << 20  # of one read
 ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling
 NEAR_1 = 1.1
+MAX_ENLARGED = 2.0  # a coarser level stands in for a damaged one only up to here
 SUBSAMPLING = "420"  # as nearly all scanners store their tiles
 REFEREE_TILES = 3
 REFEREE_LIMIT = 3.0  # mean difference in grey levels; decoders of the same JPEG differ by less than 1
@@ -87,11 +88,10 @@ class Source(Protocol):
 class SlidePixels:
     """A level of a slide through its library. After an error OpenSlide refuses everything: then it is opened anew."""
 
-    def __init__(self, slide: Slide, open_again: Callable[[], Slide], downsample: float) -> None:
-        self._slide, self._open_again = slide, open_again
-        self._level = slide.level_for(downsample)
+    def __init__(self, slide: Slide, open_again: Callable[[], Slide], level: int) -> None:
+        self._slide, self._open_again, self._level = slide, open_again, level
         self._opened: Slide | None = None
-        self.downsample = slide.level_downsamples[self._level]
+        self.downsample = slide.level_downsamples[level]
 
     def read(self, left: int, top: int, width: int, height: int) -> Pixels:
         """RGB, or where OpenSlide can be asked directly (height, width, 4): blue, green, red, nothing."""
@@ -169,24 +169,45 @@ class Cutter:
             return self.source.read(column * size, row * size, size, size)
         return rgb(self._cut_run(np.array([place]))[0])
 
-    def pixels_or_none(self, place: int) -> Pixels | None:
-        try:
-            return self.pixels(place)
-        except DamagedTile:
-            return None
-
-    def native_numbers(self, places: Ints) -> Ints:
-        """Of copied tiles: their numbers among the slide's own, which may reach over the grid's right edge."""
+    def jpeg(self, place: int) -> bytes | None:
+        """Of copied tiles: one as a JPEG file; None if the slide leaves it out. DamagedTile if it is not one."""
         assert isinstance(self.source, NativeTiles)
-        numbers: Ints = places // self.grid.columns * self.source.level.tiles_across + places % self.grid.columns
-        return numbers
+        row, column = divmod(place, self.grid.columns)
+        return self.source.jpeg(column, row)
+
+    def native_bytes(self, places: Ints) -> npt.NDArray[np.float64]:
+        """Mean bytes of the slide's own tiles under each place; of a copied tile its own."""
+        assert isinstance(self.source, NativeTiles)
+        level, (first, last) = self.source.level, self._native_under(places)
+        table = np.zeros((level.tiles_down + 1, level.tiles_across + 1), np.int64)
+        table[1:, 1:] = self.source.byte_counts.reshape(level.tiles_down, level.tiles_across).cumsum(0).cumsum(1)
+        (left, top), (right, bottom) = first, last
+        total = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
+        mean: npt.NDArray[np.float64] = total / ((right - left) * (bottom - top))
+        return mean
+
+    def native_middle(self, place: int) -> tuple[int, int]:
+        """Column and row of the slide's own tile in the middle of a place."""
+        first, last = self._native_under(np.array([place]))
+        column, row = (int(low[0] + high[0] - 1) // 2 for low, high in zip(first, last, strict=True))
+        return column, row
+
+    def _native_under(self, places: Ints) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
+        """First (column, row) of the slide's own tiles under places, and those after the last."""
+        assert isinstance(self.source, NativeTiles)
+        level, down = self.source.level, self.source.downsample / self.source.shrink
+        sides = (level.tile_width_px * down, level.tile_height_px * down)
+        counts = (level.tiles_across, level.tiles_down)
+        first, last = [], []
+        for corner, side, count in zip(self.grid.corners_l0(places), sides, counts, strict=True):
+            first.append(np.clip(np.floor((corner + ALIGNED) / side).astype(np.int64), 0, count - 1))
+            last.append(np.clip(np.ceil((corner + self.grid.side_l0 - ALIGNED) / side).astype(np.int64), 1, count))
+        return (first[0], first[1]), (last[0], last[1])
 
     def _copied(self, places: Ints) -> Iterator[CutTile]:
-        assert isinstance(self.source, NativeTiles)
         for place in places.tolist():
-            row, column = divmod(place, self.grid.columns)
             try:
-                jpeg = self.source.jpeg(column, row)
+                jpeg = self.jpeg(place)
                 yield CutTile(place, jpeg=jpeg, glass=jpeg is None)
             except DamagedTile:
                 yield CutTile(place)
@@ -210,7 +231,11 @@ class Cutter:
         side = self.grid.side_l0 / down
         xs_l0, ys_l0 = self.grid.corners_l0(run)
         xs, y = xs_l0 / down, float(ys_l0[0]) / down
-        margin = 0 if _aligned(side, self.grid.tile_px, xs, y) else math.ceil(2 * max(1, side / self.grid.tile_px)) + 1
+        aligned = _aligned(side, self.grid.tile_px, xs, y)
+        if aligned and isinstance(self.source, NativeTiles) and round(side) == self.grid.tile_px:
+            px = self.grid.tile_px  # already what is wanted: one copy less than out of a wide canvas
+            return [self.source.read(round(x), round(y), px, px) for x in xs.tolist()]
+        margin = 0 if aligned else math.ceil(2 * max(1, side / self.grid.tile_px)) + 1
         left, top = math.floor(xs[0] + ALIGNED) - margin, math.floor(y + ALIGNED) - margin
         right, bottom = math.ceil(xs[-1] + side - ALIGNED) + margin, math.ceil(y + side - ALIGNED) + margin
         canvas = self.source.read(left, top, right - left, bottom - top)
@@ -319,22 +344,37 @@ def cutter_for(
     if config.grid == "native":
         raise SlideError(_why_not_native(slide, mpp, config.tile_px))
     grid = physical_grid(slide, config.tile_px, mpp, exact=config.grid == "physical")
-    mpp = grid.mpp
-    if way in (None, "stitched"):
-        downsample = mpp / slide.mpp_l0
-        number = slide.level_for(downsample)
-        level = slide.native[number] if slide.native else None
-        if level is not None and copyable(level):
-            tiles = NativeTiles(slide.path, level, best_shrink(level, downsample), _under_strip(grid, level))
+    level = slide.level_for(grid.mpp / slide.mpp_l0)
+    return cutter_of_level(slide, grid, level, open_again, through_library=way not in (None, "stitched"))
+
+
+def cutter_of_level(
+    slide: Slide, grid: Grid, number: int, open_again: Callable[[], Slide], through_library: bool = False
+) -> Cutter:
+    """A grid cut from one level of the slide: by its own tiles where they are known, else through its library."""
+    level = slide.native[number] if slide.native else None
+    if level is not None and not through_library:
+        if copyable(level):
+            shrink = best_shrink(level, grid.mpp / slide.mpp_l0)
+            tiles = NativeTiles(slide.path, level, shrink, _under_strip(grid, level))
             tiles.downsample = slide.level_downsamples[number] * tiles.shrink
             return Cutter(grid, "stitched", tiles)
-        if level is not None:
-            try:
-                pixels = TiffPixels(slide.path, slide.level_sizes[number], slide.level_downsamples[number])
-                return Cutter(grid, "stitched", pixels)
-            except SlideError:
-                pass  # then the slide's own library reads it
-    return Cutter(grid, "read", SlidePixels(slide, open_again, mpp / slide.mpp_l0))
+        try:
+            pixels = TiffPixels(slide.path, slide.level_sizes[number], slide.level_downsamples[number])
+            return Cutter(grid, "stitched", pixels)
+        except SlideError:
+            pass  # then the slide's own library reads it
+    return Cutter(grid, "read", SlidePixels(slide, open_again, number))
+
+
+def other_levels(slide: Slide, grid: Grid) -> list[int]:
+    """The levels that can stand in for a damaged one, best first: finer ones, then those that are not too coarse."""
+    wanted = grid.mpp / slide.mpp_l0
+    downs = slide.level_downsamples
+    own = downs[slide.level_for(wanted)]
+    by_scale = sorted(range(len(downs)), key=downs.__getitem__)
+    finer = [level for level in by_scale if downs[level] < own]
+    return finer[::-1] + [level for level in by_scale if own < downs[level] <= wanted * MAX_ENLARGED]
 
 
 def _under_strip(grid: Grid, level: NativeLevel) -> int:
@@ -373,22 +413,31 @@ def agrees(cutter: Cutter, open_again: Callable[[], Slide], places: Ints) -> boo
         return True
     chosen = np.unique(places[np.linspace(0, len(places) - 1, REFEREE_TILES).astype(int)])
     seen = 0
-    for place in chosen.tolist():
-        difference = _difference(cutter, open_again, place)
-        if difference is not None and difference > REFEREE_LIMIT:
-            return False
-        seen += difference is not None
+    slide: Slide | None = None
+    try:
+        for place in chosen.tolist():
+            try:
+                slide = open_again() if slide is None else slide
+                difference = _difference(cutter, slide, place)
+            except (DamagedTile, SlideError):
+                if slide is not None:  # after damage an OpenSlide handle reads nothing any more
+                    slide.close()
+                    slide = None
+                continue
+            if difference > REFEREE_LIMIT:
+                return False
+            seen += 1
+    finally:
+        if slide is not None:
+            slide.close()
     return seen > 0
 
 
-def _difference(cutter: Cutter, open_again: Callable[[], Slide], place: int) -> float | None:
-    """Mean difference of one tile in grey levels; None if either side finds it damaged."""
+def _difference(cutter: Cutter, slide: Slide, place: int) -> float:
+    """Mean difference of the middle of one tile in grey levels: its rim would cost reading the tiles around it."""
     (x_l0,), (y_l0,) = (each.tolist() for each in cutter.grid.corners_l0(np.array([place])))
-    side, px = cutter.grid.side_l0, cutter.grid.tile_px
-    try:
-        mine = cutter.pixels(place)
-        with open_again() as slide:  # each time: after damage an OpenSlide handle reads nothing any more
-            theirs = slide.read_region_l0(x_l0, y_l0, side, side, px, px)
-    except (DamagedTile, SlideError):
-        return None
+    rim, px, l0_per_px = cutter.grid.tile_px // 4, cutter.grid.tile_px, cutter.grid.side_l0 / cutter.grid.tile_px
+    mine = cutter.pixels(place)[rim : px - rim, rim : px - rim]
+    box = (x_l0 + rim * l0_per_px, y_l0 + rim * l0_per_px, len(mine) * l0_per_px, len(mine) * l0_per_px)
+    theirs = slide.read_region_l0(*box, len(mine), len(mine))
     return float(np.abs(mine.astype(np.int16) - theirs).mean())

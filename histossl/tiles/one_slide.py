@@ -10,7 +10,6 @@ import errno
 import hashlib
 import hmac
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from histossl import __version__
 from histossl.config import TileConfig, plain
 from histossl.errors import HistosslError, SlideError, StoreError
-from histossl.slides.quality import saturation, sharpness
+from histossl.slides.quality import out_of_focus, surely_in_focus, without_colour
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import read_regions
 from histossl.slides.scan import stamp
@@ -33,14 +32,22 @@ from histossl.slides.tissue import (
     fold_mask,
     highest,
     lowest,
-    thumbnail_um,
+    readable_thumbnail,
     tissue_mask,
-    tissue_thumbnail,
 )
-from histossl.tiles.cutting import Cutter, Pixels, agrees, cutter_for, encode, rgb
-from histossl.tiles.native import NativeTiles
+from histossl.tiles.cutting import (
+    Cutter,
+    Pixels,
+    agrees,
+    cutter_for,
+    cutter_of_level,
+    encode,
+    other_levels,
+    rgb,
+)
+from histossl.tiles.native import DamagedTile, NativeTiles, decoded
 from histossl.tiles.store import StoreWriter, new_store, scale_name
-from histossl.units import l0_from_um, um_from_l0
+from histossl.units import um_from_l0
 from histossl.workers import Report
 
 Ints = npt.NDArray[np.int64]
@@ -50,8 +57,11 @@ REPORT_EVERY_S = 0.5
 SPOTS = 256  # samples that tell a slide from its mended copy: 4 MB, so a smaller file is compared whole
 TOO_COARSE = 2.0  # enlarging a slide more than this invents most of its pixels
 COARSE = 1.1
-SAMPLE = 32  # tiles looked at, to know how large a blurred one is
-SMALLEST_PIECE_PX = 32  # of a thumbnail, when damage makes reading it piece by piece
+SAMPLE = 32  # native tiles looked at, to know how large a blurred one is, and whether the slide is damaged
+JUDGED_PX = 112  # a smaller one is too small to be judged for focus
+GLANCE_SHRINK = 8  # the smallest picture a decoder makes: it reads all of a tile's bytes for it
+SMALL = 0.7  # of the usual bytes of a copied tile: less may be blur
+SMALL_BLURRED = 1.3  # of the bytes of a tile that is blurred: less may be blur, too
 GIVE_UP_DAMAGED = 200  # damaged tiles, when they are also most of what was read
 
 
@@ -68,6 +78,7 @@ class TileJob:
     mpp_source: str = "--slide-mpp"
     key: bytes = b""  # of an anonymous store
     regions: Path | None = None  # a GeoJSON that restricts tiling
+    verify: bool = False  # decode every tile that is copied, not only some
     version: str = __version__
 
 
@@ -83,6 +94,7 @@ class Counts:
     saturation: int = 0
     blur: int = 0
     damaged: int = 0
+    rescued: int = 0  # of the tiles: read from another level than theirs, which is damaged there
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,40 @@ class Wanted:
     rejected: dict[str, int]
 
 
+@dataclass(frozen=True)
+class _Doubts:
+    """Places of tiles to be looked at for focus and for colour; `wholeness`: copied tiles are all decoded, too."""
+
+    focus: frozenset[int] = frozenset()
+    colour: frozenset[int] = frozenset()
+    wholeness: bool = False
+
+
+class _Rescue:
+    """Tiles that are damaged on their own level, from another one: a finer one first, it shows the same."""
+
+    def __init__(self, slide: Slide, damaged: Cutter, open_again: Callable[[], Slide]) -> None:
+        self._slide, self._damaged, self._open_again = slide, damaged, open_again
+        self._cutters: list[Cutter] | None = None
+
+    def pixels(self, place: int) -> Pixels | None:
+        if self._cutters is None:  # most slides never need them
+            grid = self._damaged.grid
+            self._cutters = [
+                cutter_of_level(self._slide, grid, level, self._open_again) for level in other_levels(self._slide, grid)
+            ]
+        for cutter in self._cutters:
+            try:
+                return cutter.pixels(place)
+            except DamagedTile:
+                continue
+        return None
+
+    def close(self) -> None:
+        for cutter in self._cutters or ():
+            cutter.source.close()
+
+
 class Making:
     """Fills one zip: for each scale the grid, the filters, the tiles."""
 
@@ -225,9 +271,10 @@ class Making:
         self._opened: Slide | None = None
         self._counts = Counts()
         self._unreported, self._reported_s = 0, time.monotonic()
-        thumbnail, downsample, unreadable = _thumbnail(slide, open_again, job.config.tissue.tissue_um)
+        found = readable_thumbnail(slide, open_again, job.config.tissue.tissue_um)
+        thumbnail, downsample = found.pixels, found.downsample
         # What the thumbnail could not show counts as tissue: cutting will tell exactly which tiles are damaged.
-        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue) | unreadable
+        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue) | found.unreadable
         self._tissue = TissueMask(mask, downsample)
         self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
         self._pale = TissueMask(_pale(thumbnail, 3 * job.config.tissue.min_saturation), downsample)
@@ -237,7 +284,7 @@ class Making:
             drawn = read_regions(job.regions, slide.size_l0).masks(mask.shape, downsample)
             self._regions = [TissueMask(each, downsample) for each in drawn.values()]
             self._region_names = list(drawn)
-        if unreadable.any():  # an OpenSlide handle that met damage reads nothing any more
+        if found.handle_spent:
             self._slide = self._opened = open_again()
         self._beat(0, force=True)
 
@@ -252,6 +299,10 @@ class Making:
         self._beat(0, force=True)
         if self._counts.damaged:
             warnings.append(f"{self._counts.damaged} damaged tile(s) left out")
+        if self._counts.rescued:
+            warnings.append(
+                f"{self._counts.rescued} tile(s) read from another level of the slide, being damaged on their own"
+            )
         return {
             "tile_px": self._config.tile_px,
             "scales": scales,
@@ -327,72 +378,102 @@ class Making:
         damaged = seen = 0
         columns = (wanted.x_l0, wanted.y_l0, wanted.tissue, wanted.regions)
         facts = dict(zip(places.tolist(), zip(*(each.tolist() for each in columns), strict=True), strict=True))
-        doubtful = self._doubtful(cutter, places)
-        for tile in cutter.tiles(places):
-            seen += 1
-            jpeg, pixels = tile.jpeg, tile.pixels
-            if jpeg is not None and tile.place in doubtful:
-                pixels = cutter.pixels_or_none(tile.place)
-                jpeg = jpeg if pixels is not None else None
-            if tile.glass:
-                counts.tissue += 1
-                continue
-            if jpeg is None and pixels is None:
-                damaged += 1
-                counts.damaged += 1
-                if damaged >= GIVE_UP_DAMAGED and damaged > seen / 2:
-                    raise SlideError(f"{self._slide.path.name}: damaged ({damaged} of the first {seen} tiles)")
-                self._beat(0)
-                continue
-            if pixels is not None and not self._good(rgb(pixels)):
-                self._beat(0)
-                continue
-            if jpeg is None:
-                assert pixels is not None
-                jpeg = encode(pixels, self._config.jpeg_quality)
-            x_l0, y_l0, tissue, region = facts[tile.place]
-            self._store.add(x_l0, y_l0, jpeg, tissue, scale, region)
-            counts.tiles += 1
-            self._beat(1)
+        doubts = self._doubts(cutter, places)
+        with closing(_Rescue(self._slide, cutter, self._open_again)) as rescue:
+            for tile in cutter.tiles(places):
+                seen += 1
+                if tile.glass:
+                    counts.tissue += 1
+                    continue
+                jpeg, pixels = tile.jpeg, tile.pixels
+                good = doubts is not None and tile.place not in doubts.focus and tile.place not in doubts.colour
+                try:
+                    if jpeg is not None and doubts is not None:
+                        good = self._good_copy(jpeg, tile.place, doubts, cutter)
+                except DamagedTile:
+                    jpeg = None
+                rescued = jpeg is None and pixels is None
+                if rescued:
+                    pixels = rescue.pixels(tile.place)
+                    if pixels is None:
+                        damaged += 1
+                        counts.damaged += 1
+                        if damaged >= GIVE_UP_DAMAGED and damaged > seen / 2:
+                            raise SlideError(f"{self._slide.path.name}: damaged ({damaged} of the first {seen} tiles)")
+                        self._beat(0)
+                        continue
+                if pixels is not None and (rescued or not good):
+                    good = self._good(rgb(pixels))
+                if not good:
+                    self._beat(0)
+                    continue
+                if jpeg is None:
+                    assert pixels is not None
+                    jpeg = encode(pixels, self._config.jpeg_quality)
+                x_l0, y_l0, tissue, region = facts[tile.place]
+                self._store.add(x_l0, y_l0, jpeg, tissue, scale, region)
+                counts.tiles += 1
+                counts.rescued += rescued
+                self._beat(1)
         if seen and damaged == seen:
             raise SlideError(f"{self._slide.path.name}: damaged: none of its {seen} tiles can be read")
 
     def _good(self, pixels: Pixels) -> bool:
         """Whether a tile has colour and is in focus; counts it if not."""
         limits = self._config.tissue
-        if limits.min_saturation > 0 and saturation(pixels[None])[0] < limits.min_saturation:
+        if limits.min_saturation > 0 and without_colour(pixels, limits.min_saturation):
             self._counts.saturation += 1
             return False
-        if limits.min_sharpness > 0 and sharpness(pixels[None])[0] < limits.min_sharpness:
+        if limits.min_sharpness > 0 and out_of_focus(pixels, limits.min_sharpness):
             self._counts.blur += 1
             return False
         return True
 
-    def _doubtful(self, cutter: Cutter, places: Ints) -> set[int]:
-        """Of tiles that are copied unseen, those whose pixels must be looked at after all.
+    def _good_copy(self, jpeg: bytes, place: int, doubts: _Doubts, cutter: Cutter) -> bool:
+        """The same of a tile that is copied, looked at only where there is doubt. DamagedTile if it is not whole."""
+        size = (cutter.grid.tile_px, cutter.grid.tile_px)
+        if place in doubts.colour:
+            return self._good(decoded(jpeg, size))
+        if place in doubts.focus:
+            grey = decoded(jpeg, size, grey=True)
+            return surely_in_focus(grey, self._config.tissue.min_sharpness) or self._good(decoded(jpeg, size))
+        if doubts.wholeness:
+            decoded(jpeg, size, GLANCE_SHRINK, grey=True)
+        return True
+
+    def _doubts(self, cutter: Cutter, places: Ints) -> _Doubts | None:
+        """Of tiles made from the slide's own, those that must be looked at; None: all of them.
 
         A tile out of focus takes few bytes. How few is learnt from a sample, so that on a slide that is blurred
-        throughout every tile is looked at. A tile without colour shows on the thumbnail.
+        throughout every tile is looked at. A tile without colour shows on the thumbnail. Flipped bits show only when
+        decoded: where the sample has some, all copied tiles are.
         """
-        limits = self._config.tissue
-        if cutter.way != "copied" or not len(places):
-            return set()
-        assert isinstance(cutter.source, NativeTiles)
-        doubt = np.zeros(len(places), bool)
-        if limits.min_sharpness > 0:
-            taken = cutter.source.byte_counts[cutter.native_numbers(places)]
-            sample = np.unique(np.linspace(0, len(places) - 1, SAMPLE).astype(int))
-            looks = [(number, cutter.pixels_or_none(int(places[number]))) for number in sample.tolist()]
-            blurred = [
-                taken[number]
-                for number, pixels in looks
-                if pixels is not None and sharpness(pixels[None])[0] < 1.2 * limits.min_sharpness
-            ]
-            doubt |= taken < max(0.7 * float(np.median(taken)), 1.3 * max(blurred, default=0))
+        limits, source = self._config.tissue, cutter.source
+        if not len(places) or not isinstance(source, NativeTiles):
+            return None
+        if cutter.way != "copied" and min(source.tile_width_px, source.tile_height_px) < JUDGED_PX:
+            return None
+        taken = cutter.native_bytes(places)
+        focus = taken < SMALL * float(np.median(taken))
+        whole = True
+        for number in np.unique(np.linspace(0, len(places) - 1, SAMPLE).astype(int)).tolist():
+            column, row = cutter.native_middle(int(places[number]))
+            try:
+                grey = source.grey(column, row)
+            except DamagedTile:
+                whole = False
+                continue
+            if grey is not None and not surely_in_focus(grey, limits.min_sharpness):
+                focus |= taken < SMALL_BLURRED * source.byte_counts[row * source.level.tiles_across + column]
+        colour = np.zeros(len(places), bool)
         if limits.min_saturation > 0:
             x_l0, y_l0 = cutter.grid.corners_l0(places)
-            doubt |= self._pale.share(x_l0, y_l0, cutter.grid.side_l0) > 0.5
-        return set(places[doubt].tolist())
+            colour = self._pale.share(x_l0, y_l0, cutter.grid.side_l0) > 0.5
+        return _Doubts(
+            focus=frozenset(places[focus].tolist() if limits.min_sharpness > 0 else ()),
+            colour=frozenset(places[colour].tolist()),
+            wholeness=self._job.verify or not whole,
+        )
 
     def _beat(self, count: int, force: bool = False) -> None:
         """Tell the parent now and then that this slide is getting on."""
@@ -401,48 +482,6 @@ class Making:
         if force or now_s - self._reported_s > REPORT_EVERY_S:
             self._report(self._unreported)
             self._unreported, self._reported_s = 0, now_s
-
-
-def _thumbnail(
-    slide: Slide, open_again: Callable[[], Slide], tissue_um: float
-) -> tuple[Pixels, float, npt.NDArray[np.bool_]]:
-    """The thumbnail of `tissue_thumbnail`, its downsample, and where damage left it white."""
-    try:
-        thumbnail, downsample = tissue_thumbnail(slide, tissue_um)
-        return thumbnail, downsample, np.zeros(thumbnail.shape[:2], bool)
-    except SlideError as error:
-        first = error
-    downsample = l0_from_um(thumbnail_um(slide, tissue_um), slide.mpp_l0)
-    width, height = (max(1, math.ceil(side / downsample)) for side in slide.size_l0)
-    thumbnail = np.full((height, width, 3), 255, np.uint8)
-    unreadable = np.zeros((height, width), bool)
-    waiting = [(0, 0, width, height)]
-    failures = 0
-    again = open_again()
-    try:
-        while waiting:
-            x, y, w, h = waiting.pop()
-            box = (x * downsample, y * downsample, w * downsample, h * downsample)
-            try:
-                thumbnail[y : y + h, x : x + w] = again.read_region_l0(*box, w, h)
-                continue
-            except SlideError:
-                failures += 1
-                if failures > GIVE_UP_DAMAGED:
-                    raise SlideError(f"{slide.path.name}: damaged throughout ({first})") from first
-                again.close()
-                again = open_again()
-            if max(w, h) <= SMALLEST_PIECE_PX:
-                unreadable[y : y + h, x : x + w] = True
-            elif w >= h:
-                waiting += [(x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)]
-            else:
-                waiting += [(x, y, w, h // 2), (x, y + h // 2, w, h - h // 2)]
-    finally:
-        again.close()
-    if unreadable.all():
-        raise first
-    return thumbnail, downsample, unreadable
 
 
 def _pale(thumbnail: Pixels, limit: float) -> npt.NDArray[np.bool_]:

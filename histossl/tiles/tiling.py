@@ -72,11 +72,13 @@ def tile_archive(
     retry: bool = False,
     dask: str | None = None,
     silence_s: float = SILENCE_S,
+    verify: bool = False,
 ) -> list[LedgerRow]:
     """Tile what is not tiled yet; returns this archive's rows of the ledger, one per file.
 
     `num_workers` processes (default: one per core; 0: none, here), or a Dask cluster's. `retry` tries again what
     failed or was replaced. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
+    `verify` decodes every tile that is copied, to find flipped bits; else a sample of each slide is decoded.
     A store has one config: another one is a MismatchError that names what differs.
     """
     require(
@@ -91,7 +93,7 @@ def tile_archive(
         raise HistosslError(f"{directory}: no slides in it or its subfolders; give the folder that holds the slides")
     with _alone_in(workspace):
         refuse_other_settings(workspace, config)
-        plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry)
+        plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
         ledger = _Ledger(workspace.archive_csv, plan.rows)
         try:
             if plan.jobs:
@@ -157,6 +159,7 @@ def _plan(
     mpp_csv: Path | None,
     regions: Path | None,
     retry: bool,
+    verify: bool,
 ) -> _Plan:
     """Which slides are done, which are to do, and which failed before and are left alone."""
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
@@ -188,6 +191,7 @@ def _plan(
             mpp_source=source,
             key=names.key,
             regions=drawn[each.path],
+            verify=verify,
         )
         plan.rows.append(row)
     names.write()
@@ -578,7 +582,11 @@ def why_none(tiling: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _alone_in(workspace: Workspace) -> Iterator[None]:
-    """One `tile` at a time per workspace. The kernel lets go of the lock however the process ends."""
+    """One `tile` at a time per workspace. The kernel lets go of the lock however the process ends.
+
+    A workspace that this run made and left empty (its settings were refused, say) goes with it.
+    """
+    new = not workspace.root.exists()
     workspace.make()
     path = workspace.tiles / ".lock"
     try:
@@ -597,7 +605,13 @@ def _alone_in(workspace: Workspace) -> Iterator[None]:
         except OSError as error:
             raise HistosslError(f"{workspace.tiles}: cannot be written ({error.strerror})") from error
         _sweep(workspace.tiles)
-        yield
+        try:
+            yield
+        finally:
+            if new and {*workspace.root.iterdir()} <= {workspace.tiles} and {*workspace.tiles.iterdir()} <= {path}:
+                path.unlink(missing_ok=True)
+                workspace.tiles.rmdir()
+                workspace.root.rmdir()
 
 
 def _locked(descriptor: int) -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 import pytest
-from svs_like import write_svs_like
+from bench.svs_like import write_svs_like
 
 from histossl.config import TileConfig
 from histossl.demo.paint import paint_huge_slide, paint_slide
@@ -34,15 +34,16 @@ def told(what, figures):
     return {(one.way, one.filters): statistics.median(one.ratios) for one in figures}
 
 
-def test_without_filters_copied_40_times_stitched_7_times_as_fast_as_the_usual_loop(tmp_path):
+def test_with_its_filters_copied_30_times_stitched_7_times_as_fast_as_the_usual_loop(tmp_path):
     slide = write_svs_like(tmp_path / "svs-like.tif")
     # Enough tiles that opening and the comparison with OpenSlide, once per slide, do not decide.
-    ratios = told("SVS-like, JPEG, 0.25 mpp", measure_tiling(slide, TileConfig(), max_tiles=2000, repeats=3))
+    ratios = told("SVS-like, JPEG, 0.25 mpp", measure_tiling(slide, TileConfig(), max_tiles=2464, repeats=3))
     assert ratios["copied", False] >= 40
+    assert ratios["copied", True] >= 30
     assert ratios["stitched", False] >= 7
-    assert ratios["stitched", True] >= 4
-    # OpenSlide alone takes 60 % of the usual loop's time here, so that reading through it cannot be much faster.
-    assert ratios["read", False] >= 1.25
+    assert ratios["stitched", True] >= 7
+    # OpenSlide alone takes 58 % of the usual loop's time here: reading through it cannot be 1.7 times as fast.
+    assert ratios["read", True] >= 1.25
 
 
 @pytest.mark.parametrize("compression", ["deflate", "jp2k"])

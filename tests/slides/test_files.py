@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from histossl.errors import SlideError, UsageError
+from histossl.errors import HistosslError, SlideError, UsageError
+from histossl.slides import files
 from histossl.slides.files import dicom_series, find_slides, walk
 from histossl.slides.reader import open_slide
 
@@ -171,3 +173,42 @@ def test_wrong_folder_is_told(tmp_path: Path) -> None:
     touch(tmp_path, "A1.svs")
     with pytest.raises(UsageError, match="a file, not a folder"):
         walk(tmp_path / "A1.svs")
+
+
+# ---- a disk that does not answer
+
+
+def stalling(monkeypatch, *names):
+    """Reading the header of these files never ends."""
+    for_ever = threading.Event()
+    real = files._head
+
+    def head(path):
+        if path.name in names:
+            for_ever.wait(60)
+        return real(path)
+
+    monkeypatch.setattr(files, "_head", head)
+    return for_ever
+
+
+def test_a_file_that_never_answers_costs_itself_and_not_the_walk(tmp_path, monkeypatch):
+    for name in ("A1.svs", "B1.svs", "C1.svs"):
+        (tmp_path / name).write_bytes(b"x")
+    released = stalling(monkeypatch, "B1.svs")
+    found = {one.slide: one.problem for one in walk(tmp_path, stall_s=0.3).found}
+    released.set()
+    assert list(found) == ["A1", "B1", "C1"]
+    assert "gave no answer" in found["B1"]
+    assert not found["A1"]
+    assert not found["C1"]
+
+
+def test_a_disk_that_never_answers_is_named_in_one_line(tmp_path, monkeypatch):
+    names = [f"{letter}1.svs" for letter in "ABCDEF"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    released = stalling(monkeypatch, *names)
+    with pytest.raises(HistosslError, match="the disk gave no answer"):
+        walk(tmp_path, stall_s=0.2)
+    released.set()

@@ -437,3 +437,19 @@ def test_an_interrupted_scan_keeps_what_it_has_seen(
     )
     assert len(scan(tmp_path, workspace, ScanConfig(), num_workers=1).rows) == 3
     assert len(opened) == 1
+
+
+def test_a_level_that_is_damaged_does_not_cost_the_slide(paint: Callable[..., Any], workspace: Workspace) -> None:
+    """The thumbnail's level is destroyed: tissue is found on the next one, and tiles are expected as before."""
+    slide = paint("A1.tif", width_px=2048, height_px=2048, mpp=0.5, seed=2).path
+    whole = scan(slide.parent, workspace, ScanConfig(), 1).rows[0]
+    with tifffile.TiffFile(slide) as tiff:
+        pages = [level.pages[0] for level in tiff.series[0].levels]
+        places = [each for page in pages[2:] for each in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    content = bytearray(slide.read_bytes())
+    for start, length in places:
+        content[start : start + length] = bytes(length)
+    slide.write_bytes(content)
+    row = scan(slide.parent, workspace, ScanConfig(), 1).rows[0]
+    assert row.readable, row.reason
+    assert row.expected_tiles == pytest.approx(whole.expected_tiles, rel=0.05)

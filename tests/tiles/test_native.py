@@ -265,8 +265,8 @@ def test_each_native_tile_is_decoded_once(painted_slide, monkeypatch):
     from histossl.tiles import native
 
     decoded = []
-    real = native._decoded
-    monkeypatch.setattr(native, "_decoded", lambda *tile: decoded.append(1) or real(*tile))
+    real = native.decoded
+    monkeypatch.setattr(native, "decoded", lambda *tile: decoded.append(1) or real(*tile))
     with open_slide(painted_slide.path, 0.5) as slide:
         config = TileConfig(tile_px=100, grid="physical", tissue=ALL)
         cutter = cutter_for(slide, 0.5, config, lambda: slide)

@@ -960,3 +960,31 @@ def test_no_label_no_description_no_name_reaches_a_tile(workspace, real_data, tm
         for row in read_store(at.zip_of("CMU-1-Small-Region")).table:
             assert row["x_l0"] + 240 <= 2220
             assert row["y_l0"] + 240 <= 2967
+
+
+@pytest.mark.parametrize("command", ["scan", "tile"])
+def test_the_folder_is_taken_with_or_without_its_option(cli, tmp_path, command):
+    (tmp_path / "slides").mkdir()
+    for folder in ([tmp_path / "slides"], ["--slides", tmp_path / "slides"]):
+        told = cli(command, *folder, "-w", tmp_path / "ws")
+        assert (told.code, "no slides in it" in told.err) == (1, True)
+    assert "name the folder" in cli(command, "-w", tmp_path / "ws").err
+    assert "two folders" in cli(command, tmp_path, "--slides", tmp_path / "slides", "-w", tmp_path / "ws").err
+
+
+def test_a_command_that_fails_at_once_leaves_no_workspace(cli, painted_archive, tmp_path):
+    slides, bad = painted_archive.directory, tmp_path / "bad.csv"
+    bad.write_text("slide,mpp\nA,none\n")
+    for arguments in (
+        ["tile", "nowhere"],
+        ["tile", slides, "--mpp", "0"],
+        ["tile", slides, "--mpp-csv", bad],
+        ["tile", slides, "--grid", "nativ"],
+        ["scan", "nowhere"],
+        ["scan", slides, "--mpp-csv", bad],
+        ["scan", slides, "--mpp", "text"],
+    ):
+        told = cli(*arguments, "-w", tmp_path / "ws")
+        assert told.code in (1, 2)
+        assert told.err.count("error:") == 1
+        assert not (tmp_path / "ws").exists(), arguments

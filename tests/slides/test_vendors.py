@@ -1,0 +1,129 @@
+"""Each scanner's format is named, scaled and read as its maker meant, on files painted in its layout."""
+
+import numpy as np
+import openslide
+import pytest
+from vendor_files import LEICA_GAP_PX, SECRET, WRITERS
+
+from histossl.config import ScanConfig, TileConfig, TissueConfig
+from histossl.demo.paint import halved, paint_slide
+from histossl.slides.reader import open_slide
+from histossl.slides.scan import scan
+from histossl.tiles.native import NativeTiles
+from histossl.tiles.one_slide import TileJob, tile_slide
+from histossl.tiles.store import read_store
+
+MPP = 0.5
+FORMATS = {
+    "philips": "Philips TIFF",
+    "trestle": "Trestle TIFF",
+    "leica": "Leica SCN",
+    "ventana": "Ventana BIF",
+    "perkinelmer": "QPTIFF",
+    "hamamatsu": "Hamamatsu NDPI/VMS",
+    "mirax": "MIRAX MRXS",
+}
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pixels") / "A1.tif"
+    paint_slide(path, width_px=768, height_px=512, mpp=MPP, seed=3, compression="deflate")
+    with open_slide(path) as slide:
+        return slide.read_level(0, 0, 0, 768, 512)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, pixels):
+    folder = tmp_path_factory.mktemp("vendors")
+    for vendor, (name, write) in WRITERS.items():
+        (folder / vendor).mkdir()
+        write(folder / vendor / name, pixels, MPP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(archive, tmp_path_factory):
+    from histossl.workspace import Workspace
+
+    found = scan(archive, Workspace.at(tmp_path_factory.mktemp("scan")), ScanConfig(tile_px=128), 1)
+    return {row.file.split("/")[0]: row for row in found.rows}
+
+
+def path_of(archive, vendor):
+    return archive / vendor / WRITERS[vendor][0]
+
+
+def corner(vendor):
+    return LEICA_GAP_PX if vendor == "leica" else 0
+
+
+@pytest.mark.parametrize("vendor", WRITERS)
+def test_scan_names_the_vendor_and_its_scale(rows, vendor):
+    row = rows[vendor]
+    assert (row.vendor, row.format) == (vendor, FORMATS[vendor])
+    assert row.mpp == pytest.approx(MPP, rel=1e-3)
+    assert row.status == "ok", row.reason
+    assert row.slide == f"{vendor}/A1"
+    assert row.expected_tiles > 0
+    assert row.compression in ("JPEG", ""), row  # OpenSlide does not tell it of MIRAX
+
+
+@pytest.mark.parametrize("vendor", WRITERS)
+def test_regions_are_the_painted_pixels_and_openslides(archive, pixels, vendor):
+    path, gap = path_of(archive, vendor), corner(vendor)
+    with open_slide(path) as slide, openslide.OpenSlide(str(path)) as referee:
+        for level, painted in enumerate((pixels, halved(pixels))):
+            x, y, side = (gap >> level) + 100, (gap >> level) + 60, 150
+            mine = slide.read_level(level, x, y, side, side)
+            wanted = painted[60 : 60 + side, 100 : 100 + side].astype(int)
+            assert np.abs(mine - wanted).mean() < 3, level  # JPEG
+            theirs = np.asarray(referee.read_region((x << level, y << level), level, (side, side)))[..., :3]
+            assert np.abs(mine.astype(int) - theirs).mean() < 0.5, level
+        shrunk = slide.read_region_l0(gap + 64, gap + 64, 256, 256, 128, 128).astype(int)
+        assert np.abs(shrunk - halved(pixels)[32:160, 32:160]).mean() < 3
+
+
+@pytest.mark.parametrize("vendor", WRITERS)
+def test_what_lies_outside_the_slide_is_white(archive, vendor):
+    with open_slide(path_of(archive, vendor)) as slide:
+        assert (slide.read_level(0, -40, -40, 30, 30) == 255).all()
+        assert (slide.read_level(0, slide.size_l0[0] + 3, 0, 30, 30) == 255).all()
+
+
+@pytest.mark.parametrize("vendor", ["philips", "trestle", "perkinelmer"])
+def test_copied_tiles_are_openslides_pixels(archive, vendor):
+    import simplejpeg
+
+    path = path_of(archive, vendor)
+    with open_slide(path) as slide, openslide.OpenSlide(str(path)) as referee:
+        assert slide.native is not None
+        assert all(slide.native)
+        for number, level in enumerate(slide.native):
+            with NativeTiles(path, level) as tiles:
+                for row in range(level.tiles_down):
+                    for column in range(level.tiles_across):
+                        x, y = column * level.tile_width_px << number, row * level.tile_height_px << number
+                        size = (level.tile_width_px, level.tile_height_px)
+                        theirs = np.asarray(referee.read_region((x, y), number, size))[..., :3]
+                        assert np.array_equal(simplejpeg.decode_jpeg(tiles.jpeg(column, row)), theirs)
+
+
+@pytest.mark.parametrize("vendor", WRITERS)
+def test_tiles_of_every_vendor_are_the_painted_pixels(archive, pixels, tmp_path, vendor):
+    import simplejpeg
+
+    everything = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+    job = TileJob(path_of(archive, vendor), "A1", "A1", tmp_path / "A1.zip", TileConfig(tile_px=128, tissue=everything))
+    made = tile_slide(job, lambda _: None).tiling
+    assert made["scales"][0]["way"] == ("copied" if vendor in ("philips", "trestle", "perkinelmer") else "read")
+    content, gap = job.zip_path.read_bytes(), corner(vendor)
+    canvas = np.full((pixels.shape[0] + gap + 128, pixels.shape[1] + gap + 128, 3), 255, np.uint8)
+    canvas[gap : gap + pixels.shape[0], gap : gap + pixels.shape[1]] = pixels
+    table = read_store(job.zip_path).table
+    assert len(table) >= 24
+    for row in table:
+        tile = simplejpeg.decode_jpeg(content[row["offset"] : row["offset"] + row["length"]]).astype(int)
+        x, y = int(row["x_l0"]), int(row["y_l0"])
+        assert np.abs(tile - canvas[y : y + 128, x : x + 128]).mean() < 4  # twice JPEG
+        assert not (np.abs(tile - SECRET).max(axis=2) <= 2).mean() > 0.5  # no label, no macro
