@@ -27,7 +27,8 @@ StartsOption = Annotated[
         "--starts",
         metavar="A,B,...",
         help="What to compare: random, imagenet, adapted, colour (27 colour statistics, no network), a pretraining "
-        "run, FILE or NAME=FILE (a backbone.safetensors). Default: all of the first four that there are.",
+        "run, FILE or NAME=FILE (a backbone.safetensors), NAME=RUN+RUN+... (pretraining seeds as one start). "
+        "Default: all of the first four that there are.",
         show_default=False,
     ),
 ]
@@ -53,8 +54,9 @@ AdaptedOption = Annotated[
     str,
     typer.Option(
         "--adapted",
-        metavar="RUN|FILE",
-        help="The adapted start: a pretraining run, or a backbone.safetensors. Default: the workspace's finished run.",
+        metavar="RUN|FILE,...",
+        help="The adapted start: a pretraining run, or a backbone.safetensors; several, separated by commas, are seeds "
+        "of one start: its curve is their mean, its band holds their spread. Default: the workspace's finished run.",
         show_default=False,
     ),
 ]

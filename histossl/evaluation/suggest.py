@@ -56,10 +56,10 @@ def suggest(
             f"every slide of {workspace.root} that has tiles is labelled already; there is none to suggest"
         )
     starts = resolve_starts(workspace, config)
-    by_name = {start.name: start for start in starts.chosen if start.name != COLOUR}
+    by_name = {start.name: start for start in reversed(starts.chosen) if start.name != COLOUR}  # a pool's first run
     if not by_name:
         raise UsageError("--starts colour: suggestions need features of a network")
-    start = next((by_name[name] for name in PREFERRED if name in by_name), next(iter(by_name.values())))
+    start = next((by_name[name] for name in PREFERRED if name in by_name), next(reversed(by_name.values())))
     embedder = start.embedder(
         seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
     )

@@ -24,7 +24,6 @@ from histossl.slides.ledger import LedgerRow, read_ledger
 from histossl.workspace import FinetuneDir, PretrainDir, Workspace
 
 Floats = NDArray[np.float64]
-NOT_ADAPTED = ("random", "imagenet", "colour")
 IN_THIS_ORDER = ("adapted", "imagenet", "random", "colour")
 
 
@@ -58,7 +57,12 @@ class Content:
     @property
     def adapted(self) -> str | None:
         """The start that the report is about: `adapted`, else the first that is none of the known three."""
-        return next((name for name in self.starts if name not in NOT_ADAPTED), None)
+        return next(iter(curves.adapted_starts(self.starts)), None)
+
+    @property
+    def all_adapted(self) -> list[str]:
+        """Every start that somebody pretrained, the one of the verdict first."""
+        return curves.adapted_starts(self.starts)
 
     @property
     def reference(self) -> str | None:
@@ -75,11 +79,11 @@ class Content:
         return max(self.measured.budgets, key=in_budget_order)
 
     def at_largest(self, start: str) -> list[list[Prediction]]:
-        """A start's predictions at the largest budget, a list per draw."""
-        by_draw: dict[int, list[Prediction]] = {}
+        """A start's predictions at the largest budget, a list per draw (and pretraining seed)."""
+        by_draw: dict[tuple[int, str], list[Prediction]] = {}
         for one in self.predictions:
             if one.start == start and one.head == self.head and one.budget == self.largest:
-                by_draw.setdefault(one.draw, []).append(one)
+                by_draw.setdefault((one.draw, one.backbone), []).append(one)
         return list(by_draw.values())
 
 
@@ -142,7 +146,10 @@ def lines(content: Content, metric: str) -> list[plots.Line]:
         if rows:
             places = [float(content.measured.slides[content.measured.budgets.index(row.budget)]) for row in rows]
             table = np.array([[row.mean, row.low, row.high] for row in rows])
-            found.append(plots.Line(start, np.array(places), table[:, 0], table[:, 1], table[:, 2]))
+            there = [content.measured.budgets.index(row.budget) for row in rows]
+            seeds = content.measured.seed_curves_MB(metric, content.measured.number(start, content.head))[:, there]
+            drawn = list(seeds) if len(seeds) > 1 else []
+            found.append(plots.Line(start, np.array(places), table[:, 0], table[:, 1], table[:, 2], drawn))
     return found
 
 

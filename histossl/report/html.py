@@ -87,9 +87,11 @@ def sections(content: Content) -> dict[str, Any]:
             if contents.lines(content, metric)
         ],
         "saved": saved,
-        "saved_figure": _saved_figure(content, saved),
+        "saved_figures": _saved_figures(content),
+        "seeds": _seeds(content),
         "comparison": comparison,
         "other_comparisons": _other_comparisons(content),
+        "other_verdicts": _other_verdicts(content),
         "scores": _scores(content),
         "all_metrics": _all_metrics(content),
         "areas": {start: curves.area(found, METRIC, start, content.head) for start in content.starts},
@@ -131,6 +133,16 @@ def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved
         return verdict, [], None
     saved = curves.labels_saved(content.measured, METRIC, adapted, reference, content.head)
     return verdict, saved, verdict.comparison
+
+
+def _other_verdicts(content: Content) -> dict[str, str]:
+    """The headline of every further start that somebody pretrained."""
+    if content.reference is None:
+        return {}
+    return {
+        start: curves.verdict(content.measured, start, content.reference, METRIC, content.head, content.unit).headline
+        for start in content.all_adapted[1:]
+    }
 
 
 def _key_figures(
@@ -297,12 +309,32 @@ def _curve(content: Content, metric: str, size: tuple[float, float] = (7.4, 4.3)
     )
 
 
-def _saved_figure(content: Content, saved: Sequence[curves.Saved]) -> Markup | None:
-    rows = contents.saved_rows(saved)
-    if not rows or content.adapted is None or content.reference is None:
-        return None
-    figure = plots.saved(rows, contents.ticks(content.measured), content.adapted, content.reference, content.unit)
-    return _drawn(figure, "saved", "Labels saved")
+def _saved_figures(content: Content) -> list[tuple[str, list[curves.Saved], Markup]]:
+    """(start, rows, figure) of every start that somebody pretrained."""
+    found = []
+    for number, start in enumerate(content.all_adapted):
+        if content.reference is None:
+            continue
+        saved = curves.labels_saved(content.measured, METRIC, start, content.reference, content.head)
+        rows = contents.saved_rows(saved)
+        if rows:
+            figure = plots.saved(rows, contents.ticks(content.measured), start, content.reference, content.unit)
+            name = "saved" if number == 0 else f"saved-{number}"
+            found.append((start, saved, _drawn(figure, name, f"Labels saved by {plots.shown(start)}")))
+    return found
+
+
+def _seeds(content: Content) -> list[tuple[str, list[tuple[str, float, float | None]]]]:
+    """Per pooled start: (run, height of its curve, difference from the reference's) of each pretraining run."""
+    found = []
+    for start in content.starts:
+        heights = curves.area_per_seed(content.measured, METRIC, start, content.head)
+        if len(heights) > 1:
+            reference = content.reference
+            beside = curves.area(content.measured, METRIC, reference, content.head)[0] if reference else None
+            rows = [(run, height, None if beside is None else height - beside) for run, height in heights.items()]
+            found.append((start, rows))
+    return found
 
 
 def _confusion_figure(content: Content, tables: Mapping[str, contents.Floats]) -> Markup | None:

@@ -128,6 +128,7 @@ class Line:
     mean: Floats
     low: Floats
     high: Floats
+    seeds: Sequence[Floats] = ()  # the curves of its pretraining runs, where it is the mean of several
 
 
 @styled
@@ -151,6 +152,8 @@ def curve(
             if main:  # edges keep bands apart that lie upon each other
                 for edge in (line.low, line.high):
                     axes.plot(line.slides, edge, color=colour, linewidth=0.7, alpha=0.55, linestyle=dash)
+        for seed in line.seeds:
+            axes.plot(line.slides, seed, color=colour, linewidth=0.8, alpha=0.7, linestyle=(0, (1, 1.2)), zorder=2)
         axes.plot(
             line.slides,
             line.mean,
