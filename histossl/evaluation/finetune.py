@@ -3,11 +3,13 @@
     labels -> splits -> for each start: embed, train a head at every budget of every draw -> predictions -> curve
 
 Each piece of work (a start, a draw, a fold, a budget) has its own seed and is written to a journal when it is done, so
-a run that was killed goes on where it was, and one more start changes nothing about the others.
+a run that was killed goes on where it was, and one more start changes nothing about the others. Several processes share
+the pieces (team.py), each with a part of the journal that the first one puts together.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,7 @@ from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
 from histossl.evaluation.starts import Start, Starts, resolve_starts, with_floor
 from histossl.evaluation.tables import Budget, Prediction
+from histossl.evaluation.team import Team, team_on
 from histossl.evaluation.tuning import TileSource, tune
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
@@ -60,6 +63,19 @@ def finetune(
     dry_run: bool = False,
 ) -> Result:
     """The whole curve. Whatever can be wrong with the labels or the starts ends before the first tile is read."""
+    with team_on(embed.device) as (team, device):
+        return _finetune(workspace, name, config, embed, dry_run, team, device)
+
+
+def _finetune(
+    workspace: Workspace,
+    name: str,
+    config: FinetuneConfig,
+    embed: EmbedConfig,
+    dry_run: bool,
+    team: Team,
+    device: torch.device,
+) -> Result:
     index = TileIndex.open(workspace)
     table = labelled_items(workspace, index, config)
     show_labels(table, config.labels)
@@ -78,30 +94,36 @@ def finetune(
         console.warn(note)
 
     # ---- what the directory now belongs to
-    run.root.mkdir(parents=True, exist_ok=True)
-    if not run.splits.exists():
-        write_splits(run.splits, splits, table)
     facts = _facts(workspace, index, table, splits, starts, config)
     before = read_run(run.run_json) if run.run_json.exists() else {}
+    team.wait()  # all have read what was there
+    if team.leads:
+        run.root.mkdir(parents=True, exist_ok=True)
+        if not run.splits.exists():
+            write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})
     facts["leak"] = {**facts["leak"], "seen": {**before.get("leak", {}).get("seen", {}), **facts["leak"]["seen"]}}
-    write_run(run.run_json, config, **facts)
+    if team.leads:
+        write_run(run.run_json, config, **facts)
     console.say(f"pretraining pool: {facts['leak']['statement']}")
 
     # ---- every start, one after the other
-    device = device_of(embed.device)
     learners: dict[str, Learner] = {}  # of a pooled start, its first run stands for it where one is needed
     measured_before = dict(facts["starts"])
     asked_for: dict[str, list[dict[str, Any]]] = {}
     for start in starts.chosen:
         embedder = start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
         _refuse_other_weights(run, start, embedder, measured_before)
-        learner = _learner(workspace, index, start, embedder, table, splits, config, embed, starts.input_px, device)
+        learner = _learner(workspace, index, start, embedder, table, splits, config, embed, starts.input_px, team)
         asked_for.setdefault(start.name, []).append(_start_facts(start, embedder))
         facts["starts"][start.name] = {**asked_for[start.name][0], "seeds": asked_for[start.name]}
-        write_run(run.run_json, config, **facts)
-        _compute(run, start, embedder.digest, learner, table, splits, config)
+        if team.leads:
+            write_run(run.run_json, config, **facts)
+        _compute(run, start, embedder.digest, learner, table, splits, config, team)
         learners.setdefault(start.name, learner)
+
+    if not team.leads:
+        return Result(run, table, True)
 
     # ---- from the journals to the tables, the curve and the report
     predictions = list(_predictions(_complete(run, facts["starts"], splits), table, splits, config))
@@ -131,13 +153,15 @@ def _learner(
     config: FinetuneConfig,
     embed: EmbedConfig,
     input_px: int,
-    device: torch.device,
+    team: Team,
 ) -> Learner:
     if config.train == "head" or start.name == COLOUR:
+        embed_slides(workspace, index, team.share(table.slides), embedder, embed)
+        team.wait()
         files = embed_slides(workspace, index, table.slides, embedder, embed)
         bags = Bags([(files[item.slide], item.tiles) for item in table.items])
         return Frozen(start, bags, table, splits, config)
-    return EndToEnd(start, index, table, splits, config, input_px, device)
+    return EndToEnd(start, index, table, splits, config, input_px, embedder.device)
 
 
 def _save_model(
@@ -484,19 +508,46 @@ def _compute(
     table: LabelTable,
     splits: Splits,
     config: FinetuneConfig,
+    team: Team,
 ) -> None:
-    """Train and test every head that the journal does not hold yet."""
-    journal = Journal(run.journal(start.key), [digest, table.digest, head_label(config)])
+    """Train and test every head that the journal does not hold yet: this process its share of them."""
+    belongs_to = [digest, table.digest, head_label(config)]
+    path = run.journal(start.key)
+    if team.leads:
+        _join_parts(path, belongs_to)
+    team.wait()
+    journal = Journal(path, belongs_to)
     work = [(part, budget) for part in splits.parts for budget in splits.budgets]
     todo = [(part, budget) for part, budget in work if _key(part, budget) not in journal.done]
-    if not todo:
+    if todo:
+        own = journal if team.count == 1 else Journal(_part_of(path, team.rank), belongs_to)
+        with own, console.progress(f"heads on {start.key}", len(work), "heads") as bar:
+            bar.advance(len(work) - len(todo))
+            for part, budget in team.share(todo):
+                learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
+                own.write(_key(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
+                bar.advance(min(team.count, bar.total - bar.done))  # the others are about as far
+    team.wait()
+    if team.leads:
+        _join_parts(path, belongs_to)
+
+
+def _part_of(journal: Path, rank: int) -> Path:
+    return journal.with_name(f"{journal.stem}@{rank}.part")
+
+
+def _join_parts(path: Path, belongs_to: Sequence[str]) -> None:
+    """What several processes have written, of this run or of one that was killed, goes into the journal."""
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}@*.part"))
+    if not parts:
         return
-    with journal, console.progress(f"heads on {start.key}", len(work), "heads") as bar:
-        bar.advance(len(work) - len(todo))
-        for part, budget in todo:
-            learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
-            journal.write(_key(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
-            bar.advance()
+    with Journal(path, belongs_to) as journal:
+        for part in parts:
+            for key, shares in Journal(part, belongs_to).done.items():
+                if key not in journal.done:
+                    journal.write(key, shares)
+    for part in parts:
+        part.unlink()
 
 
 Key = tuple[str, int, int | None]  # budget, draw, fold
