@@ -1,6 +1,7 @@
 """report.html: one file that opens offline and prints, made from the files of a finetuning alone.
 
     histossl report                 remakes it, and the curve as PNG and SVG
+    histossl report --map umap      the same with a UMAP beside the map of principal components
 
 The verdict first, then the evidence, then what it was measured on and with. A section without data is left out, and
 where a reader would miss it the page says why. Every name is escaped (jinja2's autoescape); there is no script in it.
@@ -36,7 +37,7 @@ BESIDE = ("balanced_accuracy", "log_loss")
 MOST_LEDGER_ROWS = 200
 
 
-def write_report(run: FinetuneDir, workspace: Workspace) -> Path:
+def write_report(run: FinetuneDir, workspace: Workspace, with_umap: bool = False) -> Path:
     """report.html, curve.svg and curve.png in the finetuning's directory. StoreError if there is nothing to report."""
     content = read_content(run, workspace)
     figure = _curve(content, METRIC)
@@ -44,7 +45,7 @@ def write_report(run: FinetuneDir, workspace: Workspace) -> Path:
         aside.write_text(_standalone(plots.svg(figure, "curve")), encoding="utf-8")
     with written_aside(run.curve_png) as aside:
         aside.write_bytes(plots.png(figure))
-    page = render(content, look_at_features(content, workspace))
+    page = render(content, look_at_features(content, workspace, with_umap))
     with written_aside(run.report) as aside:
         aside.write_text(page, encoding="utf-8")
     return run.report
@@ -63,7 +64,7 @@ def render(content: Content, features: Features | None = None) -> str:
     )
     environment.globals.update(plain_name=PLAIN_NAME, look=plots.look_of(content.starts), isnan=math.isnan)
     return environment.get_template("report.html.j2").render(
-        **sections(content), features=features, feature_map=_feature_map(features)
+        **sections(content), features=features, feature_maps=_feature_maps(features)
     )
 
 
@@ -348,10 +349,14 @@ def _calibration_figure(content: Content) -> Markup | None:
     return _drawn(plots.calibration(bins), "calibration", "Calibration") if bins else None
 
 
-def _feature_map(features: Features | None) -> Markup | None:
+def _feature_maps(features: Features | None) -> dict[str, Markup]:
     if features is None:
-        return None
-    return _drawn(plots.feature_map(features.places, features.colourings), "features", "Map of features")
+        return {}
+    found = {"": _drawn(plots.feature_map(features.places, features.colourings), "features", "Map of features")}
+    if features.umap_places:
+        figure = plots.feature_map(features.umap_places, features.colourings)
+        found["-umap"] = _drawn(figure, "features-umap", "UMAP of features")
+    return found
 
 
 def _pretraining_figure(content: Content) -> dict[str, Any] | None:
