@@ -246,8 +246,9 @@ def compare(
         weights_SB[a] += weights_B
         weights_SB[b] -= weights_B
         found = estimate(measured, metric, weights_SB)
-        # Scores move in steps of about one patient: half a step is never called a difference, however alike the draws.
-        least = (0.5 / full_patients(measured, metric)) ** 2 if metric in BOUNDED else 0.0
+        # Scores move in steps of about one slide: half a step is never called a difference, however alike the draws.
+        slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
+        least = (0.5 / slides) ** 2 if metric in BOUNDED else 0.0
         return found, math.sqrt(found.variance + least)
 
     def tested(budget: Budget | None, weights_B: Floats) -> tuple[Difference, float]:
@@ -540,9 +541,7 @@ def _limits(
         which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
     if seen_in_pretraining:
-        of_all = f"{seen_in_pretraining} of {measured.num_tested} tested slides"
-        if unit != "slide":
-            of_all = f"{seen_in_pretraining} tested slides"
+        of_all = f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s"
         limits.append(
             f"{of_all} were in the pretraining pool, without their labels (transductive). "
             "On slides from elsewhere the gain may be smaller."

@@ -30,10 +30,10 @@ from histossl.evaluation.drawn import drawn_items
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.model import ModelInfo, is_model_of, save_model
+from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means
 from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
-from histossl.evaluation.starts import Start, Starts, resolve_starts, with_floor
+from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, with_floor
 from histossl.evaluation.tables import Budget, Prediction
 from histossl.evaluation.team import Team, team_on
 from histossl.evaluation.tuning import TileSource, tune
@@ -92,6 +92,7 @@ def _finetune(
         console.warn(f"start {skipped!r} is left out: {why}")
     for note in starts.notes:
         console.warn(note)
+    refuse_unloadable(starts, config.seed)
 
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
@@ -426,6 +427,7 @@ class Frozen:
 
     def __init__(self, start: Start, bags: Bags, table: LabelTable, splits: Splits, config: FinetuneConfig) -> None:
         self.start, self.bags, self.num_classes, self.seed = start, bags, len(table.classes), config.seed
+        self.table = table
         # The floor is colour alone, told as simply as can be: never attention over tiles, nothing end to end.
         self.name = "mean" if start.name == COLOUR and head_label(config) not in POOLED else config.head
         self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
@@ -445,7 +447,13 @@ class Frozen:
         return self.fitted.predict_proba(self.bags, items)
 
     def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
-        save_model(folder, *self.start.load(self.seed), self.fitted, self.bags.pooled[items], info)
+        known = _of_slides(self.bags.pooled[items], self.table, items)
+        save_model(folder, *self.start.load(self.seed), self.fitted, *known, info)
+
+
+def _of_slides(features: Floats, table: LabelTable, items: Ints) -> tuple[Floats, Ints]:
+    own = [table.items[item] for item in items]
+    return slide_means(features, [item.slide for item in own], [item.patient for item in own])
 
 
 class EndToEnd:
@@ -462,6 +470,7 @@ class EndToEnd:
         device: torch.device,
     ) -> None:
         self.backbone, self.info = start.load(config.seed)
+        self.table = table
         self.config, self.input_px, self.device, self.num_classes = config, input_px, device, len(table.classes)
         self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
         of_slide = {slide: slide_tiles(index, slide) for slide in table.slides}
@@ -492,7 +501,9 @@ class EndToEnd:
 
     def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
         mean = np.stack([self.fitted.features(self.source, int(item)).mean(0) for item in items])
-        save_model(folder, self.fitted.backbone, self.info, self.fitted.head, mean, info)
+        save_model(
+            folder, self.fitted.backbone, self.info, self.fitted.head, *_of_slides(mean, self.table, items), info
+        )
 
 
 def head_label(config: FinetuneConfig) -> str:

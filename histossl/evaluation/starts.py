@@ -122,6 +122,16 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
     return Starts(tuple(chosen), config.input_px or _common_size(chosen), skipped, notes)
 
 
+def refuse_unloadable(starts: Starts, seed: int) -> None:
+    """Try to load every start before anything is written: a fault of the last would cost the others' hours."""
+    for start in starts.chosen:
+        if start.name != COLOUR:
+            try:
+                start.load(seed)
+            except WeightsError as error:
+                raise UsageError(f"start {start.key!r}: {error}") from error
+
+
 def with_floor(starts: Starts) -> Starts:
     """The same and the colour floor: every curve has it, asked for or not, and it costs seconds."""
     if any(start.name == COLOUR for start in starts.chosen):
@@ -160,8 +170,8 @@ def _adapted_file(workspace: Workspace, place: str) -> Path:
     runs = _finished_runs(workspace)
     if place and (workspace.pretrain_root / place).is_dir():
         raise UsageError(f"--adapted {place}: this run is not finished; the same histossl pretrain goes on")
-    there = f" Finished runs: {', '.join(runs)}" if runs else f" {workspace.pretrain_root} holds no finished run"
-    raise UsageError(f"--adapted {place}: no such file or run{nearest(place, runs)}.{there}")
+    there = f"finished runs: {', '.join(runs)}" if runs else f"{workspace.pretrain_root} holds no finished run"
+    raise UsageError(f"--adapted {place}: no such file or run{nearest(place, runs)}; {there}")
 
 
 def _pool(name: str, files: Sequence[Path], option: str) -> list[Start]:

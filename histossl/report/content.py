@@ -36,7 +36,11 @@ class Content:
     measured: Measured
     summary: list[SummaryRow]
     ledger: list[LedgerRow]
-    pretrain: PretrainDir | None
+    pretrain_runs: list[PretrainDir]  # of every adapted start, that of the verdict first
+
+    @property
+    def pretrain(self) -> PretrainDir | None:
+        return next(iter(self.pretrain_runs), None)
 
     @property
     def unit(self) -> str:
@@ -102,22 +106,25 @@ def read_content(run: FinetuneDir, workspace: Workspace) -> Content:
         measured=measured,
         summary=curves.summarise(measured),
         ledger=read_ledger(workspace.archive_csv),
-        pretrain=_pretraining_of(facts, workspace),
+        pretrain_runs=_pretraining_of(facts, workspace),
     )
 
 
-def _pretraining_of(facts: Mapping[str, Any], workspace: Workspace) -> PretrainDir | None:
-    """The run that made the adapted backbone, where its directory is to be found (workspaces get moved)."""
+def _pretraining_of(facts: Mapping[str, Any], workspace: Workspace) -> list[PretrainDir]:
+    """The runs that made the adapted backbones, where their directories are to be found (workspaces get moved)."""
     starts = facts.get("starts", {})
-    for name in ("adapted", *starts):
-        source = Path(str(starts.get(name, {}).get("source", "")))
-        if source.name != "backbone.safetensors":
-            continue
-        folder = source.parent.parent if source.parent.name in ("best", "healthy") else source.parent
-        for run in (PretrainDir(folder), PretrainDir(workspace.pretrain_root / folder.name)):
-            if run.log.exists():
-                return run
-    return None
+    found: dict[Path, PretrainDir] = {}
+    for name in curves.adapted_starts(list(starts)):
+        for one in starts[name].get("seeds") or [starts[name]]:
+            source = Path(str(one.get("source", "")))
+            if source.name != "backbone.safetensors":
+                continue
+            folder = source.parent.parent if source.parent.name in ("best", "healthy") else source.parent
+            for run in (PretrainDir(folder), PretrainDir(workspace.pretrain_root / folder.name)):
+                if run.log.exists():
+                    found.setdefault(run.root, run)
+                    break
+    return list(found.values())
 
 
 # ---- curves

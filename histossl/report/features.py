@@ -3,9 +3,9 @@
 Made from the embeddings and tiles that the workspace still holds; where it does not, the report goes without.
 All tiles are drawn at random with a fixed seed, none is chosen for its looks. Only slides that were tested are shown.
 
-The map is of principal components: no other library, seconds, and far apart means unlike. UMAP shows clusters
-better and distances worse; it is drawn beside it on request (`histossl report --map umap`), for it brings 200 MB of compiler and
-half a minute of compiling to every report.
+The map is of principal components: no other library, seconds, and far apart means unlike. UMAP shows clusters better
+and distances worse; it is drawn beside it on request (`histossl report --map umap`), for it brings 200 MB of compiler
+and half a minute of compiling to every report.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from histossl.workspace import FinetuneDir, Workspace, written_aside
 METRIC = "auroc"  # what the verdict and the first curve are about
 BESIDE = ("balanced_accuracy", "log_loss")
 MOST_LEDGER_ROWS = 200
+WORKED_OUT_AT_ZERO = ("input_px", "folds")
 
 
 def write_report(run: FinetuneDir, workspace: Workspace, with_umap: bool = False) -> Path:
@@ -60,7 +61,13 @@ def render(content: Content, features: Features | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        score=_score, signed=curves.signed, count=_count, percent=_percent, slides=_slides, shown=plots.shown
+        score=_score,
+        signed=curves.signed,
+        named=curves.named,
+        count=_count,
+        percent=_percent,
+        slides=_slides,
+        shown=plots.shown,
     )
     environment.globals.update(plain_name=PLAIN_NAME, look=plots.look_of(content.starts), isnan=math.isnan)
     return environment.get_template("report.html.j2").render(
@@ -97,7 +104,7 @@ def sections(content: Content) -> dict[str, Any]:
         "all_metrics": _all_metrics(content),
         "areas": {start: curves.area(found, METRIC, start, content.head) for start in content.starts},
         "confusion": _confusion_figure(content, tables),
-        "roc": _drawn(plots.roc(rocs), "roc", "ROC curves") if rocs else None,
+        "roc": _drawn(plots.roc(rocs, content.unit), "roc", "ROC curves") if rocs else None,
         "calibration": _calibration_figure(content),
         "class_rows": contents.class_rows(content, tables, rocs),
         "pretraining": _pretraining_figure(content),
@@ -254,7 +261,14 @@ def _ledger(content: Content) -> dict[str, Any] | None:
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name.replace("_", "-"), _plainly(value)) for name, value in config.items() if value not in (None, "", [])]
+    """What was set; what was left to be worked out stands elsewhere on the page, as it came out."""
+    shown = {name: value for name, value in config.items() if value not in (None, "", [], ())}
+    if shown.get("train") == "head":
+        shown.pop("tune", None)
+    for name in WORKED_OUT_AT_ZERO:
+        if shown.get(name) == 0:
+            shown.pop(name)
+    return [(name.replace("_", "-"), _plainly(value)) for name, value in shown.items()]
 
 
 def _plainly(value: Any) -> str:
@@ -266,25 +280,27 @@ def _plainly(value: Any) -> str:
 
 
 def _commands(content: Content) -> list[str]:
-    """How each stage was called, and how to remake this page."""
-    commands = []
-    if content.pretrain is not None and content.pretrain.run_json.exists():
-        commands.append(_command(read_run(content.pretrain.run_json).get("command", [])))
+    """How each stage was called (every pretraining run of a pooled start), and how to remake this page."""
+    runs = [run for run in content.pretrain_runs if run.run_json.exists()]
+    commands = [_command(read_run(run.run_json).get("command", [])) for run in runs]
     commands.append(_command(content.facts.get("command", [])))
     commands.append(f"histossl report --name {shlex.quote(content.run.root.name)}")
     return [command for command in dict.fromkeys(commands) if command]
 
 
-def _sources(content: Content) -> dict[str, str]:
+def _sources(content: Content) -> dict[str, list[str]]:
     """Where each start's weights came from; files of this workspace by their place in it."""
     workspace = content.run.root.parent.parent.resolve()
-    found = {}
-    for start, facts in content.facts.get("starts", {}).items():
-        source = str(facts.get("source") or "")
+
+    def place(source: str) -> str:
         path = Path(source)
         inside = path.is_absolute() and path.resolve().is_relative_to(workspace)
-        found[start] = str(path.resolve().relative_to(workspace)) if inside else source
-    return found
+        return str(path.resolve().relative_to(workspace)) if inside else source
+
+    return {
+        start: [place(str(one.get("source") or "")) for one in facts.get("seeds") or [facts]]
+        for start, facts in content.facts.get("starts", {}).items()
+    }
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -371,6 +387,7 @@ def _pretraining_figure(content: Content) -> dict[str, Any] | None:
     run = read_run(content.pretrain.run_json) if content.pretrain.run_json.exists() else {}
     return {
         "name": content.pretrain.root.name,
+        "others": [run.root.name for run in content.pretrain_runs if run.root != content.pretrain.root],
         "figure": _drawn(plots.pretraining(log, shown), "pretraining", "Pretraining"),
         "config": _settings(run.get("config", {})),
         "steps": int(max(steps[-1] for steps, _ in log.values() if len(steps))),

@@ -317,7 +317,7 @@ def confusion(tables: Mapping[str, Floats], classes: Sequence[str]) -> Figure:
 
 
 @styled
-def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]]) -> Figure:
+def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: str = "slide") -> Figure:
     """{class: {start: (false positive rate, true positive rate, area)}}: one small panel per class."""
     num = len(curves)
     rows = -(-num // 4)
@@ -338,9 +338,10 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]]) -> Fig
         axes.set_ylim(-0.02, 1.02)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-    for axes in list(grid.flat)[num:]:
-        axes.set_visible(False)
-    figure.supxlabel("false alarms (share of other slides)", fontsize=9.5, color=SOFT)
+    for place, axes in enumerate(grid.flat):
+        axes.set_visible(place < num)
+        axes.tick_params(labelbottom=place + columns >= num)  # the last of its column, whatever its row
+    figure.supxlabel(f"false alarms (share of other {unit}s)", fontsize=9.5, color=SOFT)
     figure.supylabel("found (share of this class)", fontsize=9.5, color=SOFT)
     return figure
 

@@ -295,6 +295,18 @@ def test_another_architecture_beside_the_adapted_one_is_refused(ready):
         resolve_starts(ready, config_of(ready, starts=(), backbone="test_resnet"))
 
 
+def test_weights_that_do_not_fit_end_before_anything_is_written(ready, cli):
+    export(ready, "run", 3)
+    base = ["finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients"]
+    weights = ready.pretrain("run").backbone
+    for backbone, options in (("test_resnet", ["--weights", weights]), ("test_vit", ["--weights", "nowhere.pth"])):
+        code, _, err = cli(*base, "--starts", "random,imagenet", "--backbone", backbone, *options)
+        assert code == 2
+        assert err.count("error:") == 1
+    assert not ready.finetune_root.exists()
+    assert not (ready.root / "embeddings").exists()
+
+
 # ---- several pretraining seeds
 
 

@@ -149,7 +149,7 @@ def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path
     model = load_model(moved)
     assert model.info.classes == ("high", "low")
     assert model.info.head == "abmil"
-    assert model.training_D.shape == (12, 64)
+    assert model.training_ND.shape == (12, 64)
     tiles = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         features = model.embedder(CPU).embed(tiles).numpy()
