@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,8 @@ StartsOption = Annotated[
         "--starts",
         metavar="A,B,...",
         help="What to compare: random, imagenet, adapted, colour (27 colour statistics, no network), a pretraining "
-        "run, FILE or NAME=FILE (a backbone.safetensors). Default: all of the first four that there are.",
+        "run, FILE or NAME=FILE (a backbone.safetensors), NAME=RUN+RUN+... (pretraining seeds as one start). "
+        "Default: all of the first four that there are.",
         show_default=False,
     ),
 ]
@@ -53,8 +55,9 @@ AdaptedOption = Annotated[
     str,
     typer.Option(
         "--adapted",
-        metavar="RUN|FILE",
-        help="The adapted start: a pretraining run, or a backbone.safetensors. Default: the workspace's finished run.",
+        metavar="RUN|FILE,...",
+        help="The adapted start: a pretraining run, or a backbone.safetensors; several, separated by commas, are seeds "
+        "of one start: its curve is their mean, its band holds their spread. Default: the workspace's finished run.",
         show_default=False,
     ),
 ]
@@ -73,6 +76,8 @@ EmbedBatchOption = Annotated[
         "--embed-batch-size", help="Tiles per forward pass. Default: 256 on a GPU, 64 without.", show_default=False
     ),
 ]
+MAX_RESTARTS = 3  # of a process that dies: what is finished is in the journal
+
 WorkersOption = Annotated[
     int, typer.Option("--workers", help="Threads that read and decode tiles. Default: 2.", show_default=False)
 ]
@@ -256,15 +261,24 @@ def finetune(
     device: DeviceOption = "auto",
     embed_batch_size: EmbedBatchOption = 0,
     workers: WorkersOption = 0,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            "--gpus",
+            help="auto, or how many: embedding and the curve's trainings are shared out among them, with the same "
+            "result. Without a GPU, so many CPU processes.",
+        ),
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check labels and splits, then stop.")] = False,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
-) -> None:
+) -> int:
     """Measure how many labelled slides each start needs: the label-efficiency curve, with its report.
 
     Patients never stand on both sides of a split. The same command goes on where it was interrupted.
     """
     from histossl.evaluation.finetune import finetune as stage
+    from histossl.training.distributed import is_worker, launch, num_processes_for
 
     del config  # its values have become the defaults above
     if tune and train == "head":
@@ -290,7 +304,14 @@ def finetune(
         mixed_patients=mixed_patients,
         seed=seed,
     )
-    stage(workspace_at(workspace), name, settings, EmbedConfig(embed_batch_size, workers, device), dry_run)
+    place = workspace_at(workspace)
+    num_processes = 1 if is_worker() or dry_run else num_processes_for(gpus if device == "auto" else "1")
+    if device != "auto" and gpus not in ("auto", "1"):
+        raise UsageError(f"--device {device} --gpus {gpus}: with several processes each takes its own GPU; drop one")
+    if num_processes > 1:
+        return launch(num_processes, sys.argv[1:], MAX_RESTARTS)
+    stage(place, name, settings, EmbedConfig(embed_batch_size, workers, device), dry_run)
+    return 0
 
 
 def embed(

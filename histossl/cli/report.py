@@ -10,6 +10,8 @@ from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
 from histossl.config import nearest
 from histossl.errors import UsageError
 
+MAPS = ("pca", "umap")
+
 
 def register(app: typer.Typer) -> None:
     app.command(epilog="Example: histossl report --name default    (then open the report.html that it names)")(report)
@@ -19,6 +21,14 @@ def report(
     name: Annotated[
         str, typer.Option("--name", help="Name of the curve: its files lie in WORKSPACE/finetune/NAME.")
     ] = "default",
+    map_: Annotated[
+        str,
+        typer.Option(
+            "--map",
+            metavar="pca|umap",
+            help="The map of features: principal components, or a UMAP beside them (pip install 'histossl[umap]').",
+        ),
+    ] = "pca",
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -26,10 +36,12 @@ def report(
     from histossl.report.html import write_report
 
     del config  # its values have become the defaults above
+    if map_ not in MAPS:
+        raise UsageError(f"--map {map_}: must be one of {', '.join(MAPS)}{nearest(map_, MAPS)}")
     place = workspace_at(workspace)
     run = place.finetune(name)
     if not run.root.is_dir():
         known = sorted(path.name for path in place.finetune_root.glob("*") if path.is_dir())
         there = f"; there are: {', '.join(known)}" if known else "; run histossl finetune --labels labels.csv first"
         raise UsageError(f"--name {name}: no such curve in {place.finetune_root}{nearest(name, known)}{there}")
-    typer.echo(write_report(run, place))
+    typer.echo(write_report(run, place, with_umap=map_ == "umap"))

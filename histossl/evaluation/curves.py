@@ -59,7 +59,9 @@ __all__ = [
     "Saved",
     "SummaryRow",
     "Verdict",
+    "adapted_starts",
     "area",
+    "area_per_seed",
     "budget_of",
     "chance_level",
     "compare",
@@ -86,6 +88,7 @@ BOUNDED = ("auroc", "balanced_accuracy", "f1")
 VERDICT_P = 0.02
 POWER = 0.8
 FEWEST_PATIENTS = 8  # in all; and two in each class
+ENOUGH_SEEDS = 4
 PLAIN_NAME = {
     "auroc": "AUROC",
     "balanced_accuracy": "balanced accuracy",
@@ -99,14 +102,15 @@ PLAIN_NAME = {
 
 
 def points_from(measured: Measured) -> list[Point]:
-    """points.csv: every metric of every start, budget and draw, over all tested patients."""
+    """points.csv: every metric of every start, pretraining seed, budget and draw, over all tested patients."""
     return [
-        Point(start, head, budget, draw, None, metric, float(value))
+        Point(start, head, budget, draw, None, metric, float(value), backbone)
         for s, (start, head) in enumerate(measured.series)
+        for m, backbone in enumerate(measured.backbones[s])
         for b, budget in enumerate(measured.budgets)
         for d, draw in enumerate(measured.draws)
-        for metric, values_SBD in measured.values_SBD.items()
-        if _tested(measured, s, b, d) and not math.isnan(value := values_SBD[s, b, d])
+        for metric, seeds_SMBD in measured.seeds_SMBD.items()
+        if not math.isnan(value := seeds_SMBD[s][m, b, d])
     ]
 
 
@@ -120,9 +124,8 @@ def summarise(measured: Measured) -> list[SummaryRow]:
                     continue
                 found = estimate(measured, metric, _one(measured, s, b))
                 low, high = interval(measured, metric, found)
-                rows.append(
-                    SummaryRow(start, head, budget, metric, found.value, low, high, num_draws, measured.num_patients)
-                )
+                counts = num_draws, measured.num_patients, len(measured.backbones[s])
+                rows.append(SummaryRow(start, head, budget, metric, found.value, low, high, *counts))
     return rows
 
 
@@ -133,6 +136,14 @@ def area(measured: Measured, metric: str, start: str, head: str | None = None) -
     weights_SB[s] = area_weights(measured.slides, _has_budget(measured, metric, s))
     found = estimate(measured, metric, weights_SB)
     return found.value, *interval(measured, metric, found)
+
+
+def area_per_seed(measured: Measured, metric: str, start: str, head: str | None = None) -> dict[str, float]:
+    """The same height for each of a start's pretraining seeds."""
+    s = measured.number(start, head)
+    weights_B = area_weights(measured.slides, _has_budget(measured, metric, s))
+    curves_MB = np.nan_to_num(measured.seed_curves_MB(metric, s))
+    return dict(zip(measured.backbones[s], (curves_MB @ weights_B).tolist(), strict=True))
 
 
 def area_weights(slides: Floats, there: NDArray[np.bool_]) -> Floats:
@@ -187,6 +198,14 @@ def chance_level(metric: str, num_classes: int) -> float | None:
 
 # ---- two starts
 
+NOT_ADAPTED = ("random", "imagenet", "colour")
+
+
+def adapted_starts(names: Sequence[str]) -> list[str]:
+    """Starts that somebody pretrained, the one called `adapted` first: what a verdict can be given on."""
+    found = [name for name in dict.fromkeys(names) if name not in NOT_ADAPTED]
+    return sorted(found, key=lambda name: name != "adapted")
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -227,8 +246,9 @@ def compare(
         weights_SB[a] += weights_B
         weights_SB[b] -= weights_B
         found = estimate(measured, metric, weights_SB)
-        # Scores move in steps of about one patient: half a step is never called a difference, however alike the draws.
-        least = (0.5 / full_patients(measured, metric)) ** 2 if metric in BOUNDED else 0.0
+        # Scores move in steps of about one slide: half a step is never called a difference, however alike the draws.
+        slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
+        least = (0.5 / slides) ** 2 if metric in BOUNDED else 0.0
         return found, math.sqrt(found.variance + least)
 
     def tested(budget: Budget | None, weights_B: Floats) -> tuple[Difference, float]:
@@ -398,6 +418,7 @@ def verdict(
     name = PLAIN_NAME.get(metric, metric)
     fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
     limits = _limits(measured, unit, fewest, seen_in_pretraining, site_statement)
+    limits[1:1] = _about_seeds(measured, adapted, head)
     found = compare(measured, metric, adapted, reference, head)
     if measured.num_patients < FEWEST_PATIENTS or fewest < 2:
         rare = [label for label, count in measured.patients_per_class.items() if count == 1]
@@ -520,9 +541,7 @@ def _limits(
         which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
     if seen_in_pretraining:
-        of_all = f"{seen_in_pretraining} of {measured.num_tested} tested slides"
-        if unit != "slide":
-            of_all = f"{seen_in_pretraining} tested slides"
+        of_all = f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s"
         limits.append(
             f"{of_all} were in the pretraining pool, without their labels (transductive). "
             "On slides from elsewhere the gain may be smaller."
@@ -530,6 +549,20 @@ def _limits(
     if site_statement:
         limits.append(site_statement)
     return limits
+
+
+def _about_seeds(measured: Measured, adapted: str, head: str | None) -> list[str]:
+    backbones = measured.backbones[measured.number(adapted, head)]
+    if len(backbones) == 1:
+        return [
+            f"{_first_upper(named(adapted))} is one pretraining run: what is said is about this backbone. Another seed "
+            "may come out differently; several runs can be pooled with --adapted RUN,RUN,RUN,RUN."
+        ]
+    few = "" if len(backbones) >= ENOUGH_SEEDS else f" That is few: {ENOUGH_SEEDS} or more tell a recipe from its luck."
+    return [
+        f"{_first_upper(named(adapted))} is the mean of {len(backbones)} pretraining seeds "
+        f"({_listed(backbones)}); the spread between them is part of the intervals.{few}"
+    ]
 
 
 def named(start: str) -> str:
@@ -568,10 +601,6 @@ def _one(measured: Measured, s: int, b: int) -> Floats:
     weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
     weights_SB[s, b] = 1
     return weights_SB
-
-
-def _tested(measured: Measured, s: int, b: int, d: int) -> bool:
-    return any(np.isfinite(values_SBD[s, b, d]) for values_SBD in measured.values_SBD.values())
 
 
 def _has_budget(measured: Measured, metric: str, s: int) -> NDArray[np.bool_]:

@@ -3,11 +3,13 @@
     labels -> splits -> for each start: embed, train a head at every budget of every draw -> predictions -> curve
 
 Each piece of work (a start, a draw, a fold, a budget) has its own seed and is written to a journal when it is done, so
-a run that was killed goes on where it was, and one more start changes nothing about the others.
+a run that was killed goes on where it was, and one more start changes nothing about the others. Several processes share
+the pieces (team.py), each with a part of the journal that the first one puts together.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +30,12 @@ from histossl.evaluation.drawn import drawn_items
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.model import ModelInfo, is_model_of, save_model
+from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means
 from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
-from histossl.evaluation.starts import Start, Starts, resolve_starts
+from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, with_floor
 from histossl.evaluation.tables import Budget, Prediction
+from histossl.evaluation.team import Team, team_on
 from histossl.evaluation.tuning import TileSource, tune
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
@@ -60,6 +63,19 @@ def finetune(
     dry_run: bool = False,
 ) -> Result:
     """The whole curve. Whatever can be wrong with the labels or the starts ends before the first tile is read."""
+    with team_on(embed.device) as (team, device):
+        return _finetune(workspace, name, config, embed, dry_run, team, device)
+
+
+def _finetune(
+    workspace: Workspace,
+    name: str,
+    config: FinetuneConfig,
+    embed: EmbedConfig,
+    dry_run: bool,
+    team: Team,
+    device: torch.device,
+) -> Result:
     index = TileIndex.open(workspace)
     table = labelled_items(workspace, index, config)
     show_labels(table, config.labels)
@@ -71,39 +87,47 @@ def finetune(
     if dry_run:
         console.say("dry run: the labels are in order, nothing was computed")
         return Result(run, table, False)
-    starts = resolve_starts(workspace, config)
+    starts = with_floor(resolve_starts(workspace, config))
     for skipped, why in starts.skipped.items():
         console.warn(f"start {skipped!r} is left out: {why}")
+    for note in starts.notes:
+        console.warn(note)
+    refuse_unloadable(starts, config.seed)
 
     # ---- what the directory now belongs to
-    run.root.mkdir(parents=True, exist_ok=True)
-    if not run.splits.exists():
-        write_splits(run.splits, splits, table)
     facts = _facts(workspace, index, table, splits, starts, config)
     before = read_run(run.run_json) if run.run_json.exists() else {}
+    team.wait()  # all have read what was there
+    if team.leads:
+        run.root.mkdir(parents=True, exist_ok=True)
+        if not run.splits.exists():
+            write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})
     facts["leak"] = {**facts["leak"], "seen": {**before.get("leak", {}).get("seen", {}), **facts["leak"]["seen"]}}
-    write_run(run.run_json, config, **facts)
+    if team.leads:
+        write_run(run.run_json, config, **facts)
     console.say(f"pretraining pool: {facts['leak']['statement']}")
 
     # ---- every start, one after the other
-    device = device_of(embed.device)
-    learners: dict[str, Learner] = {}
+    learners: dict[str, Learner] = {}  # of a pooled start, its first run stands for it where one is needed
+    measured_before = dict(facts["starts"])
+    asked_for: dict[str, list[dict[str, Any]]] = {}
     for start in starts.chosen:
         embedder = start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
-        _refuse_other_weights(run, start, embedder, facts["starts"])
-        if config.train == "head" or start.name == COLOUR:
-            files = embed_slides(workspace, index, table.slides, embedder, embed)
-            bags = Bags([(files[item.slide], item.tiles) for item in table.items])
-            learners[start.name] = Frozen(start, bags, table, splits, config)
-        else:
-            learners[start.name] = EndToEnd(start, index, table, splits, config, starts.input_px, device)
-        facts["starts"][start.name] = _start_facts(start, embedder)
-        write_run(run.run_json, config, **facts)
-        _compute(run, start.name, embedder.digest, learners[start.name], table, splits, config)
+        _refuse_other_weights(run, start, embedder, measured_before)
+        learner = _learner(workspace, index, start, embedder, table, splits, config, embed, starts.input_px, team)
+        asked_for.setdefault(start.name, []).append(_start_facts(start, embedder))
+        facts["starts"][start.name] = {**asked_for[start.name][0], "seeds": asked_for[start.name]}
+        if team.leads:
+            write_run(run.run_json, config, **facts)
+        _compute(run, start, embedder.digest, learner, table, splits, config, team)
+        learners.setdefault(start.name, learner)
+
+    if not team.leads:
+        return Result(run, table, True)
 
     # ---- from the journals to the tables, the curve and the report
-    predictions = list(_predictions(run, _complete(run, facts["starts"], splits), table, splits, config))
+    predictions = list(_predictions(_complete(run, facts["starts"], splits), table, splits, config))
     tables.write_predictions(run.predictions, predictions, table.classes)
     split = facts["split"]
     measured = curves.measure(predictions, table.classes, split["pool_per_class"], split["pool_patients_per_class"])
@@ -118,6 +142,27 @@ def finetune(
     _show_curve(summary, facts["verdict"], table)
     console.say(f"report: {report}")
     return Result(run, table, True)
+
+
+def _learner(
+    workspace: Workspace,
+    index: TileIndex,
+    start: Start,
+    embedder: Embedder,
+    table: LabelTable,
+    splits: Splits,
+    config: FinetuneConfig,
+    embed: EmbedConfig,
+    input_px: int,
+    team: Team,
+) -> Learner:
+    if config.train == "head" or start.name == COLOUR:
+        embed_slides(workspace, index, team.share(table.slides), embedder, embed)
+        team.wait()
+        files = embed_slides(workspace, index, table.slides, embedder, embed)
+        bags = Bags([(files[item.slide], item.tiles) for item in table.items])
+        return Frozen(start, bags, table, splits, config)
+    return EndToEnd(start, index, table, splits, config, input_px, embedder.device)
 
 
 def _save_model(
@@ -176,12 +221,13 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     else:
         slides = [slide for slide in slides if len(slide_tiles(index, slide))]
     starts = resolve_starts(workspace, config)
-    embedder = starts.chosen[0].embedder(
-        seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
-    )
-    embed_slides(workspace, index, slides, embedder, embed)
-    folder = workspace.embeddings(embedder.folder)
-    console.say(f"{len(slides)} slides, {embedder.feature_dim} features a tile: {folder}")
+    for start in starts.chosen:  # several, where pretraining seeds are pooled
+        embedder = start.embedder(
+            seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
+        )
+        embed_slides(workspace, index, slides, embedder, embed)
+        folder = workspace.embeddings(embedder.folder)
+        console.say(f"{len(slides)} slides, {embedder.feature_dim} features a tile: {folder}")
     return folder
 
 
@@ -196,26 +242,32 @@ def _site_facts(learners: Mapping[str, Learner], table: LabelTable) -> dict[str,
 
 
 def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The verdict on adapted against what it started from, where both were measured."""
+    """The verdict on adapted (or whatever was pretrained) against what it started from, where both were measured."""
     reference = next((name for name in ("imagenet", "random") if measured.has(name)), None)
-    if not measured.has("adapted") or reference is None:
-        missing = "no adapted start" if not measured.has("adapted") else "nothing to compare the adapted start with"
+    adapted = curves.adapted_starts([start for start, _ in measured.series])
+    if not adapted or reference is None:
+        missing = "no adapted start" if not adapted else "nothing to compare the adapted start with"
         headline = f"No verdict: {missing} was measured."
         return {"outcome": "none", "headline": headline, "sentences": [], "limits": [], "reference": None}
-    found = curves.verdict(
-        measured,
-        "adapted",
-        reference,
-        unit=table.unit,
-        seen_in_pretraining=facts["leak"]["seen"].get("adapted") or 0,
-        site_statement=facts["site_statement"],
-    )
+    found = [
+        curves.verdict(
+            measured,
+            name,
+            reference,
+            unit=table.unit,
+            seen_in_pretraining=facts["leak"]["seen"].get(name) or 0,
+            site_statement=facts["site_statement"],
+        )
+        for name in adapted
+    ]
     return {
-        "outcome": found.outcome,
-        "headline": found.headline,
-        "sentences": found.sentences,
-        "limits": found.limits,
+        "outcome": found[0].outcome,
+        "headline": found[0].headline,
+        "sentences": found[0].sentences,
+        "limits": found[0].limits,
+        "adapted": adapted[0],
         "reference": reference,
+        "others": {name: one.headline for name, one in zip(adapted[1:], found[1:], strict=True)},
     }
 
 
@@ -233,7 +285,8 @@ def _show_curve(
         [[budget, *(cells.get((start, budget), "") for start in starts)] for budget in budgets],
         right=[f"{table.unit}s", *starts],
     )
-    console.panel("verdict", "\n".join([verdict["headline"], *verdict["sentences"], *verdict["limits"]]))
+    others = [f"{start}: {headline}" for start, headline in verdict.get("others", {}).items()]
+    console.panel("verdict", "\n".join([verdict["headline"], *verdict["sentences"], *others, *verdict["limits"]]))
 
 
 # ---- labels and splits
@@ -345,10 +398,11 @@ def _show_splits(splits: Splits, table: LabelTable) -> None:
 def _refuse_other_weights(
     run: FinetuneDir, start: Start, embedder: Embedder, before: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    known = before.get(start.name)
+    seeds = before.get(start.name, {}).get("seeds") or [before.get(start.name)]
+    known = next((one for one in seeds if one and one.get("backbone", "") == start.backbone), None)
     if known and (known["digest"], known["input_px"]) != (embedder.digest, embedder.input_px):
         raise MismatchError(
-            f"{run.root}: start {start.name!r} was measured with other weights or at another size (digest "
+            f"{run.root}: start {start.key!r} was measured with other weights or at another size (digest "
             f"{known['digest']} at {known['input_px']} px, now {embedder.digest} at {embedder.input_px} px); "
             "use another --name"
         )
@@ -373,6 +427,7 @@ class Frozen:
 
     def __init__(self, start: Start, bags: Bags, table: LabelTable, splits: Splits, config: FinetuneConfig) -> None:
         self.start, self.bags, self.num_classes, self.seed = start, bags, len(table.classes), config.seed
+        self.table = table
         # The floor is colour alone, told as simply as can be: never attention over tiles, nothing end to end.
         self.name = "mean" if start.name == COLOUR and head_label(config) not in POOLED else config.head
         self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
@@ -392,7 +447,13 @@ class Frozen:
         return self.fitted.predict_proba(self.bags, items)
 
     def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
-        save_model(folder, *self.start.load(self.seed), self.fitted, self.bags.pooled[items], info)
+        known = _of_slides(self.bags.pooled[items], self.table, items)
+        save_model(folder, *self.start.load(self.seed), self.fitted, *known, info)
+
+
+def _of_slides(features: Floats, table: LabelTable, items: Ints) -> tuple[Floats, Ints]:
+    own = [table.items[item] for item in items]
+    return slide_means(features, [item.slide for item in own], [item.patient for item in own])
 
 
 class EndToEnd:
@@ -409,6 +470,7 @@ class EndToEnd:
         device: torch.device,
     ) -> None:
         self.backbone, self.info = start.load(config.seed)
+        self.table = table
         self.config, self.input_px, self.device, self.num_classes = config, input_px, device, len(table.classes)
         self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
         of_slide = {slide: slide_tiles(index, slide) for slide in table.slides}
@@ -439,7 +501,9 @@ class EndToEnd:
 
     def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
         mean = np.stack([self.fitted.features(self.source, int(item)).mean(0) for item in items])
-        save_model(folder, self.fitted.backbone, self.info, self.fitted.head, mean, info)
+        save_model(
+            folder, self.fitted.backbone, self.info, self.fitted.head, *_of_slides(mean, self.table, items), info
+        )
 
 
 def head_label(config: FinetuneConfig) -> str:
@@ -449,25 +513,52 @@ def head_label(config: FinetuneConfig) -> str:
 
 def _compute(
     run: FinetuneDir,
-    start: str,
+    start: Start,
     digest: str,
     learner: Learner,
     table: LabelTable,
     splits: Splits,
     config: FinetuneConfig,
+    team: Team,
 ) -> None:
-    """Train and test every head that the journal does not hold yet."""
-    journal = Journal(run.journal(start), [digest, table.digest, head_label(config)])
+    """Train and test every head that the journal does not hold yet: this process its share of them."""
+    belongs_to = [digest, table.digest, head_label(config)]
+    path = run.journal(start.key)
+    if team.leads:
+        _join_parts(path, belongs_to)
+    team.wait()
+    journal = Journal(path, belongs_to)
     work = [(part, budget) for part in splits.parts for budget in splits.budgets]
     todo = [(part, budget) for part, budget in work if _key(part, budget) not in journal.done]
-    if not todo:
+    if todo:
+        own = journal if team.count == 1 else Journal(_part_of(path, team.rank), belongs_to)
+        with own, console.progress(f"heads on {start.key}", len(work), "heads") as bar:
+            bar.advance(len(work) - len(todo))
+            for part, budget in team.share(todo):
+                learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
+                own.write(_key(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
+                bar.advance(min(team.count, bar.total - bar.done))  # the others are about as far
+    team.wait()
+    if team.leads:
+        _join_parts(path, belongs_to)
+
+
+def _part_of(journal: Path, rank: int) -> Path:
+    return journal.with_name(f"{journal.stem}@{rank}.part")
+
+
+def _join_parts(path: Path, belongs_to: Sequence[str]) -> None:
+    """What several processes have written, of this run or of one that was killed, goes into the journal."""
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}@*.part"))
+    if not parts:
         return
-    with journal, console.progress(f"heads on {start}", len(work), "heads") as bar:
-        bar.advance(len(work) - len(todo))
-        for part, budget in todo:
-            learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
-            journal.write(_key(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
-            bar.advance()
+    with Journal(path, belongs_to) as journal:
+        for part in parts:
+            for key, shares in Journal(part, belongs_to).done.items():
+                if key not in journal.done:
+                    journal.write(key, shares)
+    for part in parts:
+        part.unlink()
 
 
 Key = tuple[str, int, int | None]  # budget, draw, fold
@@ -538,35 +629,44 @@ class Journal:
         self._file.close()
 
 
-def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> list[str]:
-    """Starts with all their work done; one of an earlier, unfinished command waits until it is asked for again."""
+def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> dict[str, dict[str, Path]]:
+    """Per start the journals of its runs, where all their work is done.
+
+    A start of an earlier, unfinished command waits until it is asked for again.
+    """
     wanted = {_key(part, budget) for part in splits.parts for budget in splits.budgets}
-    return [
-        start for start in starts if run.journal(start).exists() and wanted <= set(Journal.of(run.journal(start)).done)
-    ]
+    found = {}
+    for start, facts in starts.items():
+        backbones = [one.get("backbone", "") for one in facts.get("seeds", [{}])]
+        journals = {one: run.journal(f"{start}+{one}" if one else start) for one in backbones}
+        if all(path.exists() and wanted <= set(Journal.of(path).done) for path in journals.values()):
+            found[start] = journals
+    return found
 
 
 def _predictions(
-    run: FinetuneDir, starts: Sequence[str], table: LabelTable, splits: Splits, config: FinetuneConfig
+    starts: Mapping[str, Mapping[str, Path]], table: LabelTable, splits: Splits, config: FinetuneConfig
 ) -> Iterator[Prediction]:
-    for start in starts:
-        journal = Journal.of(run.journal(start))
-        for part in splits.parts:
-            for budget in splits.budgets:
-                for item, row in zip(part.test, journal.done[_key(part, budget)], strict=True):
-                    one = table.items[item]
-                    yield Prediction(
-                        start,
-                        head_label(config),
-                        budget,
-                        part.draw,
-                        part.fold,
-                        one.name,
-                        one.patient,
-                        one.label,
-                        table.classes[int(row.argmax())],
-                        tuple(row.tolist()),
-                    )
+    for start, journals in starts.items():
+        for backbone, path in journals.items():
+            journal = Journal.of(path)
+            for part in splits.parts:
+                for budget in splits.budgets:
+                    for item, row in zip(part.test, journal.done[_key(part, budget)], strict=True):
+                        one = table.items[item]
+                        yield Prediction(
+                            start,
+                            head_label(config),
+                            budget,
+                            part.draw,
+                            part.fold,
+                            one.name,
+                            one.patient,
+                            one.label,
+                            table.classes[int(row.argmax())],
+                            tuple(row.tolist()),
+                            backbone,
+                        )
 
 
 # ---- what run.json remembers
@@ -574,6 +674,7 @@ def _predictions(
 
 def _start_facts(start: Start, embedder: Embedder) -> dict[str, Any]:
     return {
+        "backbone": start.backbone,
         "digest": embedder.digest,
         "input_px": embedder.input_px,
         "feature_dim": embedder.feature_dim,
@@ -626,6 +727,7 @@ def _facts(
         },
         "leak": leak_statement(table, splits, starts.chosen),
         "skipped_starts": starts.skipped,
+        "pool_notes": list(starts.notes),
         "input_px": starts.input_px,
         "tiles": {
             "digest": index.digest,
@@ -651,21 +753,21 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
     tested = set(items)
     seen: dict[str, int | None] = {}
     words = []
-    for start in starts:
-        if start.exported is None:
-            continue
-        pool = start.provenance.get("pretraining_slides")
-        shown = tested & set(pool or ())
-        seen[start.name] = None if pool is None else sum(slide in shown for slide in items)
-        if pool is None:
-            words.append(f"{start.name}: its file does not say which slides it was pretrained on")
+    for name in dict.fromkeys(start.name for start in starts if start.exported is not None):
+        pools = [start.provenance.get("pretraining_slides") for start in starts if start.name == name]
+        known = [set(pool) for pool in pools if pool is not None]
+        shown = tested & set().union(*known)
+        seen[name] = None if len(known) < len(pools) else sum(slide in shown for slide in items)
+        any_of = "" if len(pools) == 1 else f" of any of its {len(pools)} runs"
+        if len(known) < len(pools):
+            words.append(f"{name}: its file does not say which slides it was pretrained on")
         elif shown:
             words.append(
-                f"{start.name}: {len(shown)} of {len(tested)} tested slides were in its pretraining pool, "
+                f"{name}: {len(shown)} of {len(tested)} tested slides were in its pretraining pool{any_of}, "
                 "without their labels (transductive)"
             )
         else:
-            words.append(f"{start.name}: none of the {len(tested)} tested slides was in its pretraining pool")
+            words.append(f"{name}: none of the {len(tested)} tested slides was in its pretraining pool{any_of}")
     if not words:
         words = ["no start was pretrained on slides of this workspace"]
     return {"statement": "; ".join(words), "seen": seen, "num_tested_slides": len(tested)}

@@ -2,13 +2,14 @@
 
 model/
     backbone.safetensors, backbone.json    as timm and load_backbone read them
-    head.safetensors                       the head's arrays, and the training items' mean features
+    head.safetensors                       the head's arrays, and the mean features and patients of the training slides
     model.json                             classes, head, physical scale, sizes, provenance; written last
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from histossl.backbones import BackboneInfo, load_backbone, save_backbone
 from histossl.config import plain
 from histossl.errors import WeightsError
 from histossl.evaluation.embed import Embedder, backbone_embedder
-from histossl.evaluation.heads import HEADS, Fitted, Floats, load_head
+from histossl.evaluation.heads import HEADS, Fitted, Floats, Ints, load_head
 from histossl.workspace import written_aside
 
-FORMAT = 1
-TRAINING = "training_features"
+FORMAT = 2
+TRAINING, PATIENTS = "training_features", "training_patients"
+FEWEST_TO_BE_USUAL = 3  # patients that say what is usual among patients
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Model:
     folder: Path
     info: ModelInfo
     fitted: Fitted
-    training_D: Floats  # (items, D) mean features of what it was trained on
+    training_ND: Floats  # mean features of the slides it was trained on
+    patients_N: Ints  # whose slides they are
 
     def embedder(self, device: torch.device) -> Embedder:
         backbone, info = load_backbone(self.folder / "backbone.safetensors")
@@ -66,13 +69,16 @@ def save_model(
     backbone_info: BackboneInfo,
     fitted: Fitted,
     training_features: NDArray[np.floating[Any]],
+    training_patients: Ints,
     info: ModelInfo,
 ) -> None:
+    """`training_features` (slides, D) and `training_patients` (slides,): a mean per slide, and whose it is."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
     save_backbone(folder / "backbone.safetensors", backbone, backbone_info)
     arrays = {name: np.array(value, order="C") for name, value in fitted.arrays().items()}  # keeps a scalar a scalar
     arrays[TRAINING] = np.array(training_features, dtype=np.float64, order="C")
+    arrays[PATIENTS] = np.array(training_patients, dtype=np.int64)
     with written_aside(folder / "head.safetensors") as aside:
         save_file(arrays, aside)
     with written_aside(folder / "model.json") as aside:
@@ -92,8 +98,8 @@ def load_model(folder: Path) -> Model:
         ) from error
     if info.format != FORMAT or info.head not in HEADS:
         raise WeightsError(f"--model {folder}: was written by another version of histossl (format {info.format})")
-    training = arrays.pop(TRAINING)
-    return Model(folder, info, load_head(info.head, arrays), training)
+    training, patients = arrays.pop(TRAINING), arrays.pop(PATIENTS)
+    return Model(folder, info, load_head(info.head, arrays), training, patients)
 
 
 def is_model_of(folder: Path, info: ModelInfo) -> bool:
@@ -105,21 +111,34 @@ def is_model_of(folder: Path, info: ModelInfo) -> bool:
     return bool(stored == plain(asdict(info)))
 
 
-def distances(training: Floats, x: Floats) -> tuple[Floats, float]:
-    """How far each row of `x` lies from its nearest training item, and how far these lie from each other at most.
+def distances(training_ND: Floats, patients_N: Ints, x_XD: Floats) -> tuple[Floats, float]:
+    """How far each row of `x` lies from its nearest training slide, and how far a patient's slide may usually lie.
 
-    Euclidean in standardised features over sqrt(D), as the `mean` head sees them. The bound is the 95th percentile of
-    the training items' distances to their nearest neighbour; nan with fewer than three of them.
+    Usual is what the training patients themselves show: of each patient the slide that lies farthest from all slides of
+    the others, and of these the largest. A slide from a new patient of the same kind goes beyond it about once in
+    n + 1 times, n being the number of patients; nan with fewer than three. Euclidean in standardised features over
+    sqrt(D), as the `mean` head sees them.
     """
-    centre, std = training.mean(0), training.std(0)
-    scale = np.where(std > 1e-8 * max(1.0, float(np.abs(training).max())), std, np.inf) * np.sqrt(training.shape[1])
-    known, new = (training - centre) / scale, (x - centre) / scale
+    centre, std = training_ND.mean(0), training_ND.std(0)
+    scale = np.where(std > 1e-8 * max(1.0, float(np.abs(training_ND).max())), std, np.inf)
+    scale = scale * np.sqrt(training_ND.shape[1])
+    known, new = (training_ND - centre) / scale, (x_XD - centre) / scale
     found = np.sqrt(_squared(new, known).min(1))
-    if len(known) < 3:
+    if len(np.unique(patients_N)) < FEWEST_TO_BE_USUAL:
         return found, float("nan")
     among = _squared(known, known)
-    np.fill_diagonal(among, np.inf)
-    return found, float(np.quantile(np.sqrt(among.min(1)), 0.95))
+    among[patients_N[:, None] == patients_N[None]] = np.inf
+    return found, float(np.sqrt(among.min(1).max()))
+
+
+def slide_means(features: Floats, slides: Sequence[str], patients: Sequence[str]) -> tuple[Floats, Ints]:
+    """(slides, D) and (slides,): the mean of each slide's items, and its patient by number."""
+    names, slide = np.unique(slides, return_inverse=True)
+    total = np.zeros((len(names), features.shape[1]))
+    np.add.at(total, slide, features)
+    first = np.unique(slide, return_index=True)[1]
+    patient = np.unique(patients, return_inverse=True)[1].astype(np.int64)
+    return total / np.bincount(slide)[:, None], patient[first]
 
 
 def _squared(a: Floats, b: Floats) -> Floats:

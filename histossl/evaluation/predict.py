@@ -2,6 +2,7 @@
 
 WORKSPACE/predictions/NAME/
     predictions.csv     slide, predicted, p_CLASS..., num_tiles, distance, usual_distance, warning
+                        (distance: to the nearest training slide; usual: the farthest that a training patient lies off)
     heatmaps/           SLIDE.png (tissue, and tissue under attention or probability), SLIDE.geojson for QuPath
 """
 
@@ -28,7 +29,6 @@ from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
 from histossl.workspace import PredictionDir, Workspace, written_aside
 
-FAR = 1.5  # times the usual distance between training items
 FEW_TILES = 5
 
 
@@ -105,19 +105,17 @@ def predict_tiles(
     model: Model, slide: str, tiles: NDArray[np.float32]
 ) -> tuple[SlidePrediction, Floats, Floats | None]:
     """The slide's prediction, each tile's own (N, C), and its attention where the head has one."""
-    rows = Rows(tiles)
+    rows, bag = Rows(tiles), OneBag(tiles)
     each = model.fitted.predict_proba(rows, np.arange(len(tiles)))
     attention = None
     if model.info.unit == "slide":
-        bag = OneBag(tiles)
         shares = model.fitted.predict_proba(bag, np.zeros(1, dtype=np.int64))[0]
         if isinstance(model.fitted, FittedAbmil):
             attention = model.fitted.of_tiles(tiles)[1]
-        far, usual = distances(model.training_D, bag.pooled)
     else:  # it learnt from regions or tiles: a slide is the mean of its tiles
         shares = each.mean(0)
-        far, usual = distances(model.training_D, rows.pooled)
-    distance = float(far.mean())
+    far, usual = distances(model.training_ND, model.patients_N, bag.pooled)
+    distance = float(far[0])
     return (
         SlidePrediction(slide, shares, len(tiles), distance, usual, _warning(len(tiles), distance, usual)),
         each,
@@ -127,8 +125,10 @@ def predict_tiles(
 
 def _warning(num_tiles: int, distance: float, usual: float) -> str:
     said = []
-    if distance > FAR * usual:
-        said.append(f"lies {distance / usual:.1f} times as far from the training data as these from each other")
+    if distance > usual:
+        said.append(
+            f"lies {distance / usual:.1f} times as far from the training slides as the oddest training patient does"
+        )
     if num_tiles < FEW_TILES:
         said.append(f"only {num_tiles} tiles of tissue")
     return "; ".join(said)

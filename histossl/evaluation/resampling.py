@@ -23,8 +23,16 @@ labelled and 1.4 to 2.0 near all of it, for 2 to 5 classes of 6 to 30 patients, 
 scores and differences; intervals then hold the truth in 92 to 99 of 100 archives, with nearest-mean and with logistic
 heads, with one and with ten slides a patient. tests/evaluation/test_curves.py holds them to it.
 
-Both parts are linear in the curve, so every contrast (a budget, a difference of two starts, an area) has its own.
-Shapes: R resamples, S series (a start with a head), B budgets, D draws, P patients, N tested slides, K classes.
+A start that is several pretraining runs (seeds of one recipe) scores the mean over them, and has a third part:
+
+    seeds      the variance between its runs' curves (means over draws) divided by their number M, less what by the same
+               bootstrap a run owes to the finite test set. Runs of two starts are independent of each other. What is
+               said is then about the recipe, not about one run of it. With one run there is no such part, and the
+               interval is about this very backbone.
+
+All parts are linear in the curve, so every contrast (a budget, a difference of two starts, an area) has its own.
+Shapes: R resamples, S series (a start with a head), M seeds, B budgets, D draws, P patients, N tested slides,
+K classes, X results of one kind.
 """
 
 from __future__ import annotations
@@ -95,8 +103,14 @@ class Measured:
     pool: Pool
     patients_per_class: dict[str, int]
     num_tested: int
-    values_SBD: dict[str, Floats]
+    values_SBD: dict[str, Floats]  # means over a start's seeds
     resampled_RSBD: dict[str, NDArray[np.float32]]
+    backbones: list[list[str]]  # per series its seeds' names; [""] where there is but one
+    seeds_SMBD: dict[str, list[Floats]]  # per series (M, B, D)
+    resampled_seeds_SRMB: dict[str, list[NDArray[np.float32]]]  # per series (R, M, B), means over draws
+
+    def num_seeds(self, start: str, head: str | None = None) -> int:
+        return len(self.backbones[self.number(start, head)])
 
     @property
     def num_patients(self) -> int:
@@ -110,6 +124,9 @@ class Measured:
 
     def has(self, start: str, head: str | None = None) -> bool:
         return any(name == start and head in (None, its_head) for name, its_head in self.series)
+
+    def seed_curves_MB(self, metric: str, number: int) -> Floats:
+        return _nanmean(self.seeds_SMBD[metric][number], -1)
 
     def mean_B(self, metric: str, number: int) -> Floats:
         return _nanmean(self.values_SBD[metric][number], -1)
@@ -127,12 +144,12 @@ def measure(
     """Score predictions, as they are and with patients resampled.
 
     `pool_per_class`, `pool_patients_per_class`: labelled slides and patients per class that a draw may choose from when
-    the test set is fixed (with folds they follow from the predictions). Every cell (series, budget, draw)
+    the test set is fixed (with folds they follow from the predictions). Every cell (series, seed, budget, draw)
     must hold the same slides; StoreError if not.
     """
-    cells: dict[tuple[Series, Budget, int], list[Prediction]] = {}
+    cells: dict[tuple[Series, str, Budget, int], list[Prediction]] = {}
     for one in predictions:
-        cells.setdefault(((one.start, one.head), one.budget, one.draw), []).append(one)
+        cells.setdefault(((one.start, one.head), one.backbone, one.budget, one.draw), []).append(one)
     if not cells:
         raise StoreError("predictions.csv holds no predictions; run `histossl finetune` again")
     for rows in cells.values():
@@ -142,7 +159,7 @@ def measure(
     first = next(iter(cells.values()))
     slides = [row.slide for row in first]
     labels = [row.label for row in first]
-    for (series, budget, draw), rows in cells.items():
+    for (series, _, budget, draw), rows in cells.items():
         if [row.slide for row in rows] != slides or [row.label for row in rows] != labels:
             raise StoreError(
                 f"predictions.csv: start {series[0]!r}, budget {budget}, draw {draw} tests other slides than the rest; "
@@ -161,20 +178,25 @@ def measure(
         pool = Pool(pool_per_class, pool_patients_per_class or pool_per_class)
 
     all_series = list(dict.fromkeys(key[0] for key in cells))
-    budgets = sorted({key[1] for key in cells}, key=in_budget_order)
-    draws = sorted({key[2] for key in cells})
-    shape = (len(all_series), len(budgets), len(draws))
-    values_SBD = {name: np.full(shape, np.nan) for name in wanted}
-    resampled_RSBD = {name: np.full((num_resamples, *shape), np.nan, dtype=np.float32) for name in wanted}
+    backbones = [list(dict.fromkeys(key[1] for key in cells if key[0] == series)) for series in all_series]
+    budgets = sorted({key[2] for key in cells}, key=in_budget_order)
+    draws = sorted({key[3] for key in cells})
+    shape = (len(budgets), len(draws))
+    values = {name: [np.full((len(seeds), *shape), np.nan) for seeds in backbones] for name in wanted}
+    with_others = {
+        name: [np.full((num_resamples, len(seeds), *shape), np.nan, dtype=np.float32) for seeds in backbones]
+        for name in wanted
+    }
     weights_RP = patient_weights(stratum_P, num_resamples, np.random.default_rng(seed))
-    for (key, its_budget, its_draw), rows in cells.items():
-        at = (all_series.index(key), budgets.index(its_budget), draws.index(its_draw))
+    for (key, backbone, its_budget, its_draw), rows in cells.items():
+        s = all_series.index(key)
+        m, b, d = backbones[s].index(backbone), budgets.index(its_budget), draws.index(its_draw)
         shares_NK = unit_rows(np.array([row.probabilities for row in rows], dtype=np.float64))
         scores = metrics(labels, shares_NK, names, wanted)
-        with_others = resampled_metrics(truth_N, shares_NK, patient_N, weights_RP, wanted)
+        resampled = resampled_metrics(truth_N, shares_NK, patient_N, weights_RP, wanted)
         for name in wanted:
-            values_SBD[name][at] = scores[name]
-            resampled_RSBD[name][:, at[0], at[1], at[2]] = with_others[name]
+            values[name][s][m, b, d] = scores[name]
+            with_others[name][s][:, m, b, d] = resampled[name]
 
     return Measured(
         classes=names,
@@ -185,8 +207,15 @@ def measure(
         pool=pool,
         patients_per_class={name: int((stratum_P == number).sum()) for number, name in enumerate(names)},
         num_tested=len(slides),
-        values_SBD=values_SBD,
-        resampled_RSBD=resampled_RSBD,
+        values_SBD={name: np.stack([_nanmean(one, 0) for one in values[name]]) for name in wanted},
+        resampled_RSBD={
+            name: np.stack([_nanmean(one, 1) for one in with_others[name]], 1).astype(np.float32) for name in wanted
+        },
+        backbones=backbones,
+        seeds_SMBD=values,
+        resampled_seeds_SRMB={
+            name: [_nanmean(one, -1).astype(np.float32) for one in with_others[name]] for name in wanted
+        },
     )
 
 
@@ -328,16 +357,17 @@ def pairs_won(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A contrast of scores, the two parts of its variance, and Satterthwaite's degrees of freedom for their sum."""
+    """A contrast of scores, the parts of its variance, and Satterthwaite's degrees of freedom for their sum."""
 
     value: float
     patients_variance: float
     labelling_variance: float
     df: float
+    seeds_variance: float = 0.0
 
     @property
     def variance(self) -> float:
-        return self.patients_variance + self.labelling_variance
+        return self.patients_variance + self.labelling_variance + self.seeds_variance
 
 
 def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
@@ -362,16 +392,35 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
     labelling_variance = 0.0
     if num_draws > 1:
         between = float(labelling_D[seen_D].var(ddof=1))
-        owed = labelling_RD[:, seen_D]
-        alone = float(owed.var(0, ddof=1).mean())
-        together = float(owed.mean(1).var(ddof=1))
-        labelling_variance = max(0.0, between - (alone - together) * num_draws / (num_draws - 1))
+        labelling_variance = max(0.0, between - _overlap(labelling_RD[:, seen_D]))
     occurring = sum(count > 0 for count in measured.patients_per_class.values())
     df_patients = max(1, measured.num_patients - occurring)
-    total = patients_variance + labelling_variance
-    parts = patients_variance**2 / df_patients + labelling_variance**2 / max(1, num_draws - 1)
-    df = float(total**2 / parts) if parts > 0 else float(df_patients)
-    return Estimate(value, patients_variance, labelling_variance, df)
+    parts: list[tuple[float, int]] = [(patients_variance, df_patients), (labelling_variance, max(1, num_draws - 1))]
+    seeds: list[float] = [_seeds_variance(measured, metric, s, weights_SB[s]) for s in range(len(measured.series))]
+    parts += [(variance, len(names) - 1) for variance, names in zip(seeds, measured.backbones, strict=True) if variance]
+    total = sum(variance for variance, _ in parts)
+    squared = sum(variance**2 / num for variance, num in parts)
+    df = float(total**2 / squared) if squared > 0 else float(df_patients)
+    return Estimate(value, patients_variance, labelling_variance, df, sum(seeds))
+
+
+def _seeds_variance(measured: Measured, metric: str, s: int, weights_B: Floats) -> float:
+    """Of a contrast's share in series `s`: how much it would differ with other pretraining seeds."""
+    used = np.flatnonzero(weights_B)
+    num = len(measured.backbones[s])
+    if num < 2 or not len(used):
+        return 0.0
+    contrast_M = measured.seed_curves_MB(metric, s)[:, used] @ weights_B[used]
+    owed_RM = measured.resampled_seeds_SRMB[metric][s][:, :, used] @ weights_B[used]
+    return max(0.0, float(contrast_M.var(ddof=1)) - _overlap(owed_RM)) / num
+
+
+def _overlap(owed_RX: NDArray[np.floating]) -> float:
+    """How much X results on the same test patients differ by those patients' luck alone, as a variance between them."""
+    num = int(owed_RX.shape[1])
+    alone = float(owed_RX.var(0, ddof=1, dtype=np.float64).mean())
+    together = float(owed_RX.mean(1, dtype=np.float64).var(ddof=1))
+    return max(0.0, alone - together) * num / (num - 1)
 
 
 def _patients_deviation(measured: Measured, metric: str, s: int, b: int) -> Floats:
@@ -422,12 +471,29 @@ def resampled_curves(measured: Measured, metric: str, seed: int = 1) -> Floats:
             deviation_D = values_SBD[s, source, seen] - values_SBD[s, source, seen].mean()
             num = len(deviation_D)
             between = float(deviation_D @ deviation_D) / (num - 1)
-            owed = resampled_RSBD[:, s, source][:, seen].astype(np.float64)
-            overlap = (owed.var(0, ddof=1).mean() - owed.mean(1).var(ddof=1)) * num / (num - 1)
+            overlap = _overlap(resampled_RSBD[:, s, source][:, seen].astype(np.float64))
             if between > 0:
                 kept = np.sqrt(max(0.0, between - overlap) / between / (num - 1))
                 curves_RSB[:, s, b] += scale * kept * (luck_RD[:, seen] @ deviation_D)
+        curves_RSB[:, s] += _seeds_deviation(measured, metric, s, seed)
     return curves_RSB
+
+
+def _seeds_deviation(measured: Measured, metric: str, s: int, seed: int) -> Floats:
+    """(R, B): how far the curve moves with other pretraining seeds; Student's tails, since there are few."""
+    seeds_MB = measured.seed_curves_MB(metric, s)
+    resampled_RMB = measured.resampled_seeds_SRMB[metric][s]
+    num = len(seeds_MB)
+    if num < 2:
+        return np.zeros((len(resampled_RMB), seeds_MB.shape[1]))
+    generator = np.random.default_rng([seed, s, 5])
+    luck_RM = generator.standard_normal((len(resampled_RMB), num))
+    luck_RM /= np.sqrt(generator.chisquare(num - 1, (len(luck_RM), 1)) / (num - 1))
+    between_B = seeds_MB.var(0, ddof=1)
+    overlap_B = np.array([_overlap(resampled_RMB[:, :, b]) for b in range(seeds_MB.shape[1])])
+    kept_B = np.sqrt(np.maximum(0, between_B - overlap_B) / np.where(between_B > 0, between_B, 1))
+    deviation: Floats = np.nan_to_num(luck_RM @ (seeds_MB - seeds_MB.mean(0)) * kept_B / np.sqrt(num * (num - 1)))
+    return deviation
 
 
 def _nanmean(values: NDArray[np.floating], axis: int) -> Floats:

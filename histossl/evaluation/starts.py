@@ -5,12 +5,20 @@ imagenet   what the pretraining run started from (or --weights)
 adapted    the finished pretraining run of the workspace (or --adapted RUN or FILE)
 colour     27 colour statistics, no network
 RUN, FILE, NAME=FILE   another pretraining run, or a backbone.safetensors
+
+A recipe is judged by several runs of it with different seeds, pooled into one start whose score is their mean and whose
+intervals hold the spread between them:
+
+--adapted s0,s1,s2,s3              the adapted start is these four runs
+--starts imagenet,dino=d0+d1+d2    a start of another name, of three runs
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +43,12 @@ class Start:
     weights: str = ""
     exported: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    backbone: str = ""  # which of several pretraining runs, where the start is the mean of these
+
+    @property
+    def key(self) -> str:
+        """What its own files are called; no start can be given a name with a +."""
+        return f"{self.name}+{self.backbone}" if self.backbone else self.name
 
     @property
     def source(self) -> str:
@@ -55,20 +69,23 @@ class Start:
 
 @dataclass(frozen=True)
 class Starts:
-    chosen: tuple[Start, ...]
+    chosen: tuple[Start, ...]  # the runs of a pooled start stand side by side, under one name
     input_px: int  # tiles are shown to all of them at this size
     skipped: dict[str, str]  # name -> why it is not compared, of those nobody asked for by name
+    notes: tuple[str, ...] = ()  # what else than the seed differs between runs that are pooled
 
 
 def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
     """What config.starts names; without names, all that can be made. One that is asked for and missing is an error."""
     wanted = config.starts or KNOWN
-    exported, why_not = _adapted_file(workspace, config)
-    adapted = None if exported is None else _from_file("adapted", exported)
-    timm_name = config.backbone or (adapted.timm_name if adapted else "")
-    if adapted and config.backbone and config.backbone != adapted.timm_name:
+    adapted, why_not = _adapted(workspace, config)
+    others = {name: _other(workspace, name) for name in wanted if name not in KNOWN}
+    # What random and imagenet are the random and the ImageNet weights of.
+    model = next(iter([*adapted, *(one for pool in others.values() for one in pool)]), None)
+    timm_name = config.backbone or (model.timm_name if model else "")
+    if adapted and config.backbone and config.backbone != adapted[0].timm_name:
         raise UsageError(
-            f"--backbone {config.backbone}: the adapted backbone is a {adapted.timm_name}; starts are compared "
+            f"--backbone {config.backbone}: the adapted backbone is a {adapted[0].timm_name}; starts are compared "
             "within one architecture, so leave --backbone out, or choose --starts without adapted"
         )
     chosen: list[Start] = []
@@ -77,14 +94,13 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
         if name == COLOUR:
             chosen.append(Start(COLOUR))
         elif name == "adapted":
-            if adapted is not None:
-                chosen.append(adapted)
-            elif config.starts or config.adapted:
+            chosen += adapted
+            if not adapted and (config.starts or config.adapted):
                 raise UsageError(f"--starts adapted: {why_not}")
-            else:
+            if not adapted:
                 skipped[name] = why_not
         elif name in ("random", "imagenet"):
-            weights, why = ("random", "") if name == "random" else _imagenet_weights(config, adapted)
+            weights, why = ("random", "") if name == "random" else _imagenet_weights(config, model)
             if not timm_name:
                 raise UsageError(
                     f"--starts {name}: of which architecture? Pass --backbone NAME (a timm name), or pretrain first: "
@@ -97,41 +113,106 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
             else:
                 skipped[name] = why
         else:
-            chosen.append(_other(workspace, name))
-    names = [start.name for start in chosen]
+            chosen += others[name]
+    names = [name for name, _ in groupby(chosen, key=lambda start: start.name)]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--starts: two of them are called {name!r}; name them with NAME=FILE")
-    return Starts(tuple(chosen), config.input_px or _common_size(chosen), skipped)
+    notes = tuple(note for name in names for note in _pool_notes([one for one in chosen if one.name == name]))
+    return Starts(tuple(chosen), config.input_px or _common_size(chosen), skipped, notes)
 
 
-def _adapted_file(workspace: Workspace, config: FinetuneConfig) -> tuple[Path | None, str]:
-    """The adapted backbone's file, or why there is none."""
+def refuse_unloadable(starts: Starts, seed: int) -> None:
+    """Try to load every start before anything is written: a fault of the last would cost the others' hours."""
+    for start in starts.chosen:
+        if start.name != COLOUR:
+            try:
+                start.load(seed)
+            except WeightsError as error:
+                raise UsageError(f"start {start.key!r}: {error}") from error
+
+
+def with_floor(starts: Starts) -> Starts:
+    """The same and the colour floor: every curve has it, asked for or not, and it costs seconds."""
+    if any(start.name == COLOUR for start in starts.chosen):
+        return starts
+    return replace(starts, chosen=(*starts.chosen, Start(COLOUR)))
+
+
+def _adapted(workspace: Workspace, config: FinetuneConfig) -> tuple[list[Start], str]:
+    """The adapted start, of one or several runs; or none, and why."""
     if config.adapted:
-        given = Path(config.adapted)
-        if given.is_file():
-            return given, ""
-        run = workspace.pretrain_root / config.adapted / "backbone.safetensors"
-        if run.is_file():
-            return run, ""
-        runs = _finished_runs(workspace)
-        if (workspace.pretrain_root / config.adapted).is_dir():
-            raise UsageError(
-                f"--adapted {config.adapted}: this run is not finished; the same histossl pretrain goes on"
-            )
-        there = f" Finished runs: {', '.join(runs)}" if runs else f" {workspace.pretrain_root} holds no finished run"
-        raise UsageError(f"--adapted {config.adapted}: no such file or run{nearest(config.adapted, runs)}.{there}")
+        places = [config.adapted] if Path(config.adapted).is_file() else config.adapted.split(",")
+        return _pool("adapted", [_adapted_file(workspace, place.strip()) for place in places], "--adapted"), ""
     runs = _finished_runs(workspace)
     if len(runs) == 1:
-        return workspace.pretrain(runs[0]).backbone, ""
+        return [_from_file("adapted", workspace.pretrain(runs[0]).backbone)], ""
     if runs:
         if not config.starts or "adapted" in config.starts:
-            raise UsageError(f"several finished pretraining runs ({', '.join(runs)}); choose one with --adapted RUN")
-        return None, "several runs"
-    return None, (
+            raise UsageError(
+                f"several finished pretraining runs ({', '.join(runs)}); choose one with --adapted RUN, or pool runs "
+                "that differ in their seed with --adapted RUN,RUN"
+            )
+        return [], "several runs"
+    return [], (
         f"{workspace.pretrain_root} holds no finished pretraining run; "
         "make one with histossl pretrain --slides DIR, or pass --adapted FILE"
     )
+
+
+def _adapted_file(workspace: Workspace, place: str) -> Path:
+    given = Path(place)
+    if given.is_file():
+        return given
+    run = workspace.pretrain_root / place / "backbone.safetensors"
+    if place and run.is_file():
+        return run
+    runs = _finished_runs(workspace)
+    if place and (workspace.pretrain_root / place).is_dir():
+        raise UsageError(f"--adapted {place}: this run is not finished; the same histossl pretrain goes on")
+    there = f"finished runs: {', '.join(runs)}" if runs else f"{workspace.pretrain_root} holds no finished run"
+    raise UsageError(f"--adapted {place}: no such file or run{nearest(place, runs)}; {there}")
+
+
+def _pool(name: str, files: Sequence[Path], option: str) -> list[Start]:
+    """One start of one or several pretraining runs."""
+    starts = [_from_file(name, file) for file in files]
+    if len(starts) == 1:
+        return starts
+    names = [_plain(_run_of(file)) for file in files]
+    if len(set(names)) < len(names):  # .../s0/best/backbone.safetensors: told apart by their number
+        names = [f"{one}-{number}" if names.count(one) > 1 else one for number, one in enumerate(names)]
+    for start, file in zip(starts, files, strict=True):
+        if start.timm_name != starts[0].timm_name:
+            raise UsageError(
+                f"{option}: seeds of one start must be of one architecture; {files[0]} is a {starts[0].timm_name}, "
+                f"{file} a {start.timm_name}"
+            )
+    contents = [file.read_bytes() for file in files]
+    for number, content in enumerate(contents):
+        if content in contents[:number]:
+            same = files[contents.index(content)]
+            raise UsageError(
+                f"{option}: {files[number]} holds the same weights as {same}; a seed counts once, so leave one out"
+            )
+    return [replace(start, backbone=one) for start, one in zip(starts, names, strict=True)]
+
+
+def _pool_notes(pool: Sequence[Start]) -> Iterator[str]:
+    """Runs that differ in more than their seed do not show what a recipe's seeds do."""
+    configs = []
+    for start in pool:
+        run_json = start.exported.parent / "run.json" if start.exported else None
+        if run_json is None or not run_json.is_file():
+            return
+        configs.append(read_run(run_json)["config"])
+    for start, config in zip(pool[1:], configs[1:], strict=True):
+        other = sorted(key for key in {*configs[0], *config} - {"seed"} if configs[0].get(key) != config.get(key))
+        if other:
+            yield (
+                f"{start.name}: pooled runs {pool[0].backbone} and {start.backbone} differ in {', '.join(other)}, not "
+                "only in their seed; their mean is that of several recipes"
+            )
 
 
 def _finished_runs(workspace: Workspace) -> list[str]:
@@ -141,13 +222,13 @@ def _finished_runs(workspace: Workspace) -> list[str]:
     return sorted(run.name for run in root.iterdir() if workspace.pretrain(run.name).backbone.is_file())
 
 
-def _imagenet_weights(config: FinetuneConfig, adapted: Start | None) -> tuple[str, str]:
+def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str, str]:
     """('imagenet' or a file, '') or ('', why there are none)."""
     if config.weights:
         return config.weights, ""
-    if adapted is None:
+    if model is None:
         return "imagenet", ""
-    begun = str(adapted.provenance.get("start_weights", ""))
+    begun = str(model.provenance.get("start_weights", ""))
     if begun == "random":
         return "", "pretraining began from random weights; pass --weights FILE for an ImageNet start to compare with"
     if not begun or begun.startswith("imagenet"):
@@ -172,19 +253,37 @@ def _from_file(name: str, path: Path) -> Start:
     return start
 
 
-def _other(workspace: Workspace, text: str) -> Start:
+def _other(workspace: Workspace, text: str) -> list[Start]:
+    """RUN, FILE, NAME=RUN or FILE, NAME=RUN+RUN+...: one start, of one or several runs."""
     name, equals, place = text.partition("=")
     if not equals:
         name, place = "", text
+    places = [place] if Path(place).is_file() or not name else place.split("+")
+    files = [_run_or_file(workspace, text, one.strip()) for one in places]
+    return _pool(_plain(name or _run_of(files[0])), files, f"--starts {text}")
+
+
+def _run_or_file(workspace: Workspace, text: str, place: str) -> Path:
     path = Path(place)
     if path.is_file():
-        stem = path.parent.name if path.stem == "backbone" else path.stem
-        return _from_file(_plain(name or stem), path)
+        return path
     runs = _finished_runs(workspace)
     if place in runs:
-        return _from_file(_plain(name or place), workspace.pretrain(place).backbone)
+        return workspace.pretrain(place).backbone
     known = [*KNOWN, *runs]
-    raise UsageError(f"--starts {text}: neither a file nor one of {', '.join(known)}{nearest(place, known)}")
+    if place and (workspace.pretrain_root / place).is_dir() and "/" not in place:
+        raise UsageError(f"--starts {text}: run {place} is not finished; the same histossl pretrain goes on")
+    raise UsageError(
+        f"--starts {text}: {place!r} is neither a file nor one of {', '.join(known)}{nearest(place, known)}"
+    )
+
+
+def _run_of(path: Path) -> str:
+    """A backbone file's run (or its own name, where it lies somewhere by itself)."""
+    if path.stem != "backbone":
+        return path.stem
+    folder = path.resolve().parent
+    return folder.parent.name if folder.name in ("best", "healthy") else folder.name
 
 
 def _plain(name: str) -> str:

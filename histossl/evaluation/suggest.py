@@ -31,6 +31,7 @@ from histossl.workspace import Workspace, written_aside
 
 NUM_HEADS = 12
 DISAGREEMENT_COUNTS = 1.0  # a slide that heads disagree on fully is worth this many times its coverage on top
+STANDS_FOR = 0.1  # gain in similarity (0 to 1) from which a slide is told to stand for another
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def suggest(
             f"every slide of {workspace.root} that has tiles is labelled already; there is none to suggest"
         )
     starts = resolve_starts(workspace, config)
-    by_name = {start.name: start for start in starts.chosen if start.name != COLOUR}
+    by_name = {start.name: start for start in reversed(starts.chosen) if start.name != COLOUR}  # a pool's first run
     if not by_name:
         raise UsageError("--starts colour: suggestions need features of a network")
-    start = next((by_name[name] for name in PREFERRED if name in by_name), next(iter(by_name.values())))
+    start = next((by_name[name] for name in PREFERRED if name in by_name), next(reversed(by_name.values())))
     embedder = start.embedder(
         seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
     )
@@ -147,7 +148,9 @@ def picks(
     a, b = (known - centre) / std, (new - centre) / std
     among, to_known = _distance(b, b), _distance(b, a)
     off = among[~np.eye(len(b), dtype=bool)]
-    width = float(np.median(off)) / 2 if len(off) else 1.0
+    # As wide as two slides usually lie apart. Half of it, once the rule here, saw only twins in so many dimensions, and
+    # picks were no better than random ones (examples/LOG.md).
+    width = float(np.median(off)) if len(off) else 1.0
     width = width if width > 0 else 1.0
     similar = np.exp(-((among / width) ** 2))
     covered = np.exp(-((to_known / width) ** 2)).max(1) if len(a) else np.zeros(len(b))
@@ -158,7 +161,7 @@ def picks(
         gain = np.maximum(similar - covered[:, None], 0)
         worth = np.where(free, gain.sum(0) * (1 + DISAGREEMENT_COUNTS * doubt), -np.inf)
         best = int(worth.argmax())
-        stands_for = int((gain[:, best] > 0.1).sum())
+        stands_for = int((gain[:, best] > STANDS_FOR).sum())
         nearest = labelled_names[int(to_known[best].argmin())] if len(a) else ""
         reason = _reason(stands_for, float(doubt[best]), shares[:, best], classes, nearest)
         found.append(Suggestion(names[best], float(worth[best]), stands_for, float(doubt[best]), nearest, reason))

@@ -8,6 +8,9 @@ A budget counts labelled slides per class; "all" is everything the split leaves 
 A draw is one random choice of the labelled slides, the same for every start. With folds, a draw's predictions
 are pooled over its folds, so that every patient is tested once per draw, and `fold` says by which one;
 with a fixed test set `fold` is None (an empty cell).
+
+A start may be several pretraining runs with different seeds: `backbone` says which of them a row of points and
+predictions is of (empty: the start has but one), and summary.csv counts them in `num_seeds`.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class Point:
     fold: int | None
     metric: str
     value: float
+    backbone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class Prediction:
     label: str
     predicted: str
     probabilities: tuple[float, ...]
+    backbone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +76,36 @@ class SummaryRow:
     high: float
     num_draws: int
     num_patients: int
+    num_seeds: int = 1  # pretraining runs that the start is the mean of
 
 
 # ---- the files
 
-POINT_COLUMNS = ("start", "head", "budget", "draw", "fold", "metric", "value")
-PREDICTION_COLUMNS = ("start", "head", "budget", "draw", "fold", "slide", "patient", "label", "predicted")
-SUMMARY_COLUMNS = ("start", "head", "budget", "metric", "mean", "low", "high", "num_draws", "num_patients")
+POINT_COLUMNS = ("start", "backbone", "head", "budget", "draw", "fold", "metric", "value")
+PREDICTION_COLUMNS = ("start", "backbone", "head", "budget", "draw", "fold", "slide", "patient", "label", "predicted")
+SUMMARY_COLUMNS = ("start", "num_seeds", "head", "budget", "metric", "mean", "low", "high", "num_draws", "num_patients")
+NOT_IN_OLD_FILES = ("backbone", "num_seeds")  # curves of before seeds could be pooled can still be reported
 
 
 def write_points(path: Path, points: Iterable[Point]) -> None:
-    rows = ((p.start, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points)
+    rows = (
+        (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points
+    )
     _write(path, POINT_COLUMNS, rows)
 
 
 def read_points(path: Path) -> list[Point]:
     def point(row: Row) -> Point:
         budget, fold = budget_of(row["budget"]), _fold_of(row["fold"])
-        return Point(row["start"], row["head"], budget, int(row["draw"]), fold, row["metric"], float(row["value"]))
+        draw, value = int(row["draw"]), float(row["value"])
+        return Point(row["start"], row["head"], budget, draw, fold, row["metric"], value, row.get("backbone", ""))
 
     return _read(path, POINT_COLUMNS, point)[0]
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
     rows = (
-        (p.start, p.head, p.budget, p.draw, _cell(p.fold), p.slide, p.patient, p.label, p.predicted)
+        (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.slide, p.patient, p.label, p.predicted)
         + tuple(repr(float(share)) for share in p.probabilities)
         for p in predictions
     )
@@ -119,6 +129,7 @@ def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
             row["label"],
             row["predicted"],
             shares,
+            row.get("backbone", ""),
         )
 
     predictions, columns = _read(path, PREDICTION_COLUMNS, prediction)
@@ -127,7 +138,7 @@ def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
 
 def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
     rows = (
-        (r.start, r.head, r.budget, r.metric)
+        (r.start, r.num_seeds, r.head, r.budget, r.metric)
         + (repr(float(r.mean)), repr(float(r.low)), repr(float(r.high)), r.num_draws, r.num_patients)
         for r in summary
     )
@@ -137,7 +148,7 @@ def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
 def read_summary(path: Path) -> list[SummaryRow]:
     def summary_row(row: Row) -> SummaryRow:
         mean, low, high = (float(row[name]) for name in ("mean", "low", "high"))
-        counts = int(row["num_draws"]), int(row["num_patients"])
+        counts = int(row["num_draws"]), int(row["num_patients"]), int(row.get("num_seeds", 1))
         return SummaryRow(row["start"], row["head"], budget_of(row["budget"]), row["metric"], mean, low, high, *counts)
 
     return _read(path, SUMMARY_COLUMNS, summary_row)[0]
@@ -173,7 +184,7 @@ def _read(path: Path, columns: Sequence[str], make: Callable[[Row], T]) -> tuple
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             found = list(reader.fieldnames or [])
-            missing = [name for name in columns if name not in found]
+            missing = [name for name in columns if name not in found and name not in NOT_IN_OLD_FILES]
             if missing:
                 raise StoreError(f"{path}: column {missing[0]!r} is missing; {MEND}")
             rows = []

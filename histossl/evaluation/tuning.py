@@ -30,6 +30,7 @@ from histossl.backbones import BackboneInfo
 from histossl.config import TuneConfig
 from histossl.evaluation.abmil import FittedAbmil, GatedAttention
 from histossl.evaluation.heads import Floats, Ints
+from histossl.methods.gather import alone
 from histossl.methods.method import Method, Outcome, Views
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
@@ -138,7 +139,8 @@ def tune(
     kept = _kept_for_validation(position, groups, seed)
     label_of_item = torch.zeros(int(train_items.max()) + 1, dtype=torch.int64)
     label_of_item[torch.from_numpy(train_items)] = torch.from_numpy(position)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # alone: processes beside this one train other heads (team.py), and their ranks must not enter this one's dropout.
+    with alone(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         own = copy.deepcopy(backbone)
         model = Tuned(own, info.feature_dim, len(present), label_of_item, config.tiles_per_bag)

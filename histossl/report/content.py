@@ -24,7 +24,6 @@ from histossl.slides.ledger import LedgerRow, read_ledger
 from histossl.workspace import FinetuneDir, PretrainDir, Workspace
 
 Floats = NDArray[np.float64]
-NOT_ADAPTED = ("random", "imagenet", "colour")
 IN_THIS_ORDER = ("adapted", "imagenet", "random", "colour")
 
 
@@ -37,7 +36,11 @@ class Content:
     measured: Measured
     summary: list[SummaryRow]
     ledger: list[LedgerRow]
-    pretrain: PretrainDir | None
+    pretrain_runs: list[PretrainDir]  # of every adapted start, that of the verdict first
+
+    @property
+    def pretrain(self) -> PretrainDir | None:
+        return next(iter(self.pretrain_runs), None)
 
     @property
     def unit(self) -> str:
@@ -58,7 +61,12 @@ class Content:
     @property
     def adapted(self) -> str | None:
         """The start that the report is about: `adapted`, else the first that is none of the known three."""
-        return next((name for name in self.starts if name not in NOT_ADAPTED), None)
+        return next(iter(curves.adapted_starts(self.starts)), None)
+
+    @property
+    def all_adapted(self) -> list[str]:
+        """Every start that somebody pretrained, the one of the verdict first."""
+        return curves.adapted_starts(self.starts)
 
     @property
     def reference(self) -> str | None:
@@ -75,11 +83,11 @@ class Content:
         return max(self.measured.budgets, key=in_budget_order)
 
     def at_largest(self, start: str) -> list[list[Prediction]]:
-        """A start's predictions at the largest budget, a list per draw."""
-        by_draw: dict[int, list[Prediction]] = {}
+        """A start's predictions at the largest budget, a list per draw (and pretraining seed)."""
+        by_draw: dict[tuple[int, str], list[Prediction]] = {}
         for one in self.predictions:
             if one.start == start and one.head == self.head and one.budget == self.largest:
-                by_draw.setdefault(one.draw, []).append(one)
+                by_draw.setdefault((one.draw, one.backbone), []).append(one)
         return list(by_draw.values())
 
 
@@ -98,22 +106,25 @@ def read_content(run: FinetuneDir, workspace: Workspace) -> Content:
         measured=measured,
         summary=curves.summarise(measured),
         ledger=read_ledger(workspace.archive_csv),
-        pretrain=_pretraining_of(facts, workspace),
+        pretrain_runs=_pretraining_of(facts, workspace),
     )
 
 
-def _pretraining_of(facts: Mapping[str, Any], workspace: Workspace) -> PretrainDir | None:
-    """The run that made the adapted backbone, where its directory is to be found (workspaces get moved)."""
+def _pretraining_of(facts: Mapping[str, Any], workspace: Workspace) -> list[PretrainDir]:
+    """The runs that made the adapted backbones, where their directories are to be found (workspaces get moved)."""
     starts = facts.get("starts", {})
-    for name in ("adapted", *starts):
-        source = Path(str(starts.get(name, {}).get("source", "")))
-        if source.name != "backbone.safetensors":
-            continue
-        folder = source.parent.parent if source.parent.name in ("best", "healthy") else source.parent
-        for run in (PretrainDir(folder), PretrainDir(workspace.pretrain_root / folder.name)):
-            if run.log.exists():
-                return run
-    return None
+    found: dict[Path, PretrainDir] = {}
+    for name in curves.adapted_starts(list(starts)):
+        for one in starts[name].get("seeds") or [starts[name]]:
+            source = Path(str(one.get("source", "")))
+            if source.name != "backbone.safetensors":
+                continue
+            folder = source.parent.parent if source.parent.name in ("best", "healthy") else source.parent
+            for run in (PretrainDir(folder), PretrainDir(workspace.pretrain_root / folder.name)):
+                if run.log.exists():
+                    found.setdefault(run.root, run)
+                    break
+    return list(found.values())
 
 
 # ---- curves
@@ -142,7 +153,10 @@ def lines(content: Content, metric: str) -> list[plots.Line]:
         if rows:
             places = [float(content.measured.slides[content.measured.budgets.index(row.budget)]) for row in rows]
             table = np.array([[row.mean, row.low, row.high] for row in rows])
-            found.append(plots.Line(start, np.array(places), table[:, 0], table[:, 1], table[:, 2]))
+            there = [content.measured.budgets.index(row.budget) for row in rows]
+            seeds = content.measured.seed_curves_MB(metric, content.measured.number(start, content.head))[:, there]
+            drawn = list(seeds) if len(seeds) > 1 else []
+            found.append(plots.Line(start, np.array(places), table[:, 0], table[:, 1], table[:, 2], drawn))
     return found
 
 

@@ -2,13 +2,19 @@
 
 Made from the embeddings and tiles that the workspace still holds; where it does not, the report goes without.
 All tiles are drawn at random with a fixed seed, none is chosen for its looks. Only slides that were tested are shown.
+
+The map is of principal components: no other library, seconds, and far apart means unlike. UMAP shows clusters better
+and distances worse; it is drawn beside it on request (`histossl report --map umap`), for it brings 200 MB of compiler
+and half a minute of compiling to every report.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from histossl.errors import HistosslError
+from histossl.errors import HistosslError, UsageError
 from histossl.report.content import Content
 from histossl.tiles.index import TileIndex
 from histossl.workspace import Workspace
@@ -65,7 +71,7 @@ class Panel:
 class Features:
     starts: list[str]
     num_tiles: int
-    places: dict[str, Floats]  # per start (tiles, 2)
+    places: dict[str, Floats]  # per start (tiles, 2), principal components
     colourings: dict[str, list[str]]  # label, patient or slide (, site) of each tile
     agreement: dict[str, float]  # share of the nearest tiles of other patients that have the same label
     clumping: dict[str, float]  # share of the nearest tiles that are of the same slide
@@ -74,9 +80,10 @@ class Features:
     deciding_by: str = ""  # attention or probability
     deciding_start: str = ""
     deciding_items: int = 0  # labelled items that the saved model was trained on
+    umap_places: dict[str, Floats] = field(default_factory=dict)  # per start (tiles, 2); empty: not asked for
 
 
-def look_at_features(content: Content, workspace: Workspace) -> Features | None:
+def look_at_features(content: Content, workspace: Workspace, with_umap: bool = False) -> Features | None:
     """None where a start's embeddings are gone or were never made."""
     starts = [start for start in content.compared if _folder(content, workspace, start)]
     if not starts:
@@ -115,6 +122,7 @@ def look_at_features(content: Content, workspace: Workspace) -> Features | None:
         clumping,
         panels,
         *deciding,
+        umap_places={start: umap_places(sample.features[start]) for start in starts} if with_umap else {},
     )
 
 
@@ -194,6 +202,18 @@ def _two_dimensions(x: Floats) -> Floats:
     places: Floats = PCA(2, svd_solver="full").fit_transform(x)
     # A component's sign is arbitrary; fixed, so that the same features give the same map.
     return places * np.sign(places[np.abs(places).argmax(0), [0, 1]] + 1e-300)
+
+
+def umap_places(x: Floats) -> Floats:
+    """(tiles, 2) by UMAP (McInnes et al. 2018, arXiv 1802.03426) in the cosine distance, the same every time."""
+    try:
+        umap = importlib.import_module("umap")  # here: it compiles for seconds
+    except ImportError as error:
+        raise UsageError(f"--map umap: needs umap-learn ({error}); pip install 'histossl[umap]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one thread is used because of the seed, and numba's about itself
+        mapper = umap.UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=0, n_jobs=1)
+        return np.asarray(mapper.fit_transform(x.astype(np.float32)), dtype=np.float64)
 
 
 # ---- neighbours

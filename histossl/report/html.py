@@ -1,6 +1,7 @@
 """report.html: one file that opens offline and prints, made from the files of a finetuning alone.
 
     histossl report                 remakes it, and the curve as PNG and SVG
+    histossl report --map umap      the same with a UMAP beside the map of principal components
 
 The verdict first, then the evidence, then what it was measured on and with. A section without data is left out, and
 where a reader would miss it the page says why. Every name is escaped (jinja2's autoescape); there is no script in it.
@@ -34,9 +35,10 @@ from histossl.workspace import FinetuneDir, Workspace, written_aside
 METRIC = "auroc"  # what the verdict and the first curve are about
 BESIDE = ("balanced_accuracy", "log_loss")
 MOST_LEDGER_ROWS = 200
+WORKED_OUT_AT_ZERO = ("input_px", "folds")
 
 
-def write_report(run: FinetuneDir, workspace: Workspace) -> Path:
+def write_report(run: FinetuneDir, workspace: Workspace, with_umap: bool = False) -> Path:
     """report.html, curve.svg and curve.png in the finetuning's directory. StoreError if there is nothing to report."""
     content = read_content(run, workspace)
     figure = _curve(content, METRIC)
@@ -44,7 +46,7 @@ def write_report(run: FinetuneDir, workspace: Workspace) -> Path:
         aside.write_text(_standalone(plots.svg(figure, "curve")), encoding="utf-8")
     with written_aside(run.curve_png) as aside:
         aside.write_bytes(plots.png(figure))
-    page = render(content, look_at_features(content, workspace))
+    page = render(content, look_at_features(content, workspace, with_umap))
     with written_aside(run.report) as aside:
         aside.write_text(page, encoding="utf-8")
     return run.report
@@ -59,11 +61,17 @@ def render(content: Content, features: Features | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        score=_score, signed=curves.signed, count=_count, percent=_percent, slides=_slides, shown=plots.shown
+        score=_score,
+        signed=curves.signed,
+        named=curves.named,
+        count=_count,
+        percent=_percent,
+        slides=_slides,
+        shown=plots.shown,
     )
     environment.globals.update(plain_name=PLAIN_NAME, look=plots.look_of(content.starts), isnan=math.isnan)
     return environment.get_template("report.html.j2").render(
-        **sections(content), features=features, feature_map=_feature_map(features)
+        **sections(content), features=features, feature_maps=_feature_maps(features)
     )
 
 
@@ -87,14 +95,16 @@ def sections(content: Content) -> dict[str, Any]:
             if contents.lines(content, metric)
         ],
         "saved": saved,
-        "saved_figure": _saved_figure(content, saved),
+        "saved_figures": _saved_figures(content),
+        "seeds": _seeds(content),
         "comparison": comparison,
         "other_comparisons": _other_comparisons(content),
+        "other_verdicts": _other_verdicts(content),
         "scores": _scores(content),
         "all_metrics": _all_metrics(content),
         "areas": {start: curves.area(found, METRIC, start, content.head) for start in content.starts},
         "confusion": _confusion_figure(content, tables),
-        "roc": _drawn(plots.roc(rocs), "roc", "ROC curves") if rocs else None,
+        "roc": _drawn(plots.roc(rocs, content.unit), "roc", "ROC curves") if rocs else None,
         "calibration": _calibration_figure(content),
         "class_rows": contents.class_rows(content, tables, rocs),
         "pretraining": _pretraining_figure(content),
@@ -131,6 +141,16 @@ def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved
         return verdict, [], None
     saved = curves.labels_saved(content.measured, METRIC, adapted, reference, content.head)
     return verdict, saved, verdict.comparison
+
+
+def _other_verdicts(content: Content) -> dict[str, str]:
+    """The headline of every further start that somebody pretrained."""
+    if content.reference is None:
+        return {}
+    return {
+        start: curves.verdict(content.measured, start, content.reference, METRIC, content.head, content.unit).headline
+        for start in content.all_adapted[1:]
+    }
 
 
 def _key_figures(
@@ -241,7 +261,14 @@ def _ledger(content: Content) -> dict[str, Any] | None:
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name.replace("_", "-"), _plainly(value)) for name, value in config.items() if value not in (None, "", [])]
+    """What was set; what was left to be worked out stands elsewhere on the page, as it came out."""
+    shown = {name: value for name, value in config.items() if value not in (None, "", [], ())}
+    if shown.get("train") == "head":
+        shown.pop("tune", None)
+    for name in WORKED_OUT_AT_ZERO:
+        if shown.get(name) == 0:
+            shown.pop(name)
+    return [(name.replace("_", "-"), _plainly(value)) for name, value in shown.items()]
 
 
 def _plainly(value: Any) -> str:
@@ -253,25 +280,27 @@ def _plainly(value: Any) -> str:
 
 
 def _commands(content: Content) -> list[str]:
-    """How each stage was called, and how to remake this page."""
-    commands = []
-    if content.pretrain is not None and content.pretrain.run_json.exists():
-        commands.append(_command(read_run(content.pretrain.run_json).get("command", [])))
+    """How each stage was called (every pretraining run of a pooled start), and how to remake this page."""
+    runs = [run for run in content.pretrain_runs if run.run_json.exists()]
+    commands = [_command(read_run(run.run_json).get("command", [])) for run in runs]
     commands.append(_command(content.facts.get("command", [])))
     commands.append(f"histossl report --name {shlex.quote(content.run.root.name)}")
     return [command for command in dict.fromkeys(commands) if command]
 
 
-def _sources(content: Content) -> dict[str, str]:
+def _sources(content: Content) -> dict[str, list[str]]:
     """Where each start's weights came from; files of this workspace by their place in it."""
     workspace = content.run.root.parent.parent.resolve()
-    found = {}
-    for start, facts in content.facts.get("starts", {}).items():
-        source = str(facts.get("source") or "")
+
+    def place(source: str) -> str:
         path = Path(source)
         inside = path.is_absolute() and path.resolve().is_relative_to(workspace)
-        found[start] = str(path.resolve().relative_to(workspace)) if inside else source
-    return found
+        return str(path.resolve().relative_to(workspace)) if inside else source
+
+    return {
+        start: [place(str(one.get("source") or "")) for one in facts.get("seeds") or [facts]]
+        for start, facts in content.facts.get("starts", {}).items()
+    }
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -297,12 +326,32 @@ def _curve(content: Content, metric: str, size: tuple[float, float] = (7.4, 4.3)
     )
 
 
-def _saved_figure(content: Content, saved: Sequence[curves.Saved]) -> Markup | None:
-    rows = contents.saved_rows(saved)
-    if not rows or content.adapted is None or content.reference is None:
-        return None
-    figure = plots.saved(rows, contents.ticks(content.measured), content.adapted, content.reference, content.unit)
-    return _drawn(figure, "saved", "Labels saved")
+def _saved_figures(content: Content) -> list[tuple[str, list[curves.Saved], Markup]]:
+    """(start, rows, figure) of every start that somebody pretrained."""
+    found = []
+    for number, start in enumerate(content.all_adapted):
+        if content.reference is None:
+            continue
+        saved = curves.labels_saved(content.measured, METRIC, start, content.reference, content.head)
+        rows = contents.saved_rows(saved)
+        if rows:
+            figure = plots.saved(rows, contents.ticks(content.measured), start, content.reference, content.unit)
+            name = "saved" if number == 0 else f"saved-{number}"
+            found.append((start, saved, _drawn(figure, name, f"Labels saved by {plots.shown(start)}")))
+    return found
+
+
+def _seeds(content: Content) -> list[tuple[str, list[tuple[str, float, float | None]]]]:
+    """Per pooled start: (run, height of its curve, difference from the reference's) of each pretraining run."""
+    found = []
+    for start in content.starts:
+        heights = curves.area_per_seed(content.measured, METRIC, start, content.head)
+        if len(heights) > 1:
+            reference = content.reference
+            beside = curves.area(content.measured, METRIC, reference, content.head)[0] if reference else None
+            rows = [(run, height, None if beside is None else height - beside) for run, height in heights.items()]
+            found.append((start, rows))
+    return found
 
 
 def _confusion_figure(content: Content, tables: Mapping[str, contents.Floats]) -> Markup | None:
@@ -316,10 +365,14 @@ def _calibration_figure(content: Content) -> Markup | None:
     return _drawn(plots.calibration(bins), "calibration", "Calibration") if bins else None
 
 
-def _feature_map(features: Features | None) -> Markup | None:
+def _feature_maps(features: Features | None) -> dict[str, Markup]:
     if features is None:
-        return None
-    return _drawn(plots.feature_map(features.places, features.colourings), "features", "Map of features")
+        return {}
+    found = {"": _drawn(plots.feature_map(features.places, features.colourings), "features", "Map of features")}
+    if features.umap_places:
+        figure = plots.feature_map(features.umap_places, features.colourings)
+        found["-umap"] = _drawn(figure, "features-umap", "UMAP of features")
+    return found
 
 
 def _pretraining_figure(content: Content) -> dict[str, Any] | None:
@@ -334,6 +387,7 @@ def _pretraining_figure(content: Content) -> dict[str, Any] | None:
     run = read_run(content.pretrain.run_json) if content.pretrain.run_json.exists() else {}
     return {
         "name": content.pretrain.root.name,
+        "others": [run.root.name for run in content.pretrain_runs if run.root != content.pretrain.root],
         "figure": _drawn(plots.pretraining(log, shown), "pretraining", "Pretraining"),
         "config": _settings(run.get("config", {})),
         "steps": int(max(steps[-1] for steps, _ in log.values() if len(steps))),

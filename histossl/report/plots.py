@@ -128,6 +128,7 @@ class Line:
     mean: Floats
     low: Floats
     high: Floats
+    seeds: Sequence[Floats] = ()  # the curves of its pretraining runs, where it is the mean of several
 
 
 @styled
@@ -151,6 +152,8 @@ def curve(
             if main:  # edges keep bands apart that lie upon each other
                 for edge in (line.low, line.high):
                     axes.plot(line.slides, edge, color=colour, linewidth=0.7, alpha=0.55, linestyle=dash)
+        for seed in line.seeds:
+            axes.plot(line.slides, seed, color=colour, linewidth=0.8, alpha=0.7, linestyle=(0, (1, 1.2)), zorder=2)
         axes.plot(
             line.slides,
             line.mean,
@@ -314,7 +317,7 @@ def confusion(tables: Mapping[str, Floats], classes: Sequence[str]) -> Figure:
 
 
 @styled
-def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]]) -> Figure:
+def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: str = "slide") -> Figure:
     """{class: {start: (false positive rate, true positive rate, area)}}: one small panel per class."""
     num = len(curves)
     rows = -(-num // 4)
@@ -335,9 +338,10 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]]) -> Fig
         axes.set_ylim(-0.02, 1.02)
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
-    for axes in list(grid.flat)[num:]:
-        axes.set_visible(False)
-    figure.supxlabel("false alarms (share of other slides)", fontsize=9.5, color=SOFT)
+    for place, axes in enumerate(grid.flat):
+        axes.set_visible(place < num)
+        axes.tick_params(labelbottom=place + columns >= num)  # the last of its column, whatever its row
+    figure.supxlabel(f"false alarms (share of other {unit}s)", fontsize=9.5, color=SOFT)
     figure.supylabel("found (share of this class)", fontsize=9.5, color=SOFT)
     return figure
 

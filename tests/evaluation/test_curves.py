@@ -44,7 +44,7 @@ def test_tables_come_back_as_they_were(tmp_path):
     curves.write_summary(tmp_path / "summary.csv", summary)
     assert curves.read_summary(tmp_path / "summary.csv") == summary
     header = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[0]
-    assert header == 'start,head,budget,draw,fold,slide,patient,label,predicted,p_x,p_y,"p_ä,z"'
+    assert header == 'start,backbone,head,budget,draw,fold,slide,patient,label,predicted,p_x,p_y,"p_ä,z"'
 
 
 @pytest.mark.parametrize(
@@ -302,6 +302,48 @@ def test_too_few_patients_get_no_verdict():
     assert "class carcinoma has one" in found.headline
 
 
+# ---- several pretraining seeds
+
+
+def test_the_spread_between_seeds_widens_the_interval_and_their_number_narrows_it():
+    """Runs that differ by much: the interval of their mean is Student's over the runs, whatever the patients."""
+    rows = []
+    for number, shift in enumerate((-0.2, -0.1, 0.1, 0.2)):
+        own = fixed_scores((0.7 + shift,), (0.7,), (1,), per_class=200)
+        rows += [replace(row, backbone=f"s{number}") for row in own if row.start == "adapted"]
+    rows += [row for row in fixed_scores((0.7,), (0.7,), (1,), per_class=200) if row.start == "imagenet"]
+    measured = measure(rows, ["a", "b"], 4000)
+    found = compare(measured, "balanced_accuracy", "adapted", "imagenet").area
+    assert found.value == pytest.approx(0, abs=1e-9)
+    half = 3.18 * np.std([-0.2, -0.1, 0.1, 0.2], ddof=1) / 2  # t of three degrees of freedom
+    assert found.high == pytest.approx(half, rel=0.15)
+    one_run = [row for row in rows if row.backbone in ("", "s3")]
+    alone = compare(measure(one_run, ["a", "b"], 4000), "balanced_accuracy", "adapted", "imagenet").area
+    assert alone.low > 0.1  # of that run by itself the patients leave no doubt
+
+
+def test_identical_seeds_are_worth_one():
+    archive = Archive(budgets=(1, 4), num_draws=4)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    pooled = [replace(row, backbone=f"s{number}") for row in rows if row.start == "adapted" for number in range(3)]
+    alone = [row for row in summarise(measure(rows, archive.classes)) if row.start == "adapted"]
+    three = [row for row in summarise(measure(pooled, archive.classes)) if row.start == "adapted"]
+    for one, row in zip(alone, three, strict=True):
+        assert (row.mean, row.low, row.high) == pytest.approx((one.mean, one.low, one.high), abs=1e-6)
+        assert row.num_seeds == 3
+
+
+def test_the_verdict_says_how_many_seeds_it_rests_on():
+    archive = Archive(seeds={"adapted": 4}, seed_spread=0.1, budgets=(1, 4), num_draws=3)
+    measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
+    assert "mean of 4 pretraining seeds (s0, s1, s2 and s3)" in "\n".join(verdict(measured).limits)
+    heights = curves.area_per_seed(measured, "auroc", "adapted")
+    assert list(heights) == ["s0", "s1", "s2", "s3"]
+    assert np.mean(list(heights.values())) == pytest.approx(area(measured, "auroc", "adapted")[0])
+    one = measure(predictions_of(Archive(budgets=(1,), num_draws=2), np.random.default_rng(0)), archive.classes)
+    assert "is one pretraining run" in "\n".join(verdict(one).limits)
+
+
 # ---- the levels that are promised
 
 
@@ -341,8 +383,9 @@ def test_intervals_hold_the_truth_and_equal_starts_are_called_equal_quickly():
         Archive(patients_per_class=20, classes=("a", "b")),
         Archive(patients_per_class=6, classes=("a", "b", "c", "d", "e"), separation={"imagenet": 2.0, "adapted": 2.0}),
         Archive(patients_per_class=15, test_patients_per_class=8),
+        Archive(seeds={"adapted": 4}, seed_spread=0.4),
     ],
-    ids=["folds", "two classes", "six patients a class", "fixed test set"],
+    ids=["folds", "two classes", "six patients a class", "fixed test set", "four seeds"],
 )
 def test_intervals_hold_the_truth_at_their_nominal_rate(archive):
     """200 archives: 95 % intervals hold the true value in 92 to 98 of 100; one start and budget in 90 to 99.5."""

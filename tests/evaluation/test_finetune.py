@@ -295,6 +295,94 @@ def test_another_architecture_beside_the_adapted_one_is_refused(ready):
         resolve_starts(ready, config_of(ready, starts=(), backbone="test_resnet"))
 
 
+def test_weights_that_do_not_fit_end_before_anything_is_written(ready, cli):
+    export(ready, "run", 3)
+    base = ["finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients"]
+    weights = ready.pretrain("run").backbone
+    for backbone, options in (("test_resnet", ["--weights", weights]), ("test_vit", ["--weights", "nowhere.pth"])):
+        code, _, err = cli(*base, "--starts", "random,imagenet", "--backbone", backbone, *options)
+        assert code == 2
+        assert err.count("error:") == 1
+    assert not ready.finetune_root.exists()
+    assert not (ready.root / "embeddings").exists()
+
+
+# ---- several pretraining seeds
+
+
+def test_pooled_seeds_are_one_start_whose_points_are_those_of_its_runs(ready):
+    for seed in (1, 2, 3):
+        export(ready, f"s{seed}", seed)
+    finetune(ready, "a", config_of(ready, starts=("adapted", "random"), adapted="s1,s2,s3", backbone=""))
+    points, predictions, summary = tables_of(ready)
+    assert {point.backbone for point in points if point.start == "adapted"} == {"s1", "s2", "s3"}
+    assert {row.num_seeds for row in summary if row.start == "adapted"} == {3}
+    assert {row.num_seeds for row in summary if row.start == "random"} == {1}
+    assert {row.backbone for row in predictions if row.start == "random"} == {""}
+    for seed in (1, 2, 3):  # by itself each run has the same points
+        finetune(ready, f"only-{seed}", config_of(ready, starts=("adapted",), adapted=f"s{seed}", backbone=""))
+        alone, _, _ = tables_of(ready, f"only-{seed}")
+        pooled = [replace(point, backbone="") for point in points if point.backbone == f"s{seed}"]
+        assert pooled == [point for point in alone if point.start == "adapted"]
+    for row in summary:
+        its = [p.value for p in points if (p.start, p.budget, p.metric) == (row.start, row.budget, row.metric)]
+        assert row.mean == pytest.approx(np.mean(its))
+    limits = json.loads(ready.finetune("a").run_json.read_text())["verdict"]["limits"]
+    assert any("the mean of 3 pretraining seeds (s1, s2 and s3)" in limit for limit in limits)
+
+
+def test_a_seed_may_be_added_later(ready):
+    for seed in (1, 2):
+        export(ready, f"s{seed}", seed)
+    options = {"starts": ("random", "more=s1+s2"), "backbone": ""}
+    finetune(ready, "a", config_of(ready, **options))
+    before, _, _ = tables_of(ready)
+    export(ready, "s3", 3)
+    finetune(ready, "a", config_of(ready, **options | {"starts": ("random", "more=s1+s2+s3")}))
+    after, _, _ = tables_of(ready)
+    assert [point for point in after if point.backbone != "s3"] == before
+    assert {point.backbone for point in after if point.start == "more"} == {"s1", "s2", "s3"}
+
+
+def test_seeds_of_another_architecture_or_given_twice_are_refused(ready):
+    export(ready, "one", 1)
+    shutil.copytree(ready.pretrain("one").root, ready.pretrain("copy").root)
+    backbone, info = create_backbone("test_resnet", "random", 1)
+    save_backbone(ready.pretrain("other").backbone, backbone, replace(info, input_px=32))
+    with pytest.raises(UsageError, match="must be of one architecture"):
+        resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,other", backbone=""))
+    with pytest.raises(UsageError, match="same weights as"):
+        resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,copy", backbone=""))
+    with pytest.raises(UsageError, match="two of them are called 'x'"):
+        resolve_starts(ready, config_of(ready, starts=("x=one", "random", "x=other"), backbone=""))
+
+
+def test_pooled_runs_that_differ_in_more_than_their_seed_are_told(ready):
+    for run, rate, seed in (("one", 0.1, 1), ("two", 0.1, 2), ("three", 0.2, 3)):
+        export(ready, run, seed)
+        ready.pretrain(run).run_json.write_text(json.dumps({"config": {"lr": rate, "seed": seed}}))
+    alike = resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,two", backbone=""))
+    assert alike.notes == ()
+    mixed = resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,three", backbone=""))
+    assert "differ in lr, not only in their seed" in mixed.notes[0]
+
+
+def test_named_runs_are_compared_with_what_they_started_from(ready):
+    """Without --adapted: the architecture of random (and imagenet) is that of the runs that are named."""
+    for seed in (1, 2):
+        export(ready, f"s{seed}", seed)
+    found = resolve_starts(ready, config_of(ready, starts=("random", "s1", "pair=s1+s2"), backbone=""))
+    assert [(start.name, start.backbone) for start in found.chosen] == [
+        ("random", ""), ("s1", ""), ("pair", "s1"), ("pair", "s2"),
+    ]  # fmt: skip
+    assert found.chosen[0].timm_name == "test_vit"
+
+
+def test_the_colour_floor_is_on_every_curve(ready):
+    finetune(ready, "a", config_of(ready, starts=("random",)))
+    assert {point.start for point in tables_of(ready)[0]} == {"random", "colour"}
+
+
 # ---- the command line, and the journal
 
 

@@ -98,25 +98,40 @@ def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):
 
 def test_a_slide_far_from_the_training_data_is_warned_of(workspace):
     model = load_model(trained(workspace)[0])
-    known = model.training_D[:1].astype(np.float32).repeat(9, 0)
+    known = model.training_ND[:1].astype(np.float32).repeat(9, 0)
     assert predict_tiles(model, "A", known)[0].warning == ""
-    far = known + 40 * model.training_D.std(0).astype(np.float32)
-    assert "times as far from the training data" in predict_tiles(model, "A", far)[0].warning
+    far = known + 40 * model.training_ND.std(0).astype(np.float32)
+    assert "times as far from the training slides" in predict_tiles(model, "A", far)[0].warning
     assert "only 2 tiles" in predict_tiles(model, "A", known[:2])[0].warning
 
 
 def test_distances_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
     training, new = rng.normal(size=(12, 5)), rng.normal(size=(3, 5)) + 1
-    found, usual = distances(training, new)
+    patients = np.arange(12) // 2
+    found, usual = distances(training, patients, new)
     scaled = [(rows - training.mean(0)) / training.std(0) / np.sqrt(5) for rows in (training, new)]
     expected = [min(np.linalg.norm(row - other) for other in scaled[0]) for row in scaled[1]]
-    among = [
-        min(np.linalg.norm(row - other) for j, other in enumerate(scaled[0]) if i != j)
+    left_out = [
+        min(np.linalg.norm(row - other) for j, other in enumerate(scaled[0]) if patients[j] != patients[i])
         for i, row in enumerate(scaled[0])
     ]
     np.testing.assert_allclose(found, expected)
-    assert usual == pytest.approx(np.quantile(among, 0.95))
+    assert usual == pytest.approx(max(left_out))
+
+
+def test_new_patients_of_the_same_kind_are_rarely_warned_of_and_others_mostly():
+    rng = np.random.default_rng(1)
+    patients = np.arange(60) // 2
+    warned = {"same": 0, "other": 0}
+    for _ in range(200):
+        own = rng.normal(size=(31, 40)).repeat(2, 0) + 0.3 * rng.normal(size=(62, 40))
+        same, other = own[60:61], own[60:61] + 2 * rng.choice([-1, 1], 40)
+        for kind, x in (("same", same), ("other", other)):
+            found, usual = distances(own[:60], patients, x)
+            warned[kind] += found[0] > usual
+    assert warned["same"] <= 16  # 1 in 31 by chance
+    assert warned["other"] >= 190
 
 
 def test_the_heatmap_shows_each_tile_at_its_place(workspace, tmp_path):

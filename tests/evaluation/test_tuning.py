@@ -1,6 +1,11 @@
 """End to end: the backbone learns what a frozen one does not show, the rest stays put, and a run repeats itself."""
 
-from dataclasses import replace
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.finetune import finetune
 from histossl.evaluation.model import load_model
 from histossl.evaluation.tables import read_points
-from histossl.evaluation.tuning import TileSource, Tuned, _kept_for_validation, tune
+from histossl.evaluation.tuning import TileSource, Tuned, _kept_for_validation, _optimizer, tune
 from histossl.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -144,13 +149,51 @@ def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path
     model = load_model(moved)
     assert model.info.classes == ("high", "low")
     assert model.info.head == "abmil"
-    assert model.training_D.shape == (12, 64)
+    assert model.training_ND.shape == (12, 64)
     tiles = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
         features = model.embedder(CPU).embed(tiles).numpy()
     shares, attention = model.fitted.of_tiles(features)
     assert shares.sum() == pytest.approx(1)
     assert attention.shape == (3,)
+
+
+def test_the_head_learns_fastest_and_early_blocks_slowest():
+    backbone, info = create_backbone("test_vit", "random", 1)
+    model = Tuned(backbone, info.feature_dim, 2, torch.zeros(1, dtype=torch.int64), tiles_per_bag=2)
+    optimizer = _optimizer(model, "all", replace(QUICK, layer_decay=0.5))
+    rate_of = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rate_of[id(parameter)] for name, parameter in model.named_parameters()}
+    depth = len(backbone.blocks)
+    blocks = [named[f"backbone.blocks.{number}.attn.qkv.weight"] for number in range(depth)]
+    assert [late / early for early, late in itertools.pairwise(blocks)] == pytest.approx([2.0] * (depth - 1))
+    assert named["backbone.patch_embed.proj.weight"] < blocks[0]
+    assert named["head.classify.1.weight"] == 10 > max(blocks)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: two processes would have to stand in a queue")
+def test_two_processes_make_the_curve_of_one(ready):
+    """End to end and frozen, over gloo; and what one process had begun, two finish."""
+    options = ["--labels", ready.root / "labels.csv", "-w", ready.root, "--starts", "random", "--backbone", "test_vit"]
+    options += ["--input-px", 32, "--draws", 2, "--budgets", "1,2"]
+    options += [word for key, value in asdict(QUICK).items() for word in ("--set", f"{key}={value}")]
+    line = [sys.executable, "-m", "histossl", "finetune", "--train", "last", *map(str, options), "--name"]
+    done = subprocess.run([*line, "one", "--gpus", "1"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    half = ready.finetune("two").root
+    shutil.copytree(ready.finetune("one").root, half)
+    journal = ready.finetune("two").journal("random")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0])
+    # a second process of a run that was killed had done one piece
+    journal.with_name("random@1.part").write_bytes(lines[0] + lines[1])
+    ready.finetune("two").points.unlink()
+    done = subprocess.run([*line, "two", "--gpus", "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("== verdict") == 1  # the second process is silent
+    assert read_points(ready.finetune("two").points) == read_points(ready.finetune("one").points)
+    assert not list(journal.parent.glob("*.part"))
+    assert len(journal.read_bytes().splitlines()) == len(lines)
 
 
 def test_settings_that_would_take_no_effect_are_refused(ready, cli):

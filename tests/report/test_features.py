@@ -3,7 +3,9 @@
 import base64
 import io
 import math
+import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 from simulated import write_finetuning, write_tiles_and_embeddings
 
+from histossl import cli
 from histossl.report.content import read_content
 from histossl.report.features import look_at_features, neighbourhoods
 from histossl.report.html import render
@@ -147,3 +150,31 @@ def test_tiles_that_decide_are_those_with_the_most_attention(content, monkeypatc
             assert green == pytest.approx(40 + 5 * 13, abs=4)  # the sixth tile
             assert picture.label == page.classes[0]
             assert picture.same == (label == page.classes[0])
+
+
+def test_umap_without_its_library_is_one_clear_line(content, monkeypatch, capsys):
+    _, workspace = content
+    monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
+    assert cli.main(["report", "--map", "umap", "-w", str(workspace.root)]) == 2
+    assert "pip install 'histossl[umap]'" in capsys.readouterr().err
+    assert cli.main(["report", "--map", "tsne", "-w", str(workspace.root)]) == 2
+    assert "must be one of pca, umap" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_umap_stands_beside_the_principal_components_and_parts_what_is_apart(content):
+    pytest.importorskip("umap", reason="umap-learn is not installed (the extra histossl[umap])")
+    read, workspace = content
+    found = look_at_features(read, workspace, with_umap=True)
+    again = look_at_features(read, workspace, with_umap=True)
+    labels = np.array(found.colourings["label"])
+    for start, places in found.umap_places.items():
+        np.testing.assert_array_equal(places, again.umap_places[start])
+    spread = {}
+    for start, places in found.umap_places.items():
+        middles = np.stack([places[labels == label].mean(0) for label in sorted(set(labels))])
+        within = np.mean([places[labels == label].std(0).mean() for label in sorted(set(labels))])
+        spread[start] = middles.std(0).mean() / within
+    assert spread["adapted"] > spread["imagenet"]  # whose features tell the class less
+    page = render(read, found)
+    assert {"figure-features", "figure-features-umap"} <= set(re.findall(r'<figure id="([^"]+)"', page))

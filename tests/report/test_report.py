@@ -135,6 +135,24 @@ def test_sections_without_data_are_left_out(tmp_path):
     assert "figure-curve" in page.ids
 
 
+def test_every_pretraining_seed_and_every_adapted_start_is_shown(tmp_path):
+    workspace = Workspace(tmp_path)
+    archive = Archive(
+        patients_per_class=6, separation={"imagenet": 1.0, "adapted": 2.0, "dino": 1.5},
+        seeds={"adapted": 3, "dino": 2},
+        seed_spread=0.1, budgets=(1, 2, "all"), num_draws=2, num_folds=2,
+    )  # fmt: skip
+    run = write_finetuning(workspace, "pooled", archive)
+    write_report(run, workspace)
+    page = page_of(run)
+    shown = words(page)
+    assert "adapted is the mean of 3 pretraining runs" in shown
+    assert "The adapted start is the mean of 3 pretraining seeds (s0, s1 and s2)" in shown
+    assert "dino: " in shown  # its own headline
+    assert {"figure-saved", "figure-saved-1"} <= page.ids
+    assert run.report.read_text(encoding="utf-8").count('<td class="name">s0</td>') == 2
+
+
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):
     _, workspace = reported
     copied = Workspace(shutil.copytree(workspace.root, tmp_path / "ws"))
