@@ -200,12 +200,13 @@ NEIGHBOURS = 4  # per query tile, where no number of tiles is asked for: DINOv2'
 class CurateConfig:
     """What defines a curated subset. 0 and () mean 'none' or 'work it out'."""
 
-    duplicate_cosine: float = 0.95  # more alike than this are copies; 1: copies are not sought
+    duplicate_cosine: float = 0.9  # more alike than this are copies; 1: copies are not sought
     tiles: int = 0  # keep about so many, balanced; 0: all but the copies
     clusters: tuple[int, ...] = ()  # of the levels, finest first; (): worked out from the number of tiles
     like_slides: tuple[str, ...] = ()  # retrieve what is most like these
     like_classes: tuple[str, ...] = ()  # retrieve what is most like the training slides of these
     queries: tuple[str, ...] = ()  # the slides that these two stand for
+    labelled_slides: tuple[str, ...] = ()  # with like_classes: nothing is retrieved from these
     embedder: str = ""  # name, digest and input size of the backbone
     seed: int = 0
     excluded_slides: tuple[str, ...] = ()
@@ -213,7 +214,7 @@ class CurateConfig:
     def __post_init__(self) -> None:
         for name in ("clusters", "like_slides", "like_classes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("queries", "excluded_slides"):
+        for name in ("queries", "labelled_slides", "excluded_slides"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
         cosine = self.duplicate_cosine
         require(0 < cosine <= 1, "duplicate-cosine", cosine, "above 0 and at most 1 (1: keep copies)")
@@ -225,6 +226,9 @@ class CurateConfig:
         retrieving = bool(self.like_slides or self.like_classes)
         require(not (self.clusters and retrieving), "clusters", given, "left out where tiles are retrieved by example")
         require(bool(self.tiles) or not self.clusters, "clusters", given, "together with --tiles: how many to keep")
+
+    def with_slides(self, queries: Iterable[str], labelled: Iterable[str], excluded: Iterable[str]) -> CurateConfig:
+        return replace(self, queries=tuple(queries), labelled_slides=tuple(labelled), excluded_slides=tuple(excluded))
 
 
 # ---- embed and finetune

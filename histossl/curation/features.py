@@ -38,6 +38,7 @@ from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import tile_batches
 from histossl.tiles.sampling import Ints
 
+SHOWN_SHARE = 0.1  # of the backbone in how much two tiles are copies; see duplicates.py
 PICTURE_SIDE = 16
 PICTURE = PICTURE_SIDE**2
 PIECE = 65_536  # rows looked at in one go: 84 MB of float16 at D = 384
@@ -52,7 +53,7 @@ class Features:
     """The file, for reading. Vectors come as float32, by tile number."""
 
     table: NDArray[np.float16]  # memory-mapped (N, D + P)
-    centre_D: Floats | None = None
+    centre_D: Floats  # mean of what the pool shows
 
     @property
     def dim(self) -> int:
@@ -67,24 +68,15 @@ class Features:
         return _unit(self._rows(numbers)[:, : self.dim] - self.centre_D)
 
     def shown_and_where(self, numbers: Ints) -> Floats:
-        """(n, D + P) unit length: the dot product of two is the mean of the cosines of `shown` and of the pictures."""
+        """(n, D + P) unit length: the dot product of two is a weighted mean of the cosines of both parts."""
         rows = self._rows(numbers)
-        shown = _unit(rows[:, : self.dim] - self.centre_D)
-        joined = np.concatenate([shown, _unit(rows[:, self.dim :])], axis=1)
-        joined *= np.float32(math.sqrt(0.5))
-        return joined
+        shown = _unit(rows[:, : self.dim] - self.centre_D) * np.float32(math.sqrt(SHOWN_SHARE))
+        where = _unit(rows[:, self.dim :]) * np.float32(math.sqrt(1 - SHOWN_SHARE))
+        return np.concatenate([shown, where], axis=1)
 
     def _rows(self, numbers: Ints) -> Floats:
         rows: Floats = self.table[numbers].astype(np.float32)
         return rows
-
-    def centred_on(self, numbers: Ints) -> Features:
-        """With the mean of these tiles taken out from now on."""
-        total = np.zeros(self.dim)
-        for piece in pieces(numbers):
-            total += self.table[piece][:, : self.dim].sum(0, dtype=np.float64)
-            self.release()
-        return Features(self.table, (total / len(numbers)).astype(np.float32))
 
     def release(self) -> None:
         """Give the pages back to the kernel. Their content stays cached as long as memory allows."""
@@ -111,14 +103,26 @@ def embed_tiles(
     whole = numbers[_state(table, numbers) == WHOLE]
     if not len(whole):
         raise StoreError(f"{path}: none of {len(numbers)} tiles could be embedded; the tiles are damaged")
-    return Features(table), whole
+    return features_of(table, whole), whole
+
+
+def features_of(table: NDArray[np.float16], pool: Ints) -> Features:
+    """The rows of a file, seen from the mean of a pool."""
+    dim = table.shape[1] - PICTURE
+    total = np.zeros(dim)
+    for piece in pieces(pool):
+        total += table[piece][:, :dim].sum(0, dtype=np.float64)
+        release(table)
+    return Features(table, (total / len(pool)).astype(np.float32))
 
 
 def _fill(table: NDArray[np.float16], index: TileIndex, todo: Ints, embedder: Embedder, config: EmbedConfig) -> None:
     cuda = embedder.device.type == "cuda"
     batch = min(config.batch_size or (256 if cuda else 64), len(todo))
     num_batches = -(-len(todo) // batch)
-    loaded = tile_batches(index, InTurn(todo), batch, 0, num_batches, num_workers=config.num_workers or 2, pin_memory=cuda)
+    loaded = tile_batches(
+        index, InTurn(todo), batch, 0, num_batches, num_workers=config.num_workers or 2, pin_memory=cuda
+    )
     bar_of = console.progress(f"embedding with {embedder.name}", len(todo), "tiles")
     with loaded, bar_of as bar, torch.inference_mode():
         for count, (tiles, found, _) in enumerate(loaded):
@@ -127,8 +131,8 @@ def _fill(table: NDArray[np.float16], index: TileIndex, todo: Ints, embedder: Em
             rows = torch.cat([shown_BD, pictures(on_device)], dim=1).half().cpu().numpy()
             if not np.isfinite(rows).all():
                 raise WeightsError(
-                    f"{embedder.name}: gives features that are not finite; these weights are damaged (a diverged run?); "
-                    "use another checkpoint"
+                    f"{embedder.name}: gives features that are not finite; these weights are damaged (a diverged "
+                    "run?); use another checkpoint"
                 )
             table[found.numpy()] = rows
             table[list(loaded.damaged)] = np.nan

@@ -57,7 +57,7 @@ def write_subset(place: SubsetDir, tiles: Ints, ledger: dict[str, Any]) -> None:
 
 
 def open_subset(index: TileIndex, name: str) -> Subset:
-    """The subset of the workspace that `index` belongs to. Refuses one that is not there, unfinished, or of other tiles."""
+    """A subset of the workspace that `index` belongs to. Refuses one that is missing, unfinished, or of other tiles."""
     workspace = Workspace.holding(index.path)
     place = workspace.subset(name)
     if not place.tiles.exists():

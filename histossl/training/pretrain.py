@@ -119,7 +119,7 @@ def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig
         now = open_subset(index, config.subset).facts() if config.subset else None
         if tiles.get("subset") != now:
             raise MismatchError(
-                f"{run.root}: subset {config.subset!r} has been made anew since this run began on it; use another --name"
+                f"{run.root}: subset {config.subset!r} was made anew after this run had begun; use another --name"
             )
 
 
@@ -481,7 +481,8 @@ class _Pretraining:
     # ---- tiles and views
 
     def _order(self, purpose: int) -> TileOrder:
-        return TileOrder(self.index, self.config.seed + purpose, self.config.slide_balance, self.keep, self.subset and self.subset.tiles)
+        tiles = None if self.subset is None else self.subset.tiles
+        return TileOrder(self.index, self.config.seed + purpose, self.config.slide_balance, self.keep, tiles)
 
     def _tile_batches(self, first: int, order: TileOrder | None = None, num_steps: int | None = None) -> TileBatches:
         parts = self.plan.micro_batches
