@@ -74,12 +74,17 @@ def curate(
         _show(json.loads(place.ledger.read_text(encoding="utf-8")), place, "finished before")
         return place
     numbers = _pool(index, config)
+    _refuse_impossible(index, numbers, config)
     write_run(place.run_json, config, tiles={"digest": index.digest, "num_tiles": len(index)})
     path = workspace.features(embedder.folder, index.digest)
     features, whole = embed_tiles(path, index, numbers, embedder, embed)
     copies = _copies(place, features, whole, config, embedder)
     kept = whole[~copies.dropped]
-    choice = _choice(index, features, whole, kept, config)
+    try:
+        choice = _choice(index, features, whole, kept, config)
+    except UsageError:
+        place.run_json.unlink()  # nothing came of these settings: the name is free for others
+        raise
     ledger = {
         "tiles": {"of": len(index), "asked": len(numbers), "embedded": len(whole)},
         "slides": {"of": len(index.slides), "left_out": len(config.excluded_slides)},
@@ -114,6 +119,19 @@ def _pool(index: TileIndex, config: CurateConfig) -> Ints:
     if not kept:
         raise UsageError("no tiles to curate: every slide is left out by --labels or --exclude")
     return np.concatenate(kept).astype(np.int64)
+
+
+def _refuse_impossible(index: TileIndex, numbers: Ints, config: CurateConfig) -> None:
+    """Before hours of embedding."""
+    if config.clusters and config.clusters[0] > len(numbers):
+        raise UsageError(
+            f"--clusters {config.clusters[0]}: more than the {len(numbers)} tiles; use {clusters_for(len(numbers))[0]} or so"
+        )
+    if config.queries and _are_of(index, numbers, (*config.queries, *config.labelled_slides)).all():
+        raise UsageError(
+            "nothing to retrieve from: every slide that is not asked for has a label or is left out; "
+            "name examples with --like-slides, or tile unlabelled slides too"
+        )
 
 
 def _ends(tiles: range) -> tuple[int, int]:
@@ -183,8 +201,6 @@ def _choice(index: TileIndex, features: Features, whole: Ints, kept: Ints, confi
         console.warn(f"--tiles {config.tiles}: there are only {len(kept):,} without copies; all of them are kept")
         return Choice(kept, {})
     clusters = config.clusters or clusters_for(len(kept))
-    if clusters[0] > len(kept):
-        raise UsageError(f"--clusters {clusters[0]}: more than the {len(kept)} tiles; use {len(kept) // 10} or so")
     with console.progress("clustering", 0, "tiles") as bar:
         bar.set_total(4 * len(kept))
         tree = tree_of(features.shown, kept, clusters, config.seed, bar.advance)
@@ -202,11 +218,6 @@ def _retrieved(index: TileIndex, features: Features, whole: Ints, kept: Ints, co
     queries = _are_of(index, whole, config.queries)
     own = kept[_are_of(index, kept, config.queries)]
     pool = kept[~_are_of(index, kept, (*config.queries, *config.labelled_slides))]
-    if not len(pool):
-        raise UsageError(
-            "nothing to retrieve from: every slide that is not asked for has a label or is left out; "
-            "name examples with --like-slides, or tile unlabelled slides too"
-        )
     wanted = config.tiles - len(own) if config.tiles else 0
     if config.tiles and wanted < 1:
         raise UsageError(
@@ -372,11 +383,12 @@ def _clusters_section(tree: Tree, kept: Ints, chosen: Ints) -> Section:
 
 def _retrieved_section(index: TileIndex, examples: Ints, pool: Ints, found: Retrieved) -> Section:
     strips = []
-    for example in np.unique(np.linspace(0, len(examples) - 1, CLUSTERS_SHOWN).astype(np.int64)):
+    asked = np.unique(found.asked)
+    for example in asked[np.unique(np.linspace(0, len(asked) - 1, CLUSTERS_SHOWN).astype(np.int64))]:
         brought = np.flatnonzero(found.asked == example)[: TILES_SHOWN - 1]
         cosines = ", ".join(f"{value:.2f}" for value in found.cosines[brought])
         tiles = (int(examples[example]), *map(int, pool[found.places[brought]]))
-        strips.append(Strip(tiles, f"{place_of(index, tiles[0])} brought {len(brought)} of these: {cosines}"))
+        strips.append(Strip(tiles, f"{place_of(index, tiles[0])} brought these: {cosines}"))
     return Section("Examples, each with what it brought", "The example is on the left.", strips)
 
 

@@ -41,6 +41,7 @@ TRAINING = 50  # vectors per cell that k-means sees
 ROWS, COLUMNS = 1024, 8192  # of a block of cosines: 34 MB
 LINKS_HELD = 1 << 22
 EXAMPLES = 64  # pairs kept per band of cosines
+FAR_BELOW = 0.15  # pairs so far below the threshold still become examples, where none is nearer
 LOOKED_AT = 4096  # pairs of a block, at most, that may become examples
 
 
@@ -62,7 +63,7 @@ class Copies:
 def bands_of(cosine: float) -> Floats:
     """Edges of the bands of cosines from which examples are shown: two below the threshold, two above."""
     step = min(0.02, (1 - cosine) / 2)
-    return np.array([cosine - 2 * step, cosine - step, cosine, cosine + step, 1.01], dtype=np.float32)
+    return np.array([cosine - FAR_BELOW, cosine - step, cosine, cosine + step, 1.01], dtype=np.float32)
 
 
 def find_copies(
@@ -175,7 +176,10 @@ class Groups:
 
 
 class _Examples:
-    """A few pairs from each band of cosines: those with the smallest hash, so chance alone chooses, the same always."""
+    """A few pairs from each band of cosines: those with the smallest hash, so chance alone chooses, the same always.
+
+    Of the lowest band those nearest to the threshold.
+    """
 
     def __init__(self, edges: Floats) -> None:
         self._edges = edges
@@ -191,7 +195,8 @@ class _Examples:
         found, once = np.unique(np.concatenate([self._pairs, found]), axis=0, return_index=True)
         cosines = np.concatenate([self._cosines, cosines[looked]])[once]
         band = np.digitize(cosines, self._edges)
-        order = np.lexsort((keys(0, found[:, 0], found[:, 1]), band))
+        chance = keys(0, found[:, 0], found[:, 1]) / 2.0**64
+        order = np.lexsort((np.where(band == 1, 1 - cosines, chance), band))
         rank = np.arange(len(order)) - np.searchsorted(band[order], band[order])
         kept = order[rank < EXAMPLES]
         self._pairs, self._cosines = found[kept], cosines[kept]

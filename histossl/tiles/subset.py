@@ -64,7 +64,7 @@ def open_subset(index: TileIndex, name: str) -> Subset:
         if place.root.exists():
             raise UsageError(f"--subset {name}: is not finished; run its `histossl curate --name {name}` again")
         known = finished_subsets(workspace)
-        there = f"{nearest(name, known)}. Subsets here: {', '.join(known)}" if known else "; make it with "
+        there = f"{nearest(name, known) or '.'} Subsets here: {', '.join(known)}" if known else "; make it with "
         way_out = "" if known else f"`histossl curate --name {name}`"
         raise UsageError(f"--subset {name}: {workspace.subsets_root} holds none of that name{there}{way_out}")
     made_of = read_run(place.run_json).get("tiles", {}).get("digest")

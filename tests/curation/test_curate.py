@@ -259,6 +259,8 @@ def test_a_damaged_tile_is_left_out_and_not_tried_again(lab, cli):
         (("--clusters", "ten", "--tiles", "5"), "whole numbers"),
         (("--duplicate-cosine", "1.5"), "at most 1"),
         (("--like-slides", "A", "--tiles", "3"), "hold 11 tiles by themselves"),
+        (("--clusters", "90,10", "--tiles", "5"), "more than the 60 tiles"),
+        (("--like-slides", "A,B,C,D,E"), "nothing to retrieve from"),
         (("--name", "a/b"), "one plain directory name"),
     ],
 )
@@ -269,6 +271,8 @@ def test_what_cannot_be_curated_is_refused_in_one_line(lab, cli, tmp_path, monke
     assert told.code == 2
     assert said in told.err
     assert told.err.count("error:") == 1
+    if "a/b" not in options:
+        assert not workspace.subset("curated").run_json.exists()  # the name is free for another try
 
 
 def test_without_a_backbone_the_way_out_is_said(lab, cli):

@@ -98,7 +98,7 @@ def test_examples_lie_on_both_sides_of_the_threshold():
     edges = bands_of(0.85)
     assert (copies.cosines >= edges[0]).all()
     assert ((copies.cosines >= 0.85) & (copies.cosines < edges[3])).any()
-    assert ((copies.cosines < 0.85) & (copies.cosines >= edges[1])).any()
+    assert ((copies.cosines < 0.85) & (copies.cosines >= edges[0])).any()
     vectors = features.shown_and_where(numbers)
     assert np.allclose((vectors[copies.pairs[:, 0]] * vectors[copies.pairs[:, 1]]).sum(1), copies.cosines, atol=1e-5)
     assert (copies.pairs[:, 0] < copies.pairs[:, 1]).all()
