@@ -12,7 +12,7 @@ import platform
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ class PretrainConfig:
     seed: int = 0
     set: tuple[str, ...] = ()  # KEY=VALUE of the method's own knobs
     excluded_slides: tuple[str, ...] = ()
+    subset: str = ""  # of the tiles, by its name; '': all
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "set", tuple(self.set))
@@ -188,6 +189,46 @@ class PretrainConfig:
         require(
             0 <= self.slide_balance <= 1, "slide-balance", self.slide_balance, "0 (tiles alike) to 1 (slides alike)"
         )
+
+
+# ---- curate
+
+NEIGHBOURS = 4  # per query tile, where no number of tiles is asked for: DINOv2's (Oquab et al. 2023, section 3)
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """What defines a curated subset. 0 and () mean 'none' or 'work it out'."""
+
+    duplicate_cosine: float = 0.9  # more alike than this are copies; 1: copies are not sought
+    tiles: int = 0  # keep about so many, balanced; 0: all but the copies
+    clusters: tuple[int, ...] = ()  # of the levels, finest first; (): worked out from the number of tiles
+    like_slides: tuple[str, ...] = ()  # retrieve what is most like these
+    like_classes: tuple[str, ...] = ()  # retrieve what is most like the training slides of these
+    queries: tuple[str, ...] = ()  # the slides that these two stand for
+    labelled_slides: tuple[str, ...] = ()  # with like_classes: nothing is retrieved from these
+    embedder: str = ""  # name, digest and input size of the backbone
+    seed: int = 0
+    excluded_slides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("clusters", "like_slides", "like_classes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("queries", "labelled_slides", "excluded_slides"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        cosine = self.duplicate_cosine
+        require(0 < cosine <= 1, "duplicate-cosine", cosine, "above 0 and at most 1 (1: keep copies)")
+        require(self.tiles >= 0, "tiles", self.tiles, "1 or more")
+        given = ",".join(map(str, self.clusters))
+        require(all(count >= 1 for count in self.clusters), "clusters", given, "numbers of 1 or more, like 1000,100,10")
+        falling = all(finer > coarser for finer, coarser in itertools.pairwise(self.clusters))
+        require(falling, "clusters", given, "finest first, each level smaller than the one before it")
+        retrieving = bool(self.like_slides or self.like_classes)
+        require(not (self.clusters and retrieving), "clusters", given, "left out where tiles are retrieved by example")
+        require(bool(self.tiles) or not self.clusters, "clusters", given, "together with --tiles: how many to keep")
+
+    def with_slides(self, queries: Iterable[str], labelled: Iterable[str], excluded: Iterable[str]) -> CurateConfig:
+        return replace(self, queries=tuple(queries), labelled_slides=tuple(labelled), excluded_slides=tuple(excluded))
 
 
 # ---- embed and finetune
@@ -376,13 +417,18 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
     differ = [
         f"{field.name} was {_short(before.get(field.name))}, now {_short(now[field.name])}"
         for field in fields(config)
-        if field.name not in free and before.get(field.name) != now[field.name]
+        if field.name not in free and before.get(field.name, _default_of(field)) != now[field.name]
     ]
     if differ:
         raise MismatchError(
             f"{path.parent} was made with other settings: {'; '.join(differ)}. "
             "Use the same settings to go on, or another --name"
         )
+
+
+def _default_of(field: Field[Any]) -> object:
+    """What a run had that was begun before the knob was there."""
+    return None if field.default is MISSING else plain(field.default)
 
 
 def _short(value: object) -> str:

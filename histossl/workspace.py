@@ -7,6 +7,8 @@ WORKSPACE/
     embeddings/BACKBONE/        one HDF5 file per slide
     finetune/NAME/              points.csv, summary.csv, predictions.csv, curve.png, model/, report.html
     predictions/NAME/           predictions.csv, heatmaps/
+    curation/BACKBONE/          features of all tiles in one file, shared by the subsets made with them
+    subsets/NAME/               run.json, ledger.json, sheet.html, tiles.npy: tile numbers, sorted
 """
 
 from __future__ import annotations
@@ -126,6 +128,36 @@ class PredictionDir:
 
 
 @dataclass(frozen=True)
+class SubsetDir:
+    """A named part of the tiles."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def ledger(self) -> Path:
+        """What was embedded, dropped, grouped and kept."""
+        return self.root / "ledger.json"
+
+    @property
+    def sheet(self) -> Path:
+        return self.root / "sheet.html"
+
+    @property
+    def copies(self) -> Path:
+        """Which tile stands for which: kept until the subset is finished, so that a killed run goes on from here."""
+        return self.root / "copies.npz"
+
+    @property
+    def tiles(self) -> Path:
+        """Its presence means that the subset is finished."""
+        return self.root / "tiles.npy"
+
+
+@dataclass(frozen=True)
 class Workspace:
     root: Path
 
@@ -133,6 +165,11 @@ class Workspace:
     def at(cls, given: Path | None) -> Workspace:
         """--workspace, or $HISTOSSL_WORKSPACE, or ./histossl-workspace."""
         return cls(Path(given or os.environ.get("HISTOSSL_WORKSPACE") or DEFAULT))
+
+    @classmethod
+    def holding(cls, index: Path) -> Workspace:
+        """The workspace whose `index` this is."""
+        return cls(index.parents[1])
 
     @property
     def archive_csv(self) -> Path:
@@ -174,6 +211,17 @@ class Workspace:
 
     def embeddings(self, backbone: str) -> Path:
         return self.root / "embeddings" / _safe(backbone)
+
+    @property
+    def subsets_root(self) -> Path:
+        return self.root / "subsets"
+
+    def subset(self, name: str) -> SubsetDir:
+        return SubsetDir(self.subsets_root / _safe(name))
+
+    def features(self, backbone: str, tiles_digest: str) -> Path:
+        """One row per tile of the index. The name says of which weights and which tiles."""
+        return self.root / "curation" / _safe(backbone) / f"features-{tiles_digest[:16]}.npy"
 
     def predictions(self, name: str) -> PredictionDir:
         return PredictionDir(self.root / "predictions" / _safe(name))

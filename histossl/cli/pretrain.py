@@ -61,6 +61,12 @@ def pretrain(
     exclude: Annotated[
         Path | None, typer.Option(metavar="FILE", rich_help_panel=DATA, help="Slides to leave out: one name a line.")
     ] = None,
+    subset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", rich_help_panel=DATA, help="Only the tiles of this subset; `histossl curate` makes them."
+        ),
+    ] = DEFAULTS.subset,
     slide_balance: Annotated[
         float, typer.Option(rich_help_panel=DATA, help="0: every tile equally often; 1: every slide.")
     ] = DEFAULTS.slide_balance,
@@ -254,6 +260,7 @@ def pretrain(
         slide_balance=slide_balance,
         seed=seed,
         set=tuple(set_ or ()),
+        subset=subset,
     )
     entry_of(method)
     num_processes = 1 if is_worker() else num_processes_for(gpus)

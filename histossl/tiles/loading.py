@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histossl.errors import StoreError, UsageError
-from histossl.tiles.sampling import Ints, TileOrder
+from histossl.tiles.sampling import Ints
 
 CHUNK = 16  # tiles that one worker reads and decodes in one go
 DAMAGED_SHARE = 0.01  # more damaged tiles than this stop the run ...
@@ -43,6 +43,15 @@ class Store(Protocol):
 
     def read(self, number: int) -> bytes: ...
     def read_many(self, numbers: Ints) -> list[bytes]: ...
+
+
+class Order(Protocol):
+    """What loading needs of a TileOrder."""
+
+    @property
+    def num_tiles(self) -> int: ...
+
+    def tiles_at(self, positions: Ints) -> Ints: ...
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -112,7 +121,7 @@ def _not_whole(name: str, error: Exception) -> StoreError:
 
 def tile_batches(
     index: Store,
-    order: TileOrder,
+    order: Order,
     global_batch: int,
     start_step: int,
     num_steps: int,
@@ -147,7 +156,7 @@ class TileBatches(Iterator[Batch]):
     def __init__(
         self,
         index: Store,
-        order: TileOrder,
+        order: Order,
         global_batch: int,
         start_step: int,
         num_steps: int,
@@ -234,7 +243,7 @@ class TileBatches(Iterator[Batch]):
                     return
             except StoreError as error:
                 self._note_damage(number, error)
-            number, jpeg = int(self._order.tile_numbers(stand_in + attempt, 1)[0]), None
+            number, jpeg = int(self._order.tiles_at(np.array([stand_in + attempt]))[0]), None
         raise TooManyDamaged(f"no good tile found in {MAX_STAND_INS} tries: {next(reversed(self.damaged.values()))}")
 
     def _decoded(self, batch: _Pending) -> Tensor:

@@ -44,11 +44,18 @@ class TileOrder:
     epoch is each tile exactly once. 1: every slide equally often. An epoch is always `num_tiles` positions; a slide's
     share of it is kept to within two draws, and its own tiles are gone through completely before any comes again.
 
-    `keep` narrows the pool: one bool per slide of the index (patients left out), or the numbers of the tiles to keep,
-    which are then held in memory.
+    `keep` narrows the pool to slides: one bool per slide of the index (patients left out). `tiles` narrows it to the
+    tiles of a subset, by their numbers; sorted and memory-mapped (`tiles/subset.py`) they are read where they lie.
     """
 
-    def __init__(self, index: Slides, seed: int, slide_balance: float = 0.0, keep: NDArray[Any] | None = None) -> None:
+    def __init__(
+        self,
+        index: Slides,
+        seed: int,
+        slide_balance: float = 0.0,
+        keep: NDArray[np.bool_] | None = None,
+        tiles: Ints | None = None,
+    ) -> None:
         if not 0.0 <= slide_balance <= 1.0:
             raise UsageError(f"--slide-balance {slide_balance}: must be between 0 (tiles alike) and 1 (slides alike)")
         self.seed, self.slide_balance = seed, slide_balance
@@ -56,18 +63,16 @@ class TileOrder:
         starts = np.array([tiles.start for tiles in ranges], dtype=np.int64)
         counts = np.array([len(tiles) for tiles in ranges], dtype=np.int64)
         self._tiles: Ints | None = None  # only for a pool given tile by tile
+        if tiles is not None:
+            self._tiles = tiles if _rises(tiles) else np.unique(tiles.astype(np.int64))
+            first, last = (np.searchsorted(self._tiles, edge) for edge in (starts, starts + counts))
+            starts, counts = first.astype(np.int64), (last - first).astype(np.int64)
+            if counts.sum() != len(self._tiles):
+                raise ValueError("tiles names tiles that are not in the index")
         if keep is not None:
-            keep = np.asarray(keep)
-            if keep.dtype == np.bool_:
-                if len(keep) != len(counts):
-                    raise ValueError(f"keep has {len(keep)} values for {len(counts)} slides")
-                counts = np.where(keep, counts, 0)
-            else:
-                self._tiles = np.unique(keep.astype(np.int64))
-                first, last = (np.searchsorted(self._tiles, edge) for edge in (starts, starts + counts))
-                starts, counts = first.astype(np.int64), (last - first).astype(np.int64)
-                if counts.sum() != len(self._tiles):
-                    raise ValueError("keep names tiles that are not in the index")
+            if len(keep) != len(counts):
+                raise ValueError(f"keep has {len(keep)} values for {len(counts)} slides")
+            counts = np.where(keep, counts, 0)
         self._slide = np.flatnonzero(counts)  # slides with nothing left take no part
         self._starts, self._counts = starts[self._slide], counts[self._slide]
         self.num_tiles = int(self._counts.sum())
@@ -101,7 +106,7 @@ class TileOrder:
         cycle, place = np.divmod(draw, self._counts[owner])
         within = permuted(place, self._counts[owner], keys(self.seed, cycle, self._slide[owner]))
         pool = self._starts[owner] + within
-        return pool if self._tiles is None else self._tiles[pool]
+        return pool if self._tiles is None else np.asarray(self._tiles[pool])
 
     def _owner(self, ticket: Ints, epoch: int) -> tuple[Ints, Ints]:
         """The slide that owns each of the epoch's tickets, and how often that slide was drawn before it, ever."""
@@ -110,6 +115,13 @@ class TileOrder:
         owner = np.searchsorted(in_epoch[1:], ticket, side="right")
         earlier = before[owner + 1] - before[owner]
         return owner, earlier + ticket - in_epoch[owner]
+
+
+def _rises(tiles: Ints, piece: int = 1 << 20) -> bool:
+    """Whether they are sorted and all different, looked at piece by piece: memory-mapped ones stay where they are."""
+    return tiles.dtype == np.int64 and all(
+        bool((np.diff(tiles[first : first + piece + 1]) > 0).all()) for first in range(0, len(tiles), piece)
+    )
 
 
 def _cumulative_draws(counts: Ints, slide_balance: float) -> Ints:

@@ -28,6 +28,7 @@ from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
+from histossl.tiles.subset import open_subset
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, joined
 from histossl.training.log import RunLog
@@ -108,11 +109,17 @@ def pretrain(
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
     refuse_other_config(run.run_json, config)
     if run.run_json.exists():
-        before = read_run(run.run_json).get("tiles", {}).get("digest")
+        tiles = read_run(run.run_json).get("tiles", {})
+        before = tiles.get("digest")
         if before != index.digest:
             raise MismatchError(
                 f"{run.root} was begun on other tiles (set {before}, now {index.digest}); "
                 "use another --name, or another --workspace for other tiles"
+            )
+        now = open_subset(index, config.subset).facts() if config.subset else None
+        if tiles.get("subset") != now:
+            raise MismatchError(
+                f"{run.root}: subset {config.subset!r} was made anew after this run had begun; use another --name"
             )
 
 
@@ -186,7 +193,10 @@ class _Pretraining:
             raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
         self.precision = precision_for(operation.precision, self.device)
         excluded = set(config.excluded_slides)
+        self.subset = open_subset(index, config.subset) if config.subset else None
         self.keep = np.array([slide not in excluded for slide in index.slides])
+        if self.subset is not None:
+            self.keep &= self.subset.counts(index) > 0
         self.order = self._order(0)
         method_class, knobs_class = classes_of(config.method)
         knobs = with_overrides(knobs_class(), config.set)
@@ -415,6 +425,7 @@ class _Pretraining:
                 "digest": self.index.digest,
                 "num_tiles": self.order.num_tiles,
                 "num_slides": self.order.num_slides,
+                "subset": self.subset and self.subset.facts(),
             },
             device=name_of(self.device),
             precision=self.precision.name,
@@ -470,7 +481,8 @@ class _Pretraining:
     # ---- tiles and views
 
     def _order(self, purpose: int) -> TileOrder:
-        return TileOrder(self.index, self.config.seed + purpose, self.config.slide_balance, self.keep)
+        tiles = None if self.subset is None else self.subset.tiles
+        return TileOrder(self.index, self.config.seed + purpose, self.config.slide_balance, self.keep, tiles)
 
     def _tile_batches(self, first: int, order: TileOrder | None = None, num_steps: int | None = None) -> TileBatches:
         parts = self.plan.micro_batches
@@ -742,6 +754,7 @@ class _Pretraining:
                 "steps": done,
                 "tiles": self.index.digest,
                 "num_tiles": self.order.num_tiles,
+                "subset": self.subset and self.subset.facts(),
                 "pretraining_slides": slides[self.keep].tolist(),
                 "excluded_slides": slides[~self.keep].tolist(),
                 "seed": self.config.seed,
@@ -751,7 +764,8 @@ class _Pretraining:
     def _announce(self, *more: str) -> None:
         planned = self.plan
         lines = [
-            f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~self.keep).sum())} slides left out",
+            f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~self.keep).sum())} slides left out"
+            + (f" (subset {self.subset.name} of {len(self.index):,} tiles)" if self.subset else ""),
             f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
             f"process{'es' if planned.num_processes > 1 else ''} ({name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",

@@ -103,10 +103,40 @@ def test_excluded_slides_never_come_and_the_others_all_do():
 
 def test_a_pool_of_single_tiles_is_visited_whole():
     tiles = np.array([3, 4, 50, 51, 1000, 1112])
-    order = TileOrder(Counts(*COUNTS), seed=0, keep=tiles)
+    order = TileOrder(Counts(*COUNTS), seed=0, tiles=tiles)
     assert sorted(order.tile_numbers(6, 6)) == list(tiles)
-    halves = TileOrder(Counts(*COUNTS), seed=0, slide_balance=1.0, keep=tiles)
+    halves = TileOrder(Counts(*COUNTS), seed=0, slide_balance=1.0, tiles=tiles)
     assert (drawn_per_slide(halves, 0, 600) == [150, 150, 0, 150, 150]).all()
+
+
+def test_a_pool_of_single_tiles_without_a_slide_is_the_rest_of_it():
+    tiles = np.array([3, 4, 50, 51, 1000, 1112])
+    keep = np.array([False, True, True, True, True])
+    order = TileOrder(Counts(*COUNTS), seed=0, keep=keep, tiles=tiles)
+    assert sorted(order.tile_numbers(0, 4)) == [50, 51, 1000, 1112]
+    assert order.num_slides == 3
+
+
+@pytest.mark.parametrize("slide_balance", [0.0, 0.7])
+def test_a_pool_of_all_tiles_is_drawn_as_no_pool_is(slide_balance):
+    whole = TileOrder(Counts(*COUNTS), 3, slide_balance)
+    pool = TileOrder(Counts(*COUNTS), 3, slide_balance, tiles=np.arange(TOTAL))
+    assert (whole.tile_numbers(0, 3 * TOTAL) == pool.tile_numbers(0, 3 * TOTAL)).all()
+
+
+def test_a_memory_mapped_pool_stays_on_disk(tmp_path):
+    counts = np.full(1000, 10_000)
+    np.save(tmp_path / "tiles.npy", np.arange(0, 10_000_000, 2))
+    tiles = np.load(tmp_path / "tiles.npy", mmap_mode="r")
+    tracemalloc.start()
+    try:
+        order = TileOrder(Counts(*counts), seed=0, slide_balance=0.5, tiles=tiles)
+        numbers = order.tile_numbers(order.num_tiles - 128, 256)  # across the border of two epochs
+        assert order.num_tiles == 5_000_000
+        assert (numbers % 2 == 0).all()
+        assert tracemalloc.get_traced_memory()[1] < 15e6  # the pool is 40 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_cannot_be_drawn_from_is_refused():

@@ -1,0 +1,72 @@
+"""faiss, in the two calls that curation needs: k-means centres, and the nearest of some vectors.
+
+On the CPU, or on the GPUs of a faiss that was built for them. faiss is imported when first needed: it brings its own
+OpenMP beside torch's, so its threads are set to torch's number, and never run at the same time as torch's.
+
+Time of one `nearest` is N x K x 2 D flops. On 16 cores (about 1 Tflop/s of single precision) with 10 million tiles,
+D = 384 and 12,600 centres: 100 s.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from histossl.curation.features import Floats
+from histossl.tiles.sampling import Ints
+
+ITERATIONS = 10
+
+
+@functools.cache
+def _faiss() -> Any:
+    with warnings.catch_warnings():  # SWIG's, about types of its own, on newer Pythons
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import faiss
+    return faiss
+
+
+def _ready() -> tuple[Any, int]:
+    """faiss with torch's number of threads, and how many GPUs it can use."""
+    faiss = _faiss()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+    return faiss, gpus
+
+
+def centres_of(x_ND: Floats, count: int, seed: int) -> Floats:
+    """(K, D) unit-length centres of unit-length vectors: spherical k-means. K is `count`, or fewer for few vectors."""
+    count = min(count, len(x_ND))
+    if count == len(x_ND):
+        return x_ND.copy()
+    faiss, gpus = _ready()
+    kmeans = faiss.Kmeans(
+        x_ND.shape[1],
+        count,
+        niter=ITERATIONS,
+        spherical=True,
+        seed=seed % 2**31,
+        gpu=gpus > 0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(x_ND),  # who calls has chosen the sample
+    )
+    kmeans.train(np.ascontiguousarray(x_ND))
+    centres: Floats = kmeans.centroids
+    return centres
+
+
+def nearest(x_ND: Floats, among_KD: Floats, k: int = 1) -> tuple[Floats, Ints]:
+    """(cosines (N, k), places among `among_KD` (N, k)) of the k nearest by dot product, nearest first."""
+    faiss, gpus = _ready()
+    k = min(k, len(among_KD))
+    if gpus:
+        cosine, place = faiss.knn_gpu(
+            faiss.StandardGpuResources(), x_ND, among_KD, k, metric=faiss.METRIC_INNER_PRODUCT
+        )
+    else:
+        cosine, place = faiss.knn(x_ND, among_KD, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return cosine, place.astype(np.int64)
