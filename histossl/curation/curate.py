@@ -125,7 +125,8 @@ def _refuse_impossible(index: TileIndex, numbers: Ints, config: CurateConfig) ->
     """Before hours of embedding."""
     if config.clusters and config.clusters[0] > len(numbers):
         raise UsageError(
-            f"--clusters {config.clusters[0]}: more than the {len(numbers)} tiles; use {clusters_for(len(numbers))[0]} or so"
+            f"--clusters {config.clusters[0]}: more than the {len(numbers)} tiles; "
+            f"use {clusters_for(len(numbers))[0]} or so"
         )
     if config.queries and _are_of(index, numbers, (*config.queries, *config.labelled_slides)).all():
         raise UsageError(
