@@ -1,0 +1,210 @@
+"""A step of DINO and DINOv2 beside lightly's building blocks, in the plain loop of its examples; and memory.
+
+    python tests/bench/bench_methods.py            # dino, dinov2, memory
+    python tests/bench/bench_methods.py memory     # DINOv2 ViT-S/14, batch 128: activations counted, on a GPU measured
+
+Same batch, crops, backbone, heads and prototypes on both sides; the two are timed in turn. (MoCo v2: bench_train.py.)
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
+from lightly.models.utils import deactivate_requires_grad, random_block_mask, update_momentum
+from torch import Tensor, nn
+
+from histossl.backbones import create_backbone
+from histossl.methods import classes_of
+from histossl.methods.method import Method, Views
+from histossl.training.loop import Precision, clip_gradients
+from histossl.views.recipe import recipe_named
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKBONE, BATCH, SIDE, LOCAL, NUM_LOCAL, PROTOTYPES = "vit_tiny_patch16_224", 16, 96, 48, 6, 4096
+ROUNDS, STEPS = 5, 2
+HEAD = {"hidden_dim": 2048, "bottleneck_dim": 256}
+
+
+def made(name: str, backbone_name: str, side: int, **knobs: Any) -> Method:
+    backbone, info = create_backbone(backbone_name, "random")
+    cls, config = classes_of(name)
+    method: Method = cls(backbone, info.feature_dim, recipe_named("dino", side), config(drop_path=0.0, **knobs))
+    return method.to(DEVICE).train()
+
+
+def ours(name: str) -> Callable[[list[Tensor]], None]:
+    knobs: dict[str, Any] = {**HEAD, "prototypes": PROTOTYPES, "num_local": NUM_LOCAL, "local_px": LOCAL}
+    if name == "dinov2":  # as lightly's example: centred, KoLeo, blocks, separate heads
+        knobs |= {"assign": "centre", "koleo_weight": 0.1, "kde_weight": 0.0, "mask_kind": "block", "mask_high": 0.5}
+    method = made(name, BACKBONE, SIDE, **knobs)
+    learning = [each for each in method.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    numbers = torch.arange(BATCH)
+
+    def step(images: list[Tensor]) -> None:
+        optimizer.zero_grad()
+        tiles = numbers.to(DEVICE)
+        outcome = method(Views(images, tiles, tiles, 0, progress=0.5, positions_B=numbers))
+        outcome.loss.backward()
+        clip_gradients([learning], 3.0)
+        optimizer.step()
+        method.after_step([outcome.carry], 0.5)
+
+    return step
+
+
+def theirs_dino() -> Callable[[list[Tensor]], None]:
+    student, teacher = (create_backbone(BACKBONE, "random")[0] for _ in range(2))
+    heads = [DINOProjectionHead(192, 2048, 256, PROTOTYPES, freeze_last_layer=1) for _ in range(2)]
+    modules = nn.ModuleList([student, teacher, *heads]).to(DEVICE)
+    deactivate_requires_grad(teacher)
+    deactivate_requires_grad(heads[1])
+    criterion = DINOLoss(output_dim=PROTOTYPES).to(DEVICE)
+    learning = [each for each in modules.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+
+    def step(images: list[Tensor]) -> None:
+        update_momentum(student, teacher, m=0.99)
+        update_momentum(heads[0], heads[1], m=0.99)
+        with torch.no_grad():
+            teacher_out = [heads[1](teacher(view).flatten(start_dim=1)) for view in images[:2]]
+        student_out = [heads[0](student(view).flatten(start_dim=1)) for view in images]
+        loss = criterion(teacher_out, student_out, epoch=0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, 3.0)
+        optimizer.step()
+
+    return step
+
+
+def theirs_dinov2() -> Callable[[list[Tensor]], None]:
+    vits = [create_backbone(BACKBONE, "random")[0] for _ in range(2)]
+    student, teacher = (MaskedVisionTransformerTIMM(vit=vit, weight_initialization="skip",
+                                                    pos_embed_initialization="skip") for vit in vits)  # fmt: skip
+    crop_heads, patch_heads = (
+        [DINOProjectionHead(192, 2048, 256, PROTOTYPES, norm_last_layer=False) for _ in range(2)] for _ in range(2)
+    )
+    modules = nn.ModuleList([student, teacher, *crop_heads, *patch_heads]).to(DEVICE)
+    for frozen in (teacher, crop_heads[1], patch_heads[1]):
+        deactivate_requires_grad(frozen)
+    crop_loss = DINOLoss(output_dim=PROTOTYPES).to(DEVICE)
+    patch_loss, koleo = IBOTPatchLoss(output_dim=PROTOTYPES).to(DEVICE), KoLeoLoss()
+    learning = [each for each in modules.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    grid = SIDE // 16
+
+    def step(images: list[Tensor]) -> None:
+        globals_X, locals_X = torch.cat(images[:2]), torch.cat(images[2:])
+        block = random_block_mask(size=(len(globals_X), grid, grid), min_num_masks_per_block=1, device=DEVICE)
+        mask = globals_X.new_zeros(len(globals_X), grid * grid + 1, dtype=torch.bool)
+        mask[:, 1:] = block.flatten(start_dim=1)
+        with torch.no_grad():
+            tokens = teacher.encode(globals_X)
+            teacher_out = crop_heads[1](tokens[:, 0])
+            teacher_masked = patch_heads[1](tokens[mask])
+        seen = student.encode(globals_X, mask=mask)
+        student_out, student_masked = crop_heads[0](seen[:, 0]), patch_heads[0](seen[mask])
+        local_out = crop_heads[0](student.encode(locals_X)[:, 0])
+        student_out = torch.cat([student_out, local_out])
+        loss = crop_loss(teacher_out.chunk(2), student_out.chunk(2 + NUM_LOCAL), teacher_temp=0.04)
+        loss = loss + patch_loss(teacher_masked, student_masked, block, teacher_temp=0.04)
+        loss = loss + 0.1 * sum(koleo(each) for each in seen[:, 0].chunk(2))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, 3.0)
+        optimizer.step()
+        update_momentum(student, teacher, m=0.99)
+        update_momentum(crop_heads[0], crop_heads[1], m=0.99)
+        update_momentum(patch_heads[0], patch_heads[1], m=0.99)
+
+    return step
+
+
+def timed(step: Callable[[list[Tensor]], None], images: list[Tensor]) -> tuple[float, float]:
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
+    for _ in range(STEPS):
+        step(images)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began_s) / STEPS, (time.process_time() - began_cpu_s) / STEPS
+
+
+def beside_lightly(name: str, theirs: Callable[[], Callable[[list[Tensor]], None]]) -> None:
+    torch.manual_seed(0)
+    sides = [SIDE, SIDE, *[LOCAL] * NUM_LOCAL]
+    images = [torch.randn(BATCH, 3, side, side, device=DEVICE) for side in sides]
+    one, other = ours(name), theirs()
+    timed(one, images), timed(other, images)
+    rounds = [(timed(one, images), timed(other, images)) for _ in range(ROUNDS)]
+    kind = 0 if DEVICE.type == "cuda" else 1  # CPU time on a CPU: others may be at work on it
+    ratios = sorted(b[kind] / a[kind] for a, b in rounds)
+    our_s, their_s = (median(each[side][kind] for each in rounds) for side in (0, 1))
+    print(
+        f"{name} step, {BACKBONE}, {BATCH} tiles, 2 x {SIDE} + {NUM_LOCAL} x {LOCAL} px, {PROTOTYPES} prototypes: "
+        f"ours {our_s:.2f} s, lightly's blocks {their_s:.2f} s, ratio "
+        f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f} over {ROUNDS} rounds)",
+        flush=True,
+    )
+
+
+def memory(batch: int = 128, counted: int = 4) -> None:
+    """Of a DINOv2 step of ViT-S/14 with registers, 2 x 224 + 8 x 98 px, 131,072 prototypes, bf16.
+
+    On a CPU: every tensor that autograd keeps for `counted` tiles is counted once, and taken times batch / counted;
+    weights, gradients, AdamW's state and the teacher come to it, and the views and logits of the losses in fp32.
+    """
+    method = made("dinov2", "vit_small_patch14_reg4_dinov2", 224, num_local=8, prototypes=131072)
+    tiles = batch if DEVICE.type == "cuda" else counted
+    images = [torch.randn(tiles, 3, view.size_px, view.size_px, device=DEVICE) for view in method.views().views]
+    numbers = torch.arange(tiles)
+    kept: dict[int, int] = {}
+    own = {each.untyped_storage().data_ptr() for each in method.state_dict().values()}
+
+    def keep(x: Tensor) -> Tensor:
+        place = x.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = x.untyped_storage().nbytes()
+        return x
+
+    def step() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Precision("bf16").autocast(DEVICE):
+            loss = method(Views(images, numbers.to(DEVICE), numbers.to(DEVICE), 0, positions_B=numbers)).loss
+        loss.backward()
+
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        optimizer = torch.optim.AdamW([each for each in method.parameters() if each.requires_grad], fused=True)
+        for _ in range(2):
+            step()
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"DINOv2 ViT-S/14, batch {batch}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at most, measured")
+        return
+    step()
+    weights = sum(each.numel() * 4 for each in method.parameters() if each.requires_grad)
+    held = sum(each.numel() * each.element_size() for each in method.state_dict().values())
+    # Prototypes normalised for the pass do not grow with the batch; they are among what was kept once.
+    activations = sum(kept.values()) * batch / counted
+    total = activations + held + 3 * weights
+    print(
+        f"DINOv2 ViT-S/14, batch {batch}, 2 x 224 + 8 x 98 px, 131,072 prototypes, bf16: activations "
+        f"{activations / 2**30:.1f} GB, networks and teacher {held / 2**30:.1f} GB, gradients and AdamW "
+        f"{3 * weights / 2**30:.1f} GB: {total / 2**30:.1f} GB, estimated (no GPU at hand)"
+    )
+
+
+PARTS = {
+    "dino": lambda: beside_lightly("dino", theirs_dino),
+    "dinov2": lambda: beside_lightly("dinov2", theirs_dinov2),
+    "memory": memory,
+}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or list(PARTS):
+        PARTS[part]()
