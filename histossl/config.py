@@ -191,6 +191,14 @@ class PretrainConfig:
         )
 
 
+@dataclass(frozen=True)
+class DistillConfig(PretrainConfig):
+    """What defines a distillation: a pretraining run with a teacher. `backbone` and `weights` are the student's."""
+
+    method: str = "distillation"
+    teacher: str = ""  # digest of the model that teaches, wherever it lies
+
+
 # ---- curate
 
 NEIGHBOURS = 4  # per query tile, where no number of tiles is asked for: DINOv2's (Oquab et al. 2023, section 3)

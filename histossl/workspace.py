@@ -55,6 +55,16 @@ class PretrainDir:
         return self.root / "backbone.safetensors"
 
     @property
+    def head(self) -> Path:
+        """What of a method's heads is of use after the run; with the backbone or absent."""
+        return self.root / "head.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """A student's model folder, for `histossl predict`."""
+        return self.root / "model"
+
+    @property
     def healthy_backbone(self) -> Path:
         """As of the last look that found nothing wrong: what is left when a run collapses."""
         return self.root / "healthy" / "backbone.safetensors"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from histossl import __version__, console
-from histossl.cli import bench, curate, demo, evaluate, methods, pretrain, report, slides, tiles, views
+from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, slides, tiles, views
 from histossl.errors import HistosslError
 from histossl.launched import failed_before, tell_launcher
 
@@ -50,7 +50,7 @@ def root(
     pass
 
 
-for room in (demo, bench, slides, curate, methods, pretrain, evaluate, report, tiles, views):
+for room in (demo, bench, slides, curate, methods, pretrain, distill, evaluate, report, tiles, views):
     room.register(app)
 
 

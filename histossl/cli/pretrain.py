@@ -17,7 +17,7 @@ from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import PretrainConfig, TileConfig, nearest
 from histossl.errors import LabelsError, UsageError
-from histossl.methods import entry_of
+from histossl.methods import self_supervised
 
 if TYPE_CHECKING:
     from histossl.evaluation.labels import LabelTable
@@ -262,7 +262,7 @@ def pretrain(
         set=tuple(set_ or ()),
         subset=subset,
     )
-    entry_of(method)
+    self_supervised(method)
     num_processes = 1 if is_worker() else num_processes_for(gpus)
     if slides is not None and only_plan and not at.tiles.exists():
         raise UsageError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -186,6 +186,7 @@ def _save_model(
         "labels_digest": table.digest,
         "config": plain(asdict(config)),
         "slides": sorted({item.slide for item in used}),
+        "tested_slides": [] if splits.num_folds else sorted({table.items[item].slide for item in splits.tested}),
         "tiling": index.config,
         "start": facts["starts"][name],
     }
@@ -684,7 +685,7 @@ def _start_facts(start: Start, embedder: Embedder) -> dict[str, Any]:
         "provenance": {
             key: value
             for key, value in start.provenance.items()
-            if key not in ("pretraining_slides", "excluded_slides")
+            if key not in ("pretraining_slides", "excluded_slides", "teacher")
         },
     }
 
@@ -759,8 +760,14 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
         shown = tested & set().union(*known)
         seen[name] = None if len(known) < len(pools) else sum(slide in shown for slide in items)
         any_of = "" if len(pools) == 1 else f" of any of its {len(pools)} runs"
+        taught = tested & _labels_known(start for start in starts if start.name == name)
         if len(known) < len(pools):
             words.append(f"{name}: its file does not say which slides it was pretrained on")
+        elif taught:
+            words.append(
+                f"{name}: its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what it "
+                "scores on them is no measure of it"
+            )
         elif shown:
             words.append(
                 f"{name}: {len(shown)} of {len(tested)} tested slides were in its pretraining pool{any_of}, "
@@ -771,3 +778,8 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
     if not words:
         words = ["no start was pretrained on slides of this workspace"]
     return {"statement": "; ".join(words), "seen": seen, "num_tested_slides": len(tested)}
+
+
+def _labels_known(starts: Iterable[Start]) -> set[str]:
+    """Slides whose labels were learnt by the teacher of a distilled start."""
+    return {slide for start in starts for slide in start.provenance.get("teacher", {}).get("slides", ())}

@@ -90,10 +90,10 @@ def tile_config(model: Model) -> TileConfig:
     return TileConfig(**{**stored, "tissue": TissueConfig(**stored["tissue"])})
 
 
-def refuse_other_tiles(model: Model, index: TileIndex) -> None:
+def refuse_other_tiles(model: Model, index: TileIndex, option: str = "--model") -> None:
     if index.tile_px != model.info.tile_px or abs(index.mpp / model.info.mpp - 1) > 0.01:
         raise UsageError(
-            f"--model {model.folder}: knows tiles of {model.info.tile_px} px at {model.info.mpp:g} microns per pixel, "
+            f"{option} {model.folder}: knows tiles of {model.info.tile_px} px at {model.info.mpp:g} microns per pixel, "
             f"this workspace holds {index.tile_px} px at {index.mpp:g}; use another --workspace for these slides"
         )
 

@@ -29,6 +29,7 @@ from histossl.backbones import BackboneInfo, create_backbone, load_backbone
 from histossl.config import FinetuneConfig, nearest, read_run
 from histossl.errors import UsageError, WeightsError
 from histossl.evaluation.embed import COLOUR, Embedder, backbone_embedder, colour_embedder
+from histossl.methods import TAUGHT
 from histossl.workspace import Workspace
 
 KNOWN = ("random", "imagenet", "adapted", COLOUR)
@@ -144,7 +145,7 @@ def _adapted(workspace: Workspace, config: FinetuneConfig) -> tuple[list[Start],
     if config.adapted:
         places = [config.adapted] if Path(config.adapted).is_file() else config.adapted.split(",")
         return _pool("adapted", [_adapted_file(workspace, place.strip()) for place in places], "--adapted"), ""
-    runs = _finished_runs(workspace)
+    runs = [run for run in _finished_runs(workspace) if not _is_taught(workspace.pretrain(run).backbone)]
     if len(runs) == 1:
         return [_from_file("adapted", workspace.pretrain(runs[0]).backbone)], ""
     if runs:
@@ -220,6 +221,15 @@ def _finished_runs(workspace: Workspace) -> list[str]:
     if not root.is_dir():
         return []
     return sorted(run.name for run in root.iterdir() if workspace.pretrain(run.name).backbone.is_file())
+
+
+def _is_taught(backbone: Path) -> bool:
+    """Whether a labelled-slide model taught it: then it is compared only where it is asked for by name."""
+    try:
+        method = json.loads(backbone.with_suffix(".json").read_text(encoding="utf-8")).get("method")
+    except (OSError, ValueError):
+        return False
+    return method in TAUGHT
 
 
 def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str, str]:

@@ -147,7 +147,34 @@ REGISTRY: dict[str, Entry] = {
 }
 
 
+# What learns from a labelled-slide model: `histossl distill` runs it, `histossl pretrain` has no teacher for it.
+TAUGHT: dict[str, Entry] = {
+    "distillation": Entry(
+        "histossl.methods.distillation",
+        "Distillation",
+        "DistillationConfig",
+        "what a labelled-slide model says of each tile (histossl distill)",
+        "any, also another than the teacher's",
+        "one view, and the teacher's forward pass: low",
+        "last: to make a small model of a large one, or to use unlabelled tiles for the task itself",
+        "distillation-histology",
+    ),
+}
+
+
+def self_supervised(name: str) -> Entry:
+    """The entry of a method that needs tiles alone."""
+    if name in TAUGHT:
+        raise UsageError(
+            f"method {name!r}: learns from a labelled-slide model; "
+            "histossl distill --teacher WORKSPACE/finetune/NAME/model"
+        )
+    return entry_of(name)
+
+
 def entry_of(name: str) -> Entry:
+    if name in TAUGHT:
+        return TAUGHT[name]
     if name not in REGISTRY:
         raise UsageError(
             f"method {name!r}: not known{nearest(name, REGISTRY) or '.'} There are: {', '.join(sorted(REGISTRY))}"

@@ -105,3 +105,16 @@ def tells_nothing(row: Mapping[str, float]) -> str:
         f"({other:.2f}), so the embeddings tell nothing. Likely causes: --lr too high, --set temperature too high, "
         "--set momentum too low where there is one, views that share nothing"
     )
+
+
+def distillation(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """T^2 times the cross-entropy of the student's softmax(logits / T) to the teacher's (Hinton et al. 2015).
+
+    Gradient flows into the student alone. A teacher's logit may be -inf: that class has probability 0.
+    Closed forms: T^2 times the teacher's entropy where both logits are equal, and never below it; T^2 ln C for a
+    student that knows nothing. For a large T, what is above the entropy is the squared distance of the logits, each
+    less their mean, over 2C.
+    """
+    with torch.autocast(student_BC.device.type, enabled=False):
+        target_BC = (teacher_BC.detach().float() / temperature).softmax(1)
+        return temperature**2 * F.cross_entropy(student_BC.float() / temperature, target_BC)

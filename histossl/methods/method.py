@@ -80,6 +80,7 @@ class Method(nn.Module):
     trained_by: ClassVar[Training] = Training()
     planned: ClassVar[tuple[str, ...]] = ()  # knobs that the planner fits to tiles, slides and steps
     caution: ClassVar[str] = ""  # what a person should know before a run is begun, in a line
+    judges_rank: ClassVar[bool] = True  # whether features of fewer directions are an ailment (to a classifier not)
 
     def learner(self) -> nn.Module:
         """The backbone that the optimizer moves: the exported one, but for methods that export a teacher."""
@@ -120,6 +121,14 @@ class Method(nn.Module):
         Asked for now and then, to see how far the key of one and the same tile moves while it is kept.
         """
         return None
+
+    def kept(self) -> dict[str, Tensor]:
+        """What of the heads is of use after the run: it is left beside the backbone, in head.safetensors."""
+        return {}
+
+    def provenance(self) -> dict[str, Any]:
+        """What backbone.json must say besides: whom it was taught by, say."""
+        return {}
 
     def loss_ceiling(self) -> float | None:
         """The loss of features that tell nothing, where a closed form exists (InfoNCE: ln(K+1))."""

@@ -70,7 +70,7 @@ class Watch:
         self.last_ND: Tensor | None = None
         self.first_rank = self.first_spread = 0.0
 
-    def look(self, x_ND: Tensor) -> Health:
+    def look(self, x_ND: Tensor, judges_rank: bool = True) -> Health:
         x_ND = x_ND.detach().float().cpu()
         if self.first_ND is None or self.last_ND is None:
             self.first_ND = self.last_ND = x_ND
@@ -80,7 +80,8 @@ class Watch:
         drift = 1 - float(F.cosine_similarity(x_ND, self.last_ND).mean())
         moved = 1 - float(F.cosine_similarity(x_ND, self.first_ND).mean())
         self.last_ND = x_ND
-        return Health(spread, rank, rank_share, drift, moved, *diagnosis(spread, rank_share, self.first_spread))
+        verdict = diagnosis(spread, rank_share if judges_rank else 1.0, self.first_spread)
+        return Health(spread, rank, rank_share, drift, moved, *verdict)
 
     def state_dict(self) -> dict[str, object]:
         return {"first_ND": self.first_ND, "last_ND": self.last_ND}

@@ -14,13 +14,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from histossl import console
 from histossl.backbones import BackboneInfo, Projected, create_backbone, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
 from histossl.errors import MismatchError, TrainingError, UsageError
-from histossl.methods import classes_of, entry_of, gather
+from histossl.methods import TAUGHT, classes_of, entry_of, gather, self_supervised
 from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.methods.gather import mean_over_processes
 from histossl.methods.method import Method, Views
@@ -40,7 +41,7 @@ from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
-from histossl.workspace import PretrainDir
+from histossl.workspace import PretrainDir, written_aside
 
 MONITOR_TILES, KEY_TILES = 512, 128
 BATCHNORM_TILES = 10_000
@@ -92,18 +93,20 @@ def pretrain(
     config: PretrainConfig,
     operation: Operation = Operation(),
     probe: Probe | None = None,
+    teacher: nn.Module | None = None,
 ) -> Result:
     """Continue pretraining on the tiles of `index` and leave `run.backbone`.
 
     `probe` scores a backbone on labelled training slides (higher is better); asked at step 0 and at every look.
+    `teacher` is what a method learns from that is taught (distillation).
     Raises MismatchError when `run` belongs to other settings or other tiles, TrainingError when the run goes wrong.
     """
     _refuse_other_run(index, run, config)
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
     with joined() as processes:
-        settled = settle_batch(index, run, config, operation, processes)
-        return _Pretraining(index, run, settled, operation, probe, processes).carry_out(config)
+        settled = settle_batch(index, run, config, operation, processes, teacher)
+        return _Pretraining(index, run, settled, operation, probe, processes, teacher).carry_out(config)
 
 
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
@@ -123,13 +126,21 @@ def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig
             )
 
 
-def check(index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_processes: int) -> None:
+def check(
+    index: TileIndex,
+    run: PretrainDir,
+    config: PretrainConfig,
+    operation: Operation,
+    num_processes: int,
+    teacher: nn.Module | None = None,
+) -> None:
     """Refuse what no process could carry out, before any is started."""
     _refuse_other_run(index, run, config)
     if torch.cuda.is_available():  # this process stays on the CPU; its workers will not
         operation = replace(operation, precision="auto", decode_on_gpu=False)
     processes = Processes(0, 0, num_processes, torch.device("cpu"))
-    _Pretraining(index, run, settle_batch(index, run, config, operation, processes), operation, None, processes)
+    settled = settle_batch(index, run, config, operation, processes, teacher)
+    _Pretraining(index, run, settled, operation, None, processes, teacher)
 
 
 def show_plan(
@@ -139,16 +150,22 @@ def show_plan(
     operation: Operation,
     num_processes: int = 1,
     probe: Probe | None = None,
+    teacher: nn.Module | None = None,
 ) -> None:
     """What `pretrain` would do, how long it would take, and why. Timed on one process with its share of the batch."""
     with joined() as processes:
         shared = replace(processes, count=num_processes)
-        settled = settle_batch(index, run, config, operation, shared)
-        _Pretraining(index, run, settled, operation, probe, shared).show_plan()
+        settled = settle_batch(index, run, config, operation, shared, teacher)
+        _Pretraining(index, run, settled, operation, probe, shared, teacher).show_plan()
 
 
 def settle_batch(
-    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, processes: Processes
+    index: TileIndex,
+    run: PretrainDir,
+    config: PretrainConfig,
+    operation: Operation,
+    processes: Processes,
+    teacher: nn.Module | None = None,
 ) -> PretrainConfig:
     """`--batch-size auto` (0) as a number: the run's own if it was begun, else the largest sensible one that fits."""
     if config.batch_size:
@@ -159,7 +176,7 @@ def settle_batch(
     usual, most = batch_bounds(num_tiles, processes.count)
     if processes.device.type != "cuda":
         return replace(config, batch_size=usual)
-    tried = _Pretraining(index, run, replace(config, batch_size=most), operation, None, processes)
+    tried = _Pretraining(index, run, replace(config, batch_size=most), operation, None, processes, teacher)
     pieces = fewest_pieces(tried._fits, most, processes.count)
     return replace(config, batch_size=max(usual, most // pieces))
 
@@ -185,6 +202,7 @@ class _Pretraining:
         operation: Operation,
         probe: Probe | None,
         processes: Processes,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
         self.probe = probe if processes.writes else None
@@ -198,6 +216,9 @@ class _Pretraining:
         if self.subset is not None:
             self.keep &= self.subset.counts(index) > 0
         self.order = self._order(0)
+        if teacher is None:
+            self_supervised(config.method)
+        taught = (teacher,) if config.method in TAUGHT else ()
         method_class, knobs_class = classes_of(config.method)
         knobs = with_overrides(knobs_class(), config.set)
         backbone, self.info = create_backbone(
@@ -221,7 +242,8 @@ class _Pretraining:
         self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
         torch.manual_seed(config.seed)  # of the heads
-        self.method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs).to(self.device).train()
+        method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs, *taught)
+        self.method = method.to(self.device).train()
         tune(self.method, self.device, self.precision.name, operation.compiled, operation.deterministic)
         self.optimizer = optimizer_for(self.method, self.plan, self.device)
         self.scaler = self.precision.scaler(self.device)
@@ -404,6 +426,10 @@ class _Pretraining:
         if has_batchnorm(backbone):
             _reestimate_batchnorm(backbone, self._clean_batches(BATCHNORM, BATCHNORM_TILES))
         if self.processes.writes:
+            kept = {name: value.detach().cpu().contiguous() for name, value in self.method.kept().items()}
+            if kept:
+                with written_aside(self.run.head) as aside:
+                    save_file(kept, str(aside))
             save_backbone(self.run.backbone, backbone, self._adapted_info(self.plan.num_steps))
             remove_checkpoints(self.run)
         lines = [f"adapted backbone: {self.run.backbone}"]
@@ -643,7 +669,7 @@ class _Pretraining:
 
     def _look(self, done: int) -> None:
         """Embed the fixed tiles, log their health, ask the probe, keep the best, and stop a collapse."""
-        health = self.watch.look(self._monitor_features())
+        health = self.watch.look(self._monitor_features(), self.method.judges_rank)
         row = {
             "step": done,
             "feature_std": health.spread,
@@ -751,6 +777,7 @@ class _Pretraining:
             method=self.config.method,
             provenance={
                 **self.info.provenance,
+                **self.method.provenance(),
                 "steps": done,
                 "tiles": self.index.digest,
                 "num_tiles": self.order.num_tiles,
@@ -885,8 +912,9 @@ def _note(row: dict[str, float]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if "loss_ceiling" in row:
         parts[0] += f" of {row['loss_ceiling']:.2f}"
-    if "instance_accuracy" in row:
-        parts.append(f"accuracy {row['instance_accuracy']:.0%}")
+    for name, told in (("instance_accuracy", "accuracy"), ("agreement", "agreement")):
+        if name in row:
+            parts.append(f"{told} {row[name]:.0%}")
     if "pretext_accuracy_recent" in row:
         parts.append(f"accuracy {row['pretext_accuracy_recent']:.1%}, chance {row['chance']:.1%}")
     parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting for tiles {row['data_wait']:.0%}"]

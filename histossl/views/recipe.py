@@ -161,6 +161,9 @@ Crops: 224 of 256 (RotNet), 255 of 292 (Google's context), 255 of 256 (VISSL's j
 three grey, so that chromatic aberration tells no patch's place (VISSL and Google; Doersch drops channels instead).
 """
 
+DISTILLATION = replace(MOCOV2, scale=(0.08, 1.0), interpolation="bicubic", jitter_p=0.0, grey_p=0.0, blur_p=0.0)
+"""SimCLR v2's distillation: crop and mirror alone (Chen et al. 2020, arXiv 2006.10029), as when it learns labels."""
+
 
 def _dino(first: ViewSpec, local: ViewSpec, blur_p: tuple[float, float], num_local: int) -> tuple[ViewSpec, ...]:
     second = replace(first, blur_p=blur_p[1], solarize_p=0.2)
@@ -177,10 +180,11 @@ def _views(method: str, num_local: int) -> tuple[ViewSpec, ...] | None:
         "dinov2": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (1.0, 0.1), num_local),
         "dinov2-released": _dino(DINOV2_GLOBAL, DINOV2_LOCAL, (0.0, 0.9), num_local),
         **{name: (view,) for name, view in PRETEXT.items()},
+        "distillation": (DISTILLATION,),
     }.get(method)
 
 
-METHODS = ("mocov1", "mocov2", "mocov3", "simclr", "dino", "dinov2", "dinov2-released", *PRETEXT)
+METHODS = ("mocov1", "mocov2", "mocov3", "simclr", "dino", "dinov2", "dinov2-released", *PRETEXT, "distillation")
 HISTOLOGY = "-histology"
 RECIPES = (*METHODS, *(method + HISTOLOGY for method in METHODS))
 
@@ -227,6 +231,14 @@ def pretext_histology(method: str, view: ViewSpec) -> ViewSpec:
     return view
 
 
+def labelled_tissue(view: ViewSpec) -> ViewSpec:
+    """What tissue wants where a model labels the view: it knows whole tiles at one scale, stained as they came.
+
+    A crop covers half of the tile at least, and there is no stain jitter: to label recoloured tissue was never learnt.
+    """
+    return replace(histology(view), scale=(0.5, 1.0), stain_p=0.0, stain_shift=0.0, stain_scale=0.0)
+
+
 def recipe_named(name: str, size_px: int = 224, local_px: int | None = None, num_local: int = 8) -> ViewRecipe:
     """A recipe of `RECIPES`: a paper's, or with "-histology" what tissue wants of it.
 
@@ -243,6 +255,8 @@ def recipe_named(name: str, size_px: int = 224, local_px: int | None = None, num
     sized = [replace(view, size_px=size_px if number < 2 else small_px) for number, view in enumerate(views)]
     if name == method:
         return ViewRecipe(name, tuple(sized))
+    if method == "distillation":
+        return ViewRecipe(name, tuple(labelled_tissue(view) for view in sized))
     return ViewRecipe(name, tuple(pretext_histology(method, v) if method in PRETEXT else histology(v) for v in sized))
 
 
