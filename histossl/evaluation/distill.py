@@ -27,7 +27,6 @@ from histossl.backbones import BackboneInfo, load_backbone
 from histossl.config import DistillConfig
 from histossl.errors import UsageError
 from histossl.evaluation.embed import slide_tiles
-from histossl.evaluation.heads import Floats
 from histossl.evaluation.labels import TCGA_CASE, SlideNames
 from histossl.evaluation.model import Model, save_model
 from histossl.evaluation.teacher import present_classes, student_head
@@ -212,9 +211,9 @@ def leave_model(index: TileIndex, run: PretrainDir, model: Model, teacher: Teach
     teacher_NC = torch.cat([one.cpu() for one in _teacher_logits(sample, teacher, info)])
     found = compared(teacher_NC, torch.cat(features) @ weight.T + bias, teacher.classes)
     fitted = student_head(head["weight"], head["bias"], present_classes(model.fitted), len(model.info.classes))
-    save_model(
-        run.model, backbone, info, fitted, _known(features, model.info.unit), _info_of(model, run, config, found)
-    )
+    # What new slides are compared with, to warn of those unlike them; whose these are is not known: each its own.
+    known = torch.stack([one.mean(0) for one in features]).double().numpy()
+    save_model(run.model, backbone, info, fitted, known, np.arange(len(known)), _info_of(model, run, config, found))
     _show(found)
     said = verdict(found)
     if said:
@@ -223,13 +222,6 @@ def leave_model(index: TileIndex, run: PretrainDir, model: Model, teacher: Teach
         f"the student agrees with its teacher on {found['agreement']:.1%} of {found['num_tiles']} tiles "
         f"({found['agreement_by_chance']:.0%} by chance)\nmodel for use: {run.model}"
     )
-
-
-def _known(features: Sequence[Tensor], unit: str) -> Floats:
-    """What new slides are compared with, to warn of those unlike them: mean features of slides, or tiles."""
-    rows = torch.cat(list(features)) if unit != "slide" else torch.stack([one.mean(0) for one in features])
-    known: Floats = rows.double().numpy()
-    return known
 
 
 def _info_of(model: Model, run: PretrainDir, config: DistillConfig, found: dict[str, Any]) -> Any:

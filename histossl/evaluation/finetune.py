@@ -765,8 +765,8 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
             words.append(f"{name}: its file does not say which slides it was pretrained on")
         elif taught:
             words.append(
-                f"{name}: its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what it "
-                "scores on them is no measure of it"
+                f"{name}: its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what "
+                "it scores on them is no measure of it"
             )
         elif shown:
             words.append(

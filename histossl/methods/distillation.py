@@ -130,11 +130,11 @@ class Distillation(Method):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
         """To another device or memory format, with the teacher."""
-        for part in (self.teacher, super()):
-            part._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def views(self) -> ViewRecipe:
+    def views(self, progress: float = 0.0) -> ViewRecipe:
         return self.recipe
 
     def forward(self, views: Views) -> Outcome:
