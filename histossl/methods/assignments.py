@@ -91,8 +91,8 @@ def assignment_ailment(row: Mapping[str, float]) -> str:
         if row.get(f"{prefix}teacher_entropy", 0.0) > 0.99:
             return (
                 f"uniform collapse: the teacher finds all prototypes alike for all {where}. Likely causes: "
-                "--set teacher_temperature too high (0.07 at most), centre_momentum too high, more prototypes than the "
-                "tiles can fill"
+                "centring of features that are much alike to begin with (--set assign=sinkhorn), teacher_temperature "
+                "too high (0.07 at most), centre_momentum too high, more prototypes than the tiles can fill"
             )
         if row.get(f"{prefix}largest_prototype", 0.0) > 0.5 or row.get(f"{prefix}prototypes_used", 1.0) < 0.02:
             return (
