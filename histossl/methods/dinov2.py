@@ -27,7 +27,7 @@ class DINOv2Config(MaskedConfig):
     teacher_temperature: float = knob(0.07, "of the teacher's softmax; 0.1 costs half a point", "0.07", OQUAB)
     momentum: float = knob(0.994, "of the teacher; the planner gives what fits the run's length", "0.992-0.994", OQUAB)
     momentum_end: float = knob(0.0, "to which it rises by a cosine; 0: it stays", "1; stays in short runs", NANOPATH)
-    assign: str = knob("sinkhorn", "sinkhorn or centre; planned: centre for batches up to 64", "sinkhorn", OQUAB)
+    assign: str = knob("sinkhorn", "sinkhorn or centre", "sinkhorn", OQUAB)
     share_head: bool = knob(False, "one head for crops and patches", "false", OQUAB)
     mask_high: float = knob(0.45, "most share of patches masked in one crop", "0.5; 0.45", NANOPATH)
     mask_kind: str = knob("random", "block or random", "block; random when continuing", NANOPATH)
@@ -40,7 +40,6 @@ class DINOv2Config(MaskedConfig):
 
 
 class DINOv2(SelfDistillation):
-    planned = (*SelfDistillation.planned, "assign")
     trained_by = Training(
         optimizer="adamw",
         adamw=Rate(1.4e-3, 1e-4, 128, "sqrt", 0.04, "DINOv2's 0.004 at 1,024 tiles, 0.0014"),

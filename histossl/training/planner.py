@@ -20,7 +20,10 @@ QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the 
 QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
-SINKHORN_BATCH = 64  # up to here prototypes are centred: so few tiles cannot share thousands of them evenly
+# The key encoder's memory is 1 / (1 - m) steps: a twentieth of the run at most, but so many at least. Keys age with less;
+# a teacher with less forgets its first, random prototypes before the student has learnt any, and both end uniform
+# (examples/LOG.md, 2026-11-25).
+HORIZON_OF_KEYS, HORIZON_OF_TEACHERS = 50, 250
 BATCH_LEAST, BATCH_USUAL, BATCH_MOST = 32, 256, 1024  # of --batch-size auto: MoCo's own is 256
 BATCH_SHARE = 0.01  # of the tiles: eight batches are then the queue's share
 BATCHNORM_GROUP = 32  # tiles per statistic, as the methods' knob has it
@@ -81,11 +84,12 @@ def plan(
     if "queue_size" in to_fit:
         fitted["queue_size"] = _queue(config, num_tiles, num_slides, knobs, reasons)
     if "momentum" in to_fit:
-        fitted["momentum"] = _momentum(num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons)
+        least = HORIZON_OF_TEACHERS if "prototypes" in to_fit else HORIZON_OF_KEYS
+        fitted["momentum"] = _momentum(
+            num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons, least
+        )
     if "prototypes" in to_fit:
         fitted["prototypes"] = _prototypes(num_tiles, knobs, training, reasons)
-    if "assign" in to_fit:
-        fitted["assign"] = knobs.get("assign") or ("sinkhorn" if batch > SINKHORN_BATCH else "centre")
     optimizer, lr, weight_decay, layer_decay = _optimizer(config, batchnorm, training, reasons)
     warmup = config.warmup if config.warmup >= 0 else training.warmup
     final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
@@ -189,15 +193,15 @@ def _queue(
 
 
 def _momentum(
-    num_tiles: int, num_steps: int, queue: int, batch: int, knobs: Mapping[str, Any], reasons: list[str]
+    num_tiles: int, num_steps: int, queue: int, batch: int, knobs: Mapping[str, Any], reasons: list[str], least: int
 ) -> float:
     if "momentum" in knobs:
         momentum, why = float(knobs["momentum"]), "--set momentum"
     else:
-        momentum = 0.99 if num_tiles < 100_000 else 0.996 if num_tiles < 1_000_000 else 0.999
+        few = 0.996 if least == HORIZON_OF_TEACHERS else 0.99
+        momentum = few if num_tiles < 100_000 else 0.996 if num_tiles < 1_000_000 else 0.999
         why = f"{num_tiles:,} tiles"
-        # The key encoder's memory is 1 / (1 - m) steps: a twentieth of the run at most, but 50 at least, or keys age.
-        horizon = max(50.0, num_steps / 20)
+        horizon = max(float(least), num_steps / 20)
         if momentum > 1 - 1 / horizon:
             momentum, why = round(1 - 1 / horizon, 4), f"a memory of {horizon:.0f} steps in a run of {num_steps:,}"
     aged = f"; over the queue's age the key encoder moves {queue / batch * (1 - momentum):.2f} of its way"
