@@ -20,8 +20,8 @@ QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the 
 QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
-# The key encoder's memory is 1 / (1 - m) steps: a twentieth of the run at most, but so many at least. Keys age with less;
-# a teacher with less forgets its first, random prototypes before the student has learnt any, and both end uniform
+# A slow copy's memory is 1 / (1 - m) steps: a twentieth of the run at most, but so many at least. Keys age with less; a
+# teacher with less forgets its first, random prototypes before the student has learnt any, and both end uniform
 # (examples/LOG.md, 2026-11-25).
 HORIZON_OF_KEYS, HORIZON_OF_TEACHERS = 50, 250
 BATCH_LEAST, BATCH_USUAL, BATCH_MOST = 32, 256, 1024  # of --batch-size auto: MoCo's own is 256
