@@ -132,7 +132,7 @@ def look_at_teacher(sample: Sample, teacher: Teacher, info: BackboneInfo, config
         )
     elif targets == "soft" and mean_entropy < NEARLY_HARD * most:
         softer = _softer(logits_NC, most)
-        way_out = f"; --temperature {softer:g} would soften them" if softer else ""
+        way_out = f"; --temperature {softer:g} would soften them" if softer else "; --targets hard says the same"
         console.warn(f"the teacher is nearly always sure, so its labels are almost hard{way_out}")
 
 

@@ -16,10 +16,13 @@ from histossl.config import DistillConfig, FinetuneConfig, PretrainConfig
 from histossl.errors import UsageError
 from histossl.evaluation.distill import compared, leave_model, look_at_teacher, sample_of, slides_held_out, verdict
 from histossl.evaluation.embed import slide_tiles
-from histossl.evaluation.finetune import finetune
+from histossl.evaluation.finetune import finetune, leak_statement
 from histossl.evaluation.heads import HEADS, Fitted, head_named
+from histossl.evaluation.labels import match_labels, read_rows
 from histossl.evaluation.model import Model, load_model
 from histossl.evaluation.predict import Rows, predict_tiles
+from histossl.evaluation.splits import make_splits
+from histossl.evaluation.starts import Start
 from histossl.evaluation.teacher import teacher_of, tile_head
 from histossl.methods.distillation import Teacher
 from histossl.tiles.index import TileIndex
@@ -162,10 +165,11 @@ def test_a_teacher_that_is_too_sure_is_told_with_a_way_out(
     model: Model, index: TileIndex, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher, config = taught(model, TINY)
-    teacher.head.weight *= 50
-    teacher.head.bias *= 50
-    look_at_teacher(sample_of(index, config), teacher, info_of("resnet10t"), config)
-    assert "almost hard; --temperature" in " ".join(capsys.readouterr().err.split())
+    for times, way_out in ((3, "--temperature"), (1000, "--targets hard")):
+        teacher.head.weight *= times
+        teacher.head.bias *= times
+        look_at_teacher(sample_of(index, config), teacher, info_of("resnet10t"), config)
+        assert f"almost hard; {way_out}" in " ".join(capsys.readouterr().err.split())
 
 
 # ---- the student
@@ -288,6 +292,15 @@ def test_self_distillation_from_the_command_line_leaves_what_predict_loads(lab: 
     curve = ["finetune", "-w", lab.root, "--labels", lab.root / "labels.csv", "--name", "curve", "--draws", "1"]
     told = cli(*curve, "--budgets", "2", "--starts", "random,self", "--backbone", "test_vit")
     assert told.code == 0, told.err
+    assert "self: none of the 4 tested slides" in " ".join(told.err.split())
+
+
+def test_a_curve_says_so_when_the_teacher_knew_the_labels_it_tests(lab: Workspace, index: TileIndex) -> None:
+    labels = match_labels(read_rows(lab.root / "labels.csv"), index.slides)
+    splits = make_splits(labels, num_draws=1)
+    student = Start("small", exported=Path("x"), provenance={"pretraining_slides": [], "teacher": {"slides": SLIDES}})
+    told = leak_statement(labels, splits, [student])["statement"]
+    assert told.startswith("small: its teacher had learnt the labels of 4 of 4 tested slides")
 
 
 @pytest.mark.parametrize(
