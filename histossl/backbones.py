@@ -180,7 +180,10 @@ def _empty(timm_name: str, seed: int, drop_path: float = 0.0) -> tuple[nn.Module
                 timm_name, pretrained=False, num_classes=0, dynamic_img_size=True, **depth
             )
         except TypeError:
-            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **depth)
+            try:
+                backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **depth)
+            except TypeError:  # knows no stochastic depth
+                backbone = timm.create_model(timm_name, pretrained=False, num_classes=0)
     config = _timm_config(backbone)
     info = BackboneInfo(
         timm_name=timm_name,

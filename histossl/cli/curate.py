@@ -67,7 +67,7 @@ def curate(
         str,
         typer.Option(
             metavar="N,N,...",
-            help="Clusters of each level, finest first. Default: 4 times the root of the tiles, then eighths.",
+            help="Clusters of each level, finest first. Default: 4 times the root of the tiles, then quarters of it.",
             show_default=False,
         ),
     ] = "",

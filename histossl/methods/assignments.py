@@ -33,7 +33,8 @@ def sinkhorn(logits_RK: Tensor, temperature: float, iterations: int = SINKHORN_I
     """
     scaled_RK = logits_RK.float() / temperature
     highest = scaled_RK.amax() if len(scaled_RK) else scaled_RK.new_tensor(-torch.inf)
-    mass_RK = torch.exp(scaled_RK - gather.max_over_processes(highest))
+    # A token far below the highest (trained gains may put it there) keeps some mass, instead of being left out.
+    mass_RK = torch.exp((scaled_RK - gather.max_over_processes(highest)).clamp(min=-80.0))
     for _ in range(iterations):
         mass_RK = mass_RK / gather.sum_over_processes(mass_RK.sum(0)).clamp(min=1e-30)  # each prototype as much
         mass_RK = mass_RK / mass_RK.sum(1, keepdim=True).clamp(min=1e-30)  # each token one
@@ -74,8 +75,15 @@ def patch_loss(student_RK: Tensor, teacher_RK: Tensor, weight_R: Tensor, num_cro
 
 @torch.no_grad()
 def assignment_metrics(target_RK: Tensor, prefix: str = "") -> dict[str, Tensor]:
-    """Entropy of the teacher (as a share of ln K), and how the tokens share the prototypes."""
+    """Entropy of the teacher (as a share of ln K), and how the tokens share the prototypes.
+
+    The same figures also where a process has no token: figures are averaged over processes by name.
+    """
     num_tokens, num_prototypes = target_RK.shape
+    if not num_tokens:
+        zero, one = target_RK.new_zeros(()), target_RK.new_ones(())
+        names = ("teacher_entropy", "prototypes_used", "largest_prototype")
+        return {prefix + name: value for name, value in zip(names, (zero, one, zero), strict=True)}
     entropy = torch.special.entr(target_RK).sum(1).mean()
     used = torch.zeros(num_prototypes, device=target_RK.device).index_fill_(0, target_RK.argmax(1), 1.0).sum()
     return {
@@ -94,7 +102,7 @@ def assignment_ailment(row: Mapping[str, float]) -> str:
                 "centring of features that are much alike to begin with (--set assign=sinkhorn), teacher_temperature "
                 "too high (0.07 at most), centre_momentum too high, more prototypes than the tiles can fill"
             )
-        if row.get(f"{prefix}largest_prototype", 0.0) > 0.5 or row.get(f"{prefix}prototypes_used", 1.0) < 0.02:
+        if row.get(f"{prefix}largest_prototype", 0.0) > 0.5 or row.get(f"{prefix}prototypes_used", 1.0) < 0.05:
             return (
                 f"one-hot collapse: the teacher gives nearly all {where} the same few prototypes. Likely causes: "
                 "--set teacher_temperature too low, centring off (centre_momentum 1) or too slow, --lr too high"

@@ -25,7 +25,7 @@ class DINOConfig(SelfDistillationConfig):
 class DINO(SelfDistillation):
     trained_by = Training(
         sgd=Rate(0.03, 0.01, 256, "linear", 1e-4, "DINO's 0.03 for ResNet-50"),
-        adamw=Rate(5e-4, 1e-4, 256, "linear", 0.04, "DINO's 5e-4"),
+        adamw=Rate(2.5e-4, 1e-4, 128, "sqrt", 0.04, "DINO's 5e-4 at 256 tiles, 2.5e-4"),
         weight_decay_end=0.2,  # from scratch 0.4; 0.1 and 0.2 did the same when continuing (nanopath)
         patch_embed_scale=0.2,
         clip_by="parameter",

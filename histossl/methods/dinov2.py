@@ -2,8 +2,11 @@
 
 Defaults are those for continuing on tissue (algorithms.md 2.1, 2.7), since the published ones destroy pretrained
 weights (dinov2#204: nearest neighbours 80 % to 10 %): rate 1e-4 falling by 0.7 from block to block and by 0.2 once
-more at the patch embedding; random masks of 10-45 %; KDE instead of KoLeo; prototypes of unit length; rates, weight
-decay and momentum that barely move within a short run (annealing them inside it cost 1.4 points there).
+more at the patch embedding; random masks of 10-45 %; KDE instead of KoLeo; prototypes of unit length; a rate that
+falls by half only, a momentum that stays, weight decay to 0.1 (annealing inside a short run cost 1.4 points there;
+temperature and KDE do reach their ends, at 30 and 50 % of the run). Sinkhorn also for small
+batches, where a centre is usually preferred: centred, short runs of 64 tiles ended uniform here. The high-resolution
+phase keeps the one falling rate.
 
 Decided where paper and code differ (facebookresearch/dinov2 at b8931f7): every pair of crops weighs the same also
 without small crops (the code divides by 3); KoLeo over both global crops, as the code, and over all processes, unlike
@@ -25,12 +28,13 @@ class DINOv2Config(MaskedConfig):
     prototypes: int = knob(131072, "of each head; the planner gives what fits the tile set", "131072", OQUAB)
     bottleneck_dim: int = knob(384, "width before the prototypes", "384 (crops), 256 (patches)", OQUAB)
     teacher_temperature: float = knob(0.07, "of the teacher's softmax; 0.1 costs half a point", "0.07", OQUAB)
-    momentum: float = knob(0.994, "of the teacher; the planner gives what fits the run's length", "0.992-0.994", OQUAB)
+    momentum: float = knob(0.994, "of the teacher; less in a short run ends uniform", "0.992-0.994", OQUAB)
     momentum_end: float = knob(0.0, "to which it rises by a cosine; 0: it stays", "1; stays in short runs", NANOPATH)
     assign: str = knob("sinkhorn", "sinkhorn or centre", "sinkhorn", OQUAB)
     share_head: bool = knob(False, "one head for crops and patches", "false", OQUAB)
     mask_high: float = knob(0.45, "most share of patches masked in one crop", "0.5; 0.45", NANOPATH)
     mask_kind: str = knob("random", "block or random", "block; random when continuing", NANOPATH)
+    least_block: int = knob(4, "least patches of a block", "4", OQUAB)
     patch_centre: str = knob("masked", "patches whose mean is the patches' centre: all or masked", "masked", OQUAB)
     koleo_weight: float = knob(0.0, "of KoLeo on the global crops' features", "0.1", OQUAB)
     kde_weight: float = knob(0.005, "of the kernel density of the global crops' features", "0.005", NANOPATH)
@@ -42,6 +46,7 @@ class DINOv2Config(MaskedConfig):
 class DINOv2(SelfDistillation):
     trained_by = Training(
         optimizer="adamw",
+        of_the_pass="Sinkhorn and KDE",
         adamw=Rate(1.4e-3, 1e-4, 128, "sqrt", 0.04, "DINOv2's 0.004 at 1,024 tiles, 0.0014"),
         weight_decay_end=0.1,
         layer_decay=0.7,

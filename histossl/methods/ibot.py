@@ -18,12 +18,13 @@ from histossl.methods.selfdistillation import ZHOU, MaskedConfig, SelfDistillati
 @dataclass(frozen=True)
 class IBOTConfig(MaskedConfig):
     prototypes: int = knob(8192, "of the head; the planner gives what fits the tile set", "8192", ZHOU)
+    patch_teacher_temperature: float = knob(0.07, "of the teacher at patches", "0.04 to 0.07", ZHOU)
 
 
 class IBOT(SelfDistillation):
     trained_by = Training(
         optimizer="adamw",
-        adamw=Rate(5e-4, 1e-4, 256, "linear", 0.04, "iBOT's 5e-4"),
+        adamw=Rate(2.5e-4, 1e-4, 128, "sqrt", 0.04, "iBOT's 5e-4 at 256 tiles, 2.5e-4"),
         weight_decay_end=0.2,
         patch_embed_scale=0.2,
         clip_by="parameter",

@@ -48,19 +48,23 @@ def random_masks(views: Views, share_VB: Shares, grid: tuple[int, int]) -> Bools
     return rank < np.round(share_VB * num_patches)[..., None]
 
 
-def block_masks(views: Views, share_VB: Shares, grid: tuple[int, int]) -> Bools:
-    """(V, B, N): rectangles until the wanted number is reached, never more (BEiT; iBOT and DINOv2)."""
+def block_masks(views: Views, share_VB: Shares, grid: tuple[int, int], least: int = 4) -> Bools:
+    """(V, B, N): rectangles of `least` patches or more until the wanted number is reached, never more than it.
+
+    BEiT's, as iBOT and DINOv2 have them. Where no rectangle fits any more they stop short; here single patches follow,
+    so that every crop has the share that was drawn for it.
+    """
     assert views.positions_B is not None
     masks = np.zeros((*share_VB.shape, *grid), dtype=bool)
     for crop, tile in zip(*np.nonzero(share_VB), strict=True):
         rng = np.random.default_rng([views.seed, int(views.positions_B[tile]), int(crop)])
-        _fill_with_blocks(masks[crop, tile], round(share_VB[crop, tile] * masks[crop, tile].size), rng)
+        _fill_with_blocks(masks[crop, tile], round(share_VB[crop, tile] * masks[crop, tile].size), least, rng)
     return masks.reshape(*share_VB.shape, -1)
 
 
-def _fill_with_blocks(mask: Bools, wanted: int, rng: np.random.Generator) -> None:
+def _fill_with_blocks(mask: Bools, wanted: int, least: int, rng: np.random.Generator) -> None:
     height, width = mask.shape
-    smallest = min(4, wanted)
+    smallest = min(max(1, least), wanted)
     while (missing := wanted - int(mask.sum())) > 0:
         for _ in range(ATTEMPTS):
             area = rng.uniform(min(smallest, missing), missing)

@@ -47,6 +47,8 @@ class Training:
     warmup: float = 0.05  # share of the steps
     final_lr: float = 0.01  # share of the peak at the end of the cosine
     clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO); module: backbone, heads
+    decay_flat: bool = False  # weight decay on biases and norms too, under sgd (MoCo's official code)
+    of_the_pass: str = ""  # what is taken over the tiles of one pass, and sees less in micro-batches
     prototypes: tuple[int, int] = (1, 65536)  # times the table's number for so many tiles, and the most
     in_batch: bool = False  # negatives are the tiles of the same pass: micro-batches make them fewer
 

@@ -27,7 +27,7 @@ from histossl.methods.batchnorm import average_batchnorm_buffers, group_batchnor
 from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import moco_head
 from histossl.methods.losses import NEVER, InfoNCE, info_nce, tells_nothing
-from histossl.methods.method import Outcome, Views
+from histossl.methods.method import Outcome, Training, Views
 from histossl.methods.ring import Keys, Ring
 from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
@@ -68,6 +68,7 @@ class MoCoV2Config:
 
 class MoCoV2(Ring):
     planned = ("queue_size", "momentum")
+    trained_by = Training(decay_flat=True)  # biases and norms too, as the official code
 
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: MoCoV2Config) -> None:
         super().__init__()

@@ -9,7 +9,10 @@
 dino.py, ibot.py and dinov2.py say which of this they take, with which values.
 
 What continuing changes (algorithms.md 2): student and teacher both begin as the given weights; heads are new, the
-teacher's a copy of the student's; the last layer rests at first; rates are small and fall from block to block.
+teacher's a copy of the student's; the last layer rests at first; rates are small and fall from block to block. The
+teacher keeps its papers' momentum also in short runs: with a memory of 50 steps it forgot its first, random prototypes
+before the student had learnt any, and both ended uniform (examples/LOG.md, 2026-11-25). Sinkhorn, KoLeo and KDE are of
+the tiles of one pass of all processes: micro-batches make them see less.
 
 B tiles of this process, V crops of a tile, N patches of a crop, D features, K prototypes.
 """
@@ -63,7 +66,7 @@ class SelfDistillationConfig:
     teacher_temperature: float = knob(0.04, "of the teacher's; 0.08 and more end at ln K", "0.04 to 0.07", CARON)
     warmup_teacher_temperature: float = knob(0.04, "where it begins", "0.04", CARON)
     teacher_temperature_warmup: float = knob(0.3, "share in which it rises", "30 of 100-800 epochs", CARON)
-    momentum: float = knob(0.996, "of the teacher; the planner gives what fits the run's length", "0.996", CARON)
+    momentum: float = knob(0.996, "of the teacher; less in a short run ends uniform", "0.996", CARON)
     momentum_end: float = knob(1.0, "to which it rises by a cosine; 0: it stays", "1", CARON)
     assign: str = knob("centre", "how prototypes share the tiles: centre or sinkhorn", "centre", CARON)
     centre_momentum: float = knob(0.9, "of the centre; 0.999 fails", "0.9", CARON)
@@ -102,6 +105,8 @@ class MaskedConfig(SelfDistillationConfig):
     mask_low: float = knob(0.1, "least share of patches masked in one of them", "0.1", ZHOU)
     mask_high: float = knob(0.5, "most", "0.5", ZHOU)
     mask_kind: str = knob("block", "block or random", "block", ZHOU)
+    least_block: int = knob(0, "least patches of a block; 0: a third of the grid, squared", "16 of 14 x 14", ZHOU)
+    patch_teacher_temperature: float = knob(0.0, "of the teacher at patches; 0: as of crops", "0.04 to 0.07", ZHOU)
     patch_centre: str = knob("all", "patches whose mean is the patches' centre: all or masked", "all", ZHOU)
     koleo_weight: float = knob(0.0, "of KoLeo on the global crops' features", "0", ZHOU)
     kde_weight: float = knob(0.0, "of the kernel density of the global crops' features", "0", ZHOU)
@@ -111,7 +116,10 @@ class MaskedConfig(SelfDistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("crop_weight", "patch_weight", "koleo_weight", "kde_weight", "kde_kappa"):
+        for name in (
+            "crop_weight", "patch_weight", "koleo_weight", "kde_weight", "kde_kappa", "least_block",
+            "patch_teacher_temperature",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, f"set {name}", getattr(self, name), "0 or more")
         require(0 <= self.mask_probability <= 1, "set mask_probability", self.mask_probability, "between 0 and 1")
         ordered = 0 < self.mask_low <= self.mask_high < 1
@@ -139,7 +147,7 @@ class Masked(NamedTuple):
 
 
 class SelfDistillation(Method):
-    planned: ClassVar[tuple[str, ...]] = ("prototypes", "momentum")
+    planned: ClassVar[tuple[str, ...]] = ("prototypes",)
 
     def __init__(
         self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: SelfDistillationConfig
@@ -150,6 +158,8 @@ class SelfDistillation(Method):
         self.recipe = _crops(recipe, config, patch_px(backbone))
         globalise_batchnorms(backbone)
         self.student: nn.Module = Tokens(backbone, recipe.name.partition("-")[0]) if self.masks else backbone
+        if isinstance(self.student, Tokens) and self.masks and not self.masks.patch_weight:
+            self.student.mask_token.requires_grad_(False)  # nothing is masked
         self.head = self._head(feature_dim)
         self.teacher = frozen_copy(self.student)
         self.teacher_head = frozen_copy(self.head)
@@ -202,7 +212,7 @@ class SelfDistillation(Method):
         num_tiles = len(views.tiles_B)
         globals_X = torch.cat(views.images[:NUM_GLOBAL])
         masked = self._masked(views, globals_X) if self.masks and self.masks.patch_weight else None
-        temperature = self._teacher_temperature(views.progress)
+        temperature = self._teacher_temperature(views.progress, self.config.teacher_temperature)
 
         with torch.no_grad():
             taught = _features(self.teacher, globals_X)
@@ -221,17 +231,17 @@ class SelfDistillation(Method):
             return Outcome(crops, metrics, means)
         loss = self.masks.crop_weight * crops
         if masked is not None:
-            patches, more, means = self._patches(seen, taught, masked, temperature, means)
+            final = self.masks.patch_teacher_temperature or self.config.teacher_temperature
+            at_patches = self._teacher_temperature(views.progress, final)
+            patches, more, means = self._patches(seen, taught, masked, at_patches, means)
             loss = loss + self.masks.patch_weight * patches
             metrics |= more
         spread, more = self._spread(seen.pooled_BD.chunk(NUM_GLOBAL), views.progress)
         return Outcome(loss + spread, metrics | more, means)
 
-    def _teacher_temperature(self, progress: float) -> float:
+    def _teacher_temperature(self, progress: float, final: float) -> float:
         knobs = self.config
-        return ramp(
-            progress, knobs.teacher_temperature_warmup, knobs.warmup_teacher_temperature, knobs.teacher_temperature
-        )
+        return ramp(progress, knobs.teacher_temperature_warmup, knobs.warmup_teacher_temperature, final)
 
     def _assigned(self, logits_RK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
         if self.config.assign == "sinkhorn":
@@ -244,8 +254,11 @@ class SelfDistillation(Method):
         size = patch_px(self.learner())
         grid = (globals_X.shape[-2] // size, globals_X.shape[-1] // size)
         share_VB = masked_shares(views, NUM_GLOBAL, masks.mask_probability, masks.mask_low, masks.mask_high)
-        draw = block_masks if masks.mask_kind == "block" else random_masks
-        mask_XN = draw(views, share_VB, grid).reshape(-1, grid[0] * grid[1])
+        if masks.mask_kind == "block":
+            mask_VBN = block_masks(views, share_VB, grid, masks.least_block or (min(grid) // 3) ** 2)
+        else:
+            mask_VBN = random_masks(views, share_VB, grid)
+        mask_XN = mask_VBN.reshape(-1, grid[0] * grid[1])
         crop_R, _ = mask_XN.nonzero()  # on the CPU, so that a GPU is not waited for
         device = globals_X.device
         weight_R = (1.0 / mask_XN.sum(1).clip(1)[crop_R]).astype("float32")
@@ -267,8 +280,7 @@ class SelfDistillation(Method):
             means = means._replace(patches_K=summed_K, num_patches=summed_K.new_tensor(len(teacher_RK)))
         student_RK = student_head(seen.patches_BND.flatten(0, 1)[masked.token_R])
         loss = patch_loss(student_RK, target_RK, masked.weight_R, len(masked.mask_XN), self.config.student_temperature)
-        metrics = assignment_metrics(target_RK, "patch_") if len(target_RK) else {}
-        return loss, {**metrics, "patch_loss": loss.detach()}, means
+        return loss, {**assignment_metrics(target_RK, "patch_"), "patch_loss": loss.detach()}, means
 
     def _spread(self, crops: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """KoLeo and KDE, each summed over the two global crops as in DINOv2's code (its paper: the first alone)."""
@@ -334,6 +346,9 @@ def _features(network: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> F
 
 def _crops(recipe: ViewRecipe, config: SelfDistillationConfig, side_px: int) -> ViewRecipe:
     """Two global crops and `num_local` small ones whose side is whole patches (98 px for patches of 14, not 96)."""
+    large_px = config.high_resolution_px if isinstance(config, MaskedConfig) else 0
+    if large_px % side_px:
+        raise UsageError(f"--set high_resolution_px={large_px}: must be whole patches of {side_px} pixels")
     if len(recipe.views) < NUM_GLOBAL:
         raise UsageError(f"--recipe {recipe.name}: makes {len(recipe.views)} view, and two global crops are needed")
     first, *rest = recipe.views

@@ -20,10 +20,6 @@ QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the 
 QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
-# A slow copy's memory is 1 / (1 - m) steps: a twentieth of the run at most, but so many at least. Keys age with less; a
-# teacher with less forgets its first, random prototypes before the student has learnt any, and both end uniform
-# (examples/LOG.md, 2026-11-25).
-HORIZON_OF_KEYS, HORIZON_OF_TEACHERS = 50, 250
 BATCH_LEAST, BATCH_USUAL, BATCH_MOST = 32, 256, 1024  # of --batch-size auto: MoCo's own is 256
 BATCH_SHARE = 0.01  # of the tiles: eight batches are then the queue's share
 BATCHNORM_GROUP = 32  # tiles per statistic, as the methods' knob has it
@@ -81,13 +77,12 @@ def plan(
         )
     num_steps = _steps(config, num_tiles, reasons)
     fitted: dict[str, Any] = {}
+    if "queue_size" not in to_fit and int(knobs.get("queue_size", 0)) >= num_tiles:
+        raise UsageError(f"--set queue_size={knobs['queue_size']}: must be smaller than the {num_tiles} tiles")
     if "queue_size" in to_fit:
         fitted["queue_size"] = _queue(config, num_tiles, num_slides, knobs, reasons)
     if "momentum" in to_fit:
-        least = HORIZON_OF_TEACHERS if "prototypes" in to_fit else HORIZON_OF_KEYS
-        fitted["momentum"] = _momentum(
-            num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons, least
-        )
+        fitted["momentum"] = _momentum(num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons)
     if "prototypes" in to_fit:
         fitted["prototypes"] = _prototypes(num_tiles, knobs, training, reasons)
     optimizer, lr, weight_decay, layer_decay = _optimizer(config, batchnorm, training, reasons)
@@ -95,6 +90,8 @@ def plan(
     final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
     reasons[-1] += f"; the rate falls to {final_lr:.2g}"
     group = batchnorm_group
+    if training.of_the_pass and micro_batches > 1:
+        reasons.append(of_the_pass_reason(training, batch, micro_batches))
     if training.in_batch:
         reasons.append(in_batch_reason(batch, micro_batches))
     elif batchnorm and group and pieces > 1 and (batch // pieces) % group:
@@ -136,6 +133,11 @@ def batch_bounds(num_tiles: int, num_processes: int) -> tuple[int, int]:
         return share << (pieces.bit_length() - 1)  # a power of two of them, so that it can be halved
 
     return max(2, shared(min(fitting, BATCH_USUAL))), max(2, shared(min(fitting, BATCH_MOST)))
+
+
+def of_the_pass_reason(training: Training, batch: int, micro_batches: int) -> str:
+    seen = batch // micro_batches
+    return f"warning: {training.of_the_pass} see the {seen:,} tiles of a pass, not the batch of {batch:,}"
 
 
 def in_batch_reason(batch: int, micro_batches: int) -> str:
@@ -193,15 +195,15 @@ def _queue(
 
 
 def _momentum(
-    num_tiles: int, num_steps: int, queue: int, batch: int, knobs: Mapping[str, Any], reasons: list[str], least: int
+    num_tiles: int, num_steps: int, queue: int, batch: int, knobs: Mapping[str, Any], reasons: list[str]
 ) -> float:
     if "momentum" in knobs:
         momentum, why = float(knobs["momentum"]), "--set momentum"
     else:
-        few = 0.996 if least == HORIZON_OF_TEACHERS else 0.99
-        momentum = few if num_tiles < 100_000 else 0.996 if num_tiles < 1_000_000 else 0.999
+        momentum = 0.99 if num_tiles < 100_000 else 0.996 if num_tiles < 1_000_000 else 0.999
         why = f"{num_tiles:,} tiles"
-        horizon = max(float(least), num_steps / 20)
+        # The key encoder's memory is 1 / (1 - m) steps: a twentieth of the run at most, but 50 at least, or keys age.
+        horizon = max(50.0, num_steps / 20)
         if momentum > 1 - 1 / horizon:
             momentum, why = round(1 - 1 / horizon, 4), f"a memory of {horizon:.0f} steps in a run of {num_steps:,}"
     aged = f"; over the queue's age the key encoder moves {queue / batch * (1 - momentum):.2f} of its way"

@@ -36,7 +36,7 @@ from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
 from histossl.training.pace import Expected, Pace
-from histossl.training.planner import Plan, batch_bounds, in_batch_reason, plan
+from histossl.training.planner import Plan, batch_bounds, in_batch_reason, of_the_pass_reason, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
 from histossl.training.signals import stop_on_signal
@@ -224,7 +224,7 @@ class _Pretraining:
         backbone, self.info = create_backbone(
             config.backbone, config.weights, config.seed, getattr(knobs, "drop_path", 0.0)
         )
-        _refuse_view_size(backbone, config)
+        _refuse_view_size(backbone, config, config.view_px, "--view-px")
         by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
         self.plan = plan(
             config,
@@ -243,6 +243,8 @@ class _Pretraining:
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
         torch.manual_seed(config.seed)  # of the heads
         method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs, *taught)
+        for side_px in {view.size_px for view in method.views().views} - {config.view_px}:
+            _refuse_view_size(backbone, config, side_px, "--set local_px")
         self.method = method.to(self.device).train()
         tune(self.method, self.device, self.precision.name, operation.compiled, operation.deterministic)
         self.optimizer = optimizer_for(self.method, self.plan, self.device)
@@ -583,7 +585,11 @@ class _Pretraining:
         else:
             return
         reasons = self.plan.reasons
-        if self.method.trained_by.in_batch and pieces > 1:
+        training = self.method.trained_by
+        if training.of_the_pass and pieces > 1:
+            told = of_the_pass_reason(training, self.plan.batch_size, pieces)
+            reasons = (*(each for each in reasons if training.of_the_pass not in each), told)
+        if training.in_batch and pieces > 1:
             before_cut, cut = (in_batch_reason(self.plan.batch_size, each) for each in (1, pieces))
             reasons = tuple(cut if reason == before_cut else reason for reason in reasons)
         self.plan = replace(
@@ -854,13 +860,13 @@ class _OutOfMemoryError(Exception):
 
 
 @torch.no_grad()
-def _refuse_view_size(backbone: nn.Module, config: PretrainConfig) -> None:
+def _refuse_view_size(backbone: nn.Module, config: PretrainConfig, side_px: int, option: str) -> None:
     """One empty image through the backbone, before anything else: some take no other size than their own."""
     backbone.eval()
     try:
-        backbone(torch.zeros(1, 3, config.view_px, config.view_px))
+        backbone(torch.zeros(1, 3, side_px, side_px))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--view-px {config.view_px}: {config.backbone} does not take that size ({error})") from error
+        raise UsageError(f"{option} {side_px}: {config.backbone} does not take that size ({error})") from error
 
 
 def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: int) -> int:

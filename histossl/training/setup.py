@@ -34,9 +34,9 @@ def precision_for(name: str, device: torch.device) -> Precision:
 def optimizer_for(method: Method, planned: Plan, device: torch.device) -> torch.optim.Optimizer:
     """Backbone blocks with layer decay, heads at the full rate; biases and norms without weight decay.
 
-    (SGD decays all, as MoCo's official code does.) Groups are made of the method's `learner`, not of a teacher.
+    (MoCo's SGD decays all, as its official code does.) Groups are made of the method's `learner`, not of a teacher.
     """
-    decays_all = planned.optimizer == "sgd"
+    decays_all = planned.optimizer == "sgd" and method.trained_by.decay_flat
     learner = method.learner()
     groups = param_groups_layer_decay(
         learner,
@@ -60,7 +60,7 @@ def optimizer_for(method: Method, planned: Plan, device: torch.device) -> torch.
 
 
 def _slow_patch_embedding(groups: list[dict[str, Any]], learner: nn.Module, scale: float) -> None:
-    """Patch embedding and position grid by themselves, `scale` times slower than their layer (DINOv2: 0.2)."""
+    """The patch embedding by itself, `scale` times slower than its layer (DINOv2: 0.2)."""
     first = getattr(learner, "patch_embed", None)
     if first is None or scale == 1:
         return

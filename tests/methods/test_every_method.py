@@ -36,7 +36,7 @@ PRETEXT = {"rotation", "context", "jigsaw", "colorization"}  # they learn anothe
 # Small heads, so that a test takes a second; by knob, for the methods that have it.
 SMALL: dict[str, Any] = {
     "prototypes": 64, "hidden_dim": 64, "bottleneck_dim": 32, "num_local": 2, "drop_path": 0.0, "queue_size": 16,
-    "batchnorm_group_tiles": 8, "embedding_dim": 32, "permutations": 10,
+    "batchnorm_group_tiles": 8, "embedding_dim": 32, "num_orders": 10,
 }  # fmt: skip
 
 
@@ -124,7 +124,14 @@ def test_a_resumed_run_equals_the_unbroken_one(name: str, index: TileIndex, tmp_
 
 # ---- backbones
 
-CLAIMED = ("resnet18", "resnet50", "convnext_atto", "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
+CLAIMED = (
+    "resnet18",
+    "resnet50",
+    "convnext_atto",
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch14_dinov2",
+)
 
 
 @pytest.mark.parametrize("backbone_name", CLAIMED)
@@ -134,8 +141,8 @@ def test_it_runs_on_the_backbones_that_it_claims(name: str, backbone_name: str) 
         pytest.skip("needs patch tokens")
     torch.manual_seed(0)
     backbone, info = create_backbone(backbone_name, "random")
-    side = 56 if "patch14" in backbone_name else 48
-    method = made(name, backbone, info.feature_dim, side, batchnorm_group_tiles=2)
+    side, small = (56, 28) if "patch14" in backbone_name else (48, 32)
+    method = made(name, backbone, info.feature_dim, side, batchnorm_group_tiles=2, local_px=small)
     outcome = method(drawn(method, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), 0))
     outcome.loss.backward()
     assert bool(torch.isfinite(outcome.loss))
@@ -162,7 +169,7 @@ def drawn(method: Method, tiles: Tensor, step: int, numbers: Tensor | None = Non
 KINDS, PX, BATCH, NUM_TILES = 6, 32, 64, 512
 STEPS = {"dino": 300}
 # What suits 512 tiles and a few hundred steps; by knob, for the methods that have it.
-LEARNING = {"queue_size": 256, "momentum": 0.95, "prototypes": 32, "assign": "sinkhorn", "freeze_last_layer": 0.0}
+LEARNING = {"queue_size": 256, "momentum": 0.95, "prototypes": 32, "freeze_last_layer": 0.0}
 
 
 def texture(kind: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -243,4 +250,5 @@ def test_it_learns_textures_and_not_from_shuffled_positives(name: str) -> None:
     before, after = trained(name, shuffled=False)
     _, control = trained(name, shuffled=True)
     assert after > before + 0.05, (before, after, control)
-    assert after > control + 0.08, (before, after, control)
+    assert after > control + 0.1, (before, after, control)
+    assert control < before + 0.12, (before, after, control)

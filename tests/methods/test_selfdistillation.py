@@ -14,6 +14,7 @@ from histossl.methods import classes_of, gather
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.method import Method, Views
 from histossl.training.loop import clip_gradients
+from histossl.training.setup import in_parallel
 from histossl.views.recipe import recipe_named
 
 SMALL = {"prototypes": 16, "hidden_dim": 12, "bottleneck_dim": 8, "num_local": 2, "drop_path": 0.0}
@@ -154,7 +155,7 @@ def test_patch_centre_is_of_all_patches_for_ibot_and_of_the_masked_for_dinov2(na
 
 def test_teacher_temperature_rises_to_its_value_and_stays() -> None:
     made = method("dino", teacher_temperature=0.07, teacher_temperature_warmup=0.3)
-    at = [made._teacher_temperature(progress) for progress in (0.0, 0.15, 0.3, 1.0)]
+    at = [made._teacher_temperature(progress, 0.07) for progress in (0.0, 0.15, 0.3, 1.0)]
     assert at == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
@@ -294,6 +295,42 @@ def test_two_processes_step_as_one(tmp_path) -> None:
     for together in on_two(stepped, tmp_path):
         for ours, theirs in zip(together, alone, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+def in_parallel_ddp() -> list[str]:
+    """Through DistributedDataParallel itself: it refuses parameters that a pass leaves without a gradient."""
+    share = 4
+    for name, knobs in (
+        ("dino", {}),
+        ("ibot", {"patch_weight": 0.0}),
+        ("ibot", {"mask_probability": 0.07}),  # one crop of sixteen is masked: one process has none
+        ("dinov2", {}),
+    ):
+        made = method(name, **knobs)
+        parallel = in_parallel(made)
+        names = []
+        for _ in range(2):  # the second pass would tell of parameters that the first did not reduce
+            outcome = parallel(views(share, share * gather.rank()))
+            outcome.loss.backward()
+            names = sorted(outcome.metrics)
+        missing = [key for key, value in made.named_parameters() if value.requires_grad and value.grad is None]
+        assert not missing, (name, knobs, missing)
+    return names
+
+
+def test_every_parameter_has_a_gradient_on_every_process(tmp_path) -> None:
+    first, second = on_two(in_parallel_ddp, tmp_path)
+    assert first == second  # the same figures, or averaging them would wait for ever
+
+
+def test_figures_are_the_same_with_and_without_masked_patches() -> None:
+    few, many = method("dinov2", mask_probability=0.01), method("dinov2")
+    assert few(views()).metrics.keys() == many(views()).metrics.keys()
+
+
+def test_a_last_phase_of_broken_patches_is_refused() -> None:
+    with pytest.raises(UsageError, match="high_resolution_px=50: must be whole patches of 8 pixels"):
+        method("dinov2", high_resolution_px=50)
 
 
 @pytest.mark.parametrize(

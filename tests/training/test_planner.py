@@ -46,14 +46,6 @@ def test_momentum_fits_the_tiles_and_the_length() -> None:
     assert planned(2_000_000, steps=100).knobs["momentum"] == 0.98  # never shorter
 
 
-def test_a_teacher_of_new_prototypes_remembers_longer_than_keys() -> None:
-    def of(num_tiles: int, steps: int) -> float:
-        config = PretrainConfig(method="dino", batch_size=64, steps=steps)
-        return plan(config, num_tiles, 50, {}, to_fit=("prototypes", "momentum")).knobs["momentum"]
-
-    assert (of(5_000, 120), of(5_000, 100_000), of(2_000_000, 100_000)) == (0.996, 0.996, 0.999)
-
-
 def test_epochs_become_steps() -> None:
     assert planned(10_000, 100, epochs=3).num_steps == 300
     assert planned(10_000, 100, steps=7).num_steps == 7
