@@ -6,6 +6,8 @@ Decided where paper and code differ (facebookresearch/dino at 7c446df): gradient
 as in the code; crops of the published long runs (0.25..1), which are views/recipe.py's; teacher temperature 0.04
 throughout, the code's default (the long runs rise to 0.07: --set teacher_temperature=0.07). A CNN's BatchNorm
 statistics are over all processes, and its rates SGD's.
+Not the paper's: prototypes are balanced by Sinkhorn, as DINOv2's; the centre is `--set assign=centre`. Of features that
+are much alike to begin with it made nothing in short runs, where Sinkhorn learnt (examples/LOG.md, 2026-11-25).
 """
 
 from __future__ import annotations

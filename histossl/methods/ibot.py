@@ -3,7 +3,8 @@
 Decided where paper and code differ (bytedance/ibot at da316d8): one head for crops and patches, as the paper and the
 published runs; half of the global crops masked, at 10-50 % of their patches (the published runs' setting; the code's
 default is 30 % of all); the patches' centre is the mean of all the teacher's patch tokens, not of the masked alone.
-The shares are spread evenly over the batch (DINOv2's way), which has the distribution of iBOT's own draws.
+Prototypes are balanced by Sinkhorn, for the reason that dino.py gives; `--set assign=centre` is the paper's. The
+shares are spread evenly over the batch (DINOv2's way), which has the distribution of iBOT's own draws.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class SelfDistillationConfig:
     teacher_temperature_warmup: float = knob(0.3, "share in which it rises", "30 of 100-800 epochs", CARON)
     momentum: float = knob(0.996, "of the teacher; less in a short run ends uniform", "0.996", CARON)
     momentum_end: float = knob(1.0, "to which it rises by a cosine; 0: it stays", "1", CARON)
-    assign: str = knob("centre", "how prototypes share the tiles: centre or sinkhorn", "centre", CARON)
+    assign: str = knob("sinkhorn", "how prototypes share the tiles: sinkhorn or centre", "centre", CARON)
     centre_momentum: float = knob(0.9, "of the centre; 0.999 fails", "0.9", CARON)
     freeze_last_layer: float = knob(0.02, "share in which the prototypes rest", "1 epoch", CARON)
     num_local: int = knob(8, "small crops", "8 (code), 10 (paper)", CARON)

@@ -257,7 +257,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     for together in on_two(one_step, tmp_path):
         for name, value in alone.items():
             torch.testing.assert_close(
-                together[name], value.detach(), rtol=1e-4, atol=1e-5, msg=name
+                together[name], value.detach(), rtol=1e-4, atol=1e-4, msg=name
             )  # a bias before a norm: 0
 
 

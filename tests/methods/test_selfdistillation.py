@@ -252,7 +252,7 @@ def test_clipping_one_by_one_and_all_together() -> None:
     [({"teacher_temperature": 50.0, "warmup_teacher_temperature": 50.0}, "uniform collapse"), ({}, "one-hot collapse")],
 )
 def test_forced_collapse_is_named(knobs: dict[str, float], told: str) -> None:
-    made = method("dino", prototypes=256, **knobs)
+    made = method("dino", prototypes=256, assign="centre", **knobs)
     if not knobs:  # what centring would have kept away: one prototype ahead of all others, for every tile
         made.teacher_head.last_layer.weight.data[:] = -made.teacher_head.last_layer.weight.data[:1]
         made.teacher_head.mlp[-1].bias.data = -100 * made.teacher_head.last_layer.weight.data[0]

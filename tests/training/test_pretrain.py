@@ -316,7 +316,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--backbone", "resnet5"), 2, "timm has no such model"),
         (("--weights", "nowhere.pth"), 2, "no such file"),
         (("--weights", "imagenet", "--backbone", "resnet18"), 1, "Three ways out"),
-        (("--method", "moco3"), 2, "did you mean 'mocov2'"),
+        (("--method", "moco3"), 2, "did you mean 'mocov3'"),
         (("--set", "queue=5"), 2, "did you mean 'queue_size'"),
         (("--set", "queue_size=many"), 2, "must be a whole number"),
         (("--set", "queue_size=64"), 2, "must be smaller than the 64 tiles"),
