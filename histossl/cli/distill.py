@@ -99,13 +99,15 @@ def distill(
     from histossl.evaluation.predict import refuse_other_tiles, tile_config
     from histossl.evaluation.probe import probe_of
     from histossl.evaluation.teacher import teacher_of
+    from histossl.methods.distillation import DistillationConfig
     from histossl.tiles.index import TileIndex
     from histossl.training.distributed import is_worker, launch, num_processes_for
     from histossl.training.pretrain import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
     at = workspace_at(shared["workspace"])
-    model = load_model(teacher)
+    model = load_model(teacher, "--teacher")
+    DistillationConfig(temperature, targets)  # refuses what no run could use
     settings = _settings(model, student, weights, targets, temperature, view_px, shared)
     num_processes = 1 if is_worker() else num_processes_for(shared["gpus"])
     slides, only_plan = shared["slides"], shared["only_plan"]

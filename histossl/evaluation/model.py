@@ -85,7 +85,7 @@ def save_model(
         aside.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: Path) -> Model:
+def load_model(folder: Path, option: str = "--model") -> Model:
     path = folder / "model.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -93,11 +93,11 @@ def load_model(folder: Path) -> Model:
         arrays = load_file(folder / "head.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsError(
-            f"--model {folder}: is not a model that histossl finetune wrote "
+            f"{option} {folder}: is not a model that histossl finetune wrote "
             f"({type(error).__name__}: {error}); it lies in WORKSPACE/finetune/NAME/model"
         ) from error
     if info.format != FORMAT or info.head not in HEADS:
-        raise WeightsError(f"--model {folder}: was written by another version of histossl (format {info.format})")
+        raise WeightsError(f"{option} {folder}: was written by another version of histossl (format {info.format})")
     training, patients = arrays.pop(TRAINING), arrays.pop(PATIENTS)
     return Model(folder, info, load_head(info.head, arrays), training, patients)
 

@@ -306,7 +306,7 @@ def test_a_curve_says_so_when_the_teacher_knew_the_labels_it_tests(lab: Workspac
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (("--teacher", "nowhere"), 1, "--model nowhere: is not a model"),
+        (("--teacher", "nowhere"), 1, "--teacher nowhere: is not a model"),
         (("--student", "resnet5"), 2, "timm has no such model"),
         (("--student", "resnet10t", "--weights", "teacher"), 2, "the teacher is a test_vit, the student a resnet10t"),
         (("--targets", "hart"), 2, "did you mean 'hard'"),
