@@ -205,7 +205,7 @@ def _operation(shared: dict[str, Any], num_processes: int) -> Operation:
         **{
             key: shared[key]
             for key in (
-                "precision", "decode_on_gpu", "compiled", "deterministic", "log_every", "monitor_every",
+                "precision", "decode_on_gpu", "compiled", "recompute", "deterministic", "log_every", "monitor_every",
                 "stop_on_collapse",
             )
         },

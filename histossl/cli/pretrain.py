@@ -209,6 +209,14 @@ def pretrain(
             "--compile", rich_help_panel=MACHINE, help="Compile the networks: minutes at first, faster after."
         ),
     ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            rich_help_panel=MACHINE,
+            help="Norms and GELU of a ViT twice, for less memory. By itself where a pass would not fit.",
+        ),
+    ] = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", rich_help_panel=MACHINE, help="The same bits every time; slower on GPUs.")
     ] = False,
@@ -281,6 +289,7 @@ def pretrain(
         micro_batches=accumulate,
         decode_on_gpu=decode_on_gpu,
         compiled=compiled,
+        recompute=recompute,
         deterministic=deterministic,
         log_every=log_every,
         monitor_every=monitor_every,

@@ -7,20 +7,23 @@ Used by DINO, iBOT and DINOv2 (Caron et al. 2021, arXiv 2104.14294; Zhou et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from histossl.methods import gather
 
 SINKHORN_ITERATIONS = 3
+CHUNK = 2**26  # values of logits at a time: 256 MB in fp32
 
 
 @torch.no_grad()
 def centred(logits_RK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
     """softmax((logits - centre) / temperature): the centre keeps any prototype from taking all (Caron et al. eq. 4)."""
-    return torch.softmax((logits_RK.float() - centre_K) / temperature, dim=-1)
+    return torch.softmax((logits_RK.float() - centre_K).div_(temperature), dim=-1)
 
 
 @torch.no_grad()
@@ -31,46 +34,109 @@ def sinkhorn(logits_RK: Tensor, temperature: float, iterations: int = SINKHORN_I
     whole prototype changes nothing, one of a whole token does until convergence. The global maximum is taken off
     first, which changes nothing either and keeps exp() finite for any temperature. A process may hold no token.
     """
-    scaled_RK = logits_RK.float() / temperature
-    highest = scaled_RK.amax() if len(scaled_RK) else scaled_RK.new_tensor(-torch.inf)
+    mass_RK = logits_RK.to(torch.float32, copy=True).div_(temperature)  # in place: it may be gigabytes
+    highest = mass_RK.amax() if len(mass_RK) else mass_RK.new_tensor(-torch.inf)
     # A token far below the highest (trained gains may put it there) keeps some mass, instead of being left out.
-    mass_RK = torch.exp((scaled_RK - gather.max_over_processes(highest)).clamp(min=-80.0))
+    mass_RK.sub_(gather.max_over_processes(highest)).clamp_(min=-80.0).exp_()
     for _ in range(iterations):
-        mass_RK = mass_RK / gather.sum_over_processes(mass_RK.sum(0)).clamp(min=1e-30)  # each prototype as much
-        mass_RK = mass_RK / mass_RK.sum(1, keepdim=True).clamp(min=1e-30)  # each token one
+        mass_RK.div_(gather.sum_over_processes(mass_RK.sum(0)).clamp(min=1e-30))  # each prototype as much
+        mass_RK.div_(mass_RK.sum(1, keepdim=True).clamp(min=1e-30))  # each token one
     return mass_RK
 
 
-def cross_entropy_R(logits_RK: Tensor, target_RK: Tensor, temperature: float) -> Tensor:
-    """(R,) cross-entropy of softmax(logits / temperature) against `target_RK`, whose rows may sum to any mass."""
-    with torch.autocast(logits_RK.device.type, enabled=False):
-        scaled_RK = logits_RK.float() / temperature
-        return torch.logsumexp(scaled_RK, -1) * target_RK.sum(-1) - (target_RK * scaled_RK).sum(-1)
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    """Cross-entropy over prototypes whose (R, K) logits are never held: some rows at a time, each with its gradient.
+
+    The rows' weights are known beforehand, so the gradient can be taken in the forward pass: nothing is computed twice.
+    With R = 9,000 masked patches and K = 131,072 the logits of a pass would take 4.7 GB, several times over.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        towards_RD: Tensor,
+        prototypes_KD: Tensor,
+        weight_R: Tensor,
+        target_of: Callable[[int, int], Tensor],
+        temperature: float,
+    ) -> Tensor:
+        device = towards_RD.device.type
+        # As the autocast has it, except that gradients this small would vanish in fp16.
+        low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        dtype = torch.bfloat16 if low else torch.float32
+        grad_RD = torch.empty_like(towards_RD)
+        grad_KD = torch.zeros_like(prototypes_KD)
+        total = torch.zeros((), device=towards_RD.device)
+        with torch.autocast(device, enabled=False):
+            prototypes_KD = prototypes_KD.to(dtype)
+            for rows in _row_chunks(len(towards_RD), len(prototypes_KD)):
+                part_rD, target_rK = towards_RD[rows].to(dtype), target_of(rows.start, rows.stop)
+                scaled_rK = (part_rD @ prototypes_KD.T).float().div_(temperature)
+                log_r1, mass_r1 = scaled_rK.logsumexp(1, keepdim=True), target_rK.sum(1, keepdim=True)
+                weight_r1 = weight_R[rows, None].float()
+                agreed_r1 = torch.linalg.vecdot(target_rK, scaled_rK)[:, None]
+                total += (weight_r1 * (log_r1 * mass_r1 - agreed_r1)).sum()
+                grad_rK = scaled_rK.sub_(log_r1).exp_().mul_(mass_r1).sub_(target_rK).mul_(weight_r1 / temperature)
+                grad_rK = grad_rK.to(dtype)
+                grad_RD[rows] = (grad_rK @ prototypes_KD).to(grad_RD.dtype)
+                grad_KD += grad_rK.T @ part_rD
+        ctx.save_for_backward(grad_RD, grad_KD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_RD, grad_KD = ctx.saved_tensors
+        return grad_RD * grad.to(grad_RD.dtype), grad_KD * grad.to(grad_KD.dtype), None, None, None
 
 
-def view_loss(student: Sequence[Tensor], teacher_VBK: Tensor, temperature: float) -> Tensor:
+def _row_chunks(num_rows: int, width: int) -> list[slice]:
+    size = max(1, CHUNK // width)
+    return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
+
+
+def view_loss(towards_QBD: Tensor, prototypes_KD: Tensor, teacher_VBK: Tensor, temperature: float) -> Tensor:
     """Mean over all pairs (teacher view v, student view q), q != v, and over tiles (Caron et al. eq. 3).
 
-    `student`: logits by crop size, each (views, B, K), the teacher's views first among them; `teacher_VBK`: its
-    distributions. With two teacher views and L small crops these are 2 (2 + L) - 2 pairs, each weighing the same, which
-    is also DINOv2's weighting for L > 0 (its code divides by 3 instead of 2 for L = 0: not copied).
+    `towards_QBD`: what the student's views have a cosine to the prototypes of, the teacher's views first among them;
+    `teacher_VBK`: its distributions. With two teacher views and L small crops these are 2 (2 + L) - 2 pairs, each
+    weighing the same, which is also DINOv2's weighting for L > 0 (its code divides by 3 instead of 2 for L = 0: not
+    copied).
     """
-    num_teacher = len(teacher_VBK)
-    total, number, all_B = teacher_VBK.new_zeros(()), 0, teacher_VBK.sum(0)
-    for logits_VBK in student:
-        for view_BK in logits_VBK:
-            target_BK = all_B - teacher_VBK[number] if number < num_teacher else all_B
-            total = total + cross_entropy_R(view_BK, target_BK, temperature).mean()
-            number += 1
-    return total / (num_teacher * number - num_teacher)
+    num_teacher, num_tiles, _ = teacher_VBK.shape
+    num_views = len(towards_QBD)
+    all_BK, own_XK = teacher_VBK.sum(0), teacher_VBK.flatten(0, 1)
+
+    def target_of(first: int, last: int) -> Tensor:
+        target_rK = all_BK[torch.arange(first, last, device=all_BK.device) % num_tiles]
+        own_rK = own_XK[first:last]
+        target_rK[: len(own_rK)] -= own_rK
+        return target_rK
+
+    weight = 1.0 / (num_tiles * (num_teacher * num_views - num_teacher))
+    weight_R = torch.full((num_views * num_tiles,), weight, device=all_BK.device)
+    loss: Tensor = _PrototypeCrossEntropy.apply(
+        towards_QBD.flatten(0, 1), prototypes_KD, weight_R, target_of, temperature
+    )
+    return loss
 
 
-def patch_loss(student_RK: Tensor, teacher_RK: Tensor, weight_R: Tensor, num_crops: int, temperature: float) -> Tensor:
+def patch_loss(
+    towards_RD: Tensor,
+    prototypes_KD: Tensor,
+    teacher_RK: Tensor,
+    weight_R: Tensor,
+    num_crops: int,
+    temperature: float,
+) -> Tensor:
     """Masked image modelling (Zhou et al. eq. 2): cross-entropy at masked patches, each crop's mean, over all.
 
     `weight_R`: one over the number of masked patches of the token's crop. A crop with no mask counts as 0.
     """
-    return (cross_entropy_R(student_RK, teacher_RK, temperature) * weight_R).sum() / num_crops
+    loss: Tensor = _PrototypeCrossEntropy.apply(
+        towards_RD, prototypes_KD, weight_R / num_crops, lambda first, last: teacher_RK[first:last], temperature
+    )
+    return loss
 
 
 @torch.no_grad()
@@ -84,10 +150,10 @@ def assignment_metrics(target_RK: Tensor, prefix: str = "") -> dict[str, Tensor]
         zero, one = target_RK.new_zeros(()), target_RK.new_ones(())
         names = ("teacher_entropy", "prototypes_used", "largest_prototype")
         return {prefix + name: value for name, value in zip(names, (zero, one, zero), strict=True)}
-    entropy = torch.special.entr(target_RK).sum(1).mean()
+    entropy = torch.stack([torch.special.entr(target_RK[rows]).sum() for rows in _row_chunks(*target_RK.shape)]).sum()
     used = torch.zeros(num_prototypes, device=target_RK.device).index_fill_(0, target_RK.argmax(1), 1.0).sum()
     return {
-        f"{prefix}teacher_entropy": entropy / math.log(num_prototypes),
+        f"{prefix}teacher_entropy": entropy / (num_tokens * math.log(num_prototypes)),
         f"{prefix}prototypes_used": used / min(num_tokens, num_prototypes),
         f"{prefix}largest_prototype": target_RK.mean(0).amax(),
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-def frozen_copy(source: nn.Module) -> nn.Module:
+
+def frozen_copy(source: NetworkT) -> NetworkT:
     """A copy, buffers included, that no optimizer will touch."""
     return deepcopy(source).requires_grad_(False)
 

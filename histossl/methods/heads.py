@@ -50,10 +50,17 @@ class PrototypeHead(nn.Module):
         self.gain_K = nn.Parameter(torch.ones(prototypes)) if trainable_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        towards = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+        towards = self.towards(x)
+        return F.linear(towards, self.prototypes_KD().to(towards.dtype))
+
+    def towards(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., bottleneck), of unit length: what has a cosine to each prototype."""
+        return F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+
+    def prototypes_KD(self) -> Tensor:
+        """(K, bottleneck), fp32, each as long as its gain."""
         prototypes_KD = F.normalize(self.last_layer.weight, dim=1)
-        logits = F.linear(towards, prototypes_KD.to(towards.dtype))
-        return logits if self.gain_K is None else logits * self.gain_K
+        return prototypes_KD if self.gain_K is None else prototypes_KD * self.gain_K[:, None]
 
 
 def normed_head(widths: Sequence[int], output_scale: bool = True) -> nn.Sequential:

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from histossl.config import knob, require
 from histossl.errors import UsageError
@@ -212,38 +213,69 @@ class SelfDistillation(Method):
         num_tiles = len(views.tiles_B)
         globals_X = torch.cat(views.images[:NUM_GLOBAL])
         masked = self._masked(views, globals_X) if self.masks and self.masks.patch_weight else None
-        temperature = self._teacher_temperature(views.progress, self.config.teacher_temperature)
+        target_XK, patch_target_RK, means = self._taught(globals_X, masked, views.progress)
 
-        with torch.no_grad():
-            taught = _features(self.teacher, globals_X)
-            teacher_XK = self.teacher_head(taught.pooled_BD)
-            target_XK = self._assigned(teacher_XK, self.centre_K, temperature)
         seen = _features(self.student, globals_X, masked.mask_XN if masked else None)
-        student = [self.head(seen.pooled_BD).unflatten(0, (NUM_GLOBAL, num_tiles))]
+        pooled = [seen.pooled_BD]
         if views.images[NUM_GLOBAL:]:
-            locals_X = torch.cat(views.images[NUM_GLOBAL:])
-            student.append(self.head(_features(self.student, locals_X).pooled_BD).unflatten(0, (-1, num_tiles)))
+            pooled.append(_features(self.student, torch.cat(views.images[NUM_GLOBAL:])).pooled_BD)
 
-        crops = view_loss(student, target_XK.unflatten(0, (NUM_GLOBAL, num_tiles)), self.config.student_temperature)
+        temperature, prototypes_KD = self.config.student_temperature, self.head.prototypes_KD()
+        towards_QBD = self.head.towards(torch.cat(pooled)).unflatten(0, (-1, num_tiles))
+        crops = view_loss(towards_QBD, prototypes_KD, target_XK.unflatten(0, (NUM_GLOBAL, num_tiles)), temperature)
         metrics = {**assignment_metrics(target_XK), "crop_loss": crops.detach()}
-        means = Means(teacher_XK.float().mean(0), None, None)
         if self.masks is None:
             return Outcome(crops, metrics, means)
         loss = self.masks.crop_weight * crops
         if masked is not None:
-            final = self.masks.patch_teacher_temperature or self.config.teacher_temperature
-            at_patches = self._teacher_temperature(views.progress, final)
-            patches, more, means = self._patches(seen, taught, masked, at_patches, means)
+            head = self.patch_head or self.head
+            towards_RD = head.towards(seen.patches_BND.flatten(0, 1)[masked.token_R])
+            if self.patch_head is not None:
+                prototypes_KD = self.patch_head.prototypes_KD()
+            patches = patch_loss(
+                towards_RD, prototypes_KD, patch_target_RK, masked.weight_R, len(globals_X), temperature
+            )
             loss = loss + self.masks.patch_weight * patches
-            metrics |= more
+            metrics |= {**assignment_metrics(patch_target_RK, "patch_"), "patch_loss": patches.detach()}
         spread, more = self._spread(seen.pooled_BD.chunk(NUM_GLOBAL), views.progress)
         return Outcome(loss + spread, metrics | more, means)
+
+    @torch.no_grad()
+    def _taught(self, globals_X: Tensor, masked: Masked | None, progress: float) -> tuple[Tensor, Tensor, Means]:
+        """What the teacher says of the global crops (X, K) and of their masked patches (R, K), and what centres need.
+
+        Before the student's pass, whose activations then find the memory of this one free. A mean of logits is the
+        logits of the mean.
+        """
+        taught = _features(self.teacher, globals_X)
+        towards_XD = self.teacher_head.towards(taught.pooled_BD)
+        prototypes_KD = self.teacher_head.prototypes_KD()
+        temperature = self._teacher_temperature(progress, self.config.teacher_temperature)
+        target_XK = self._assigned(towards_XD, prototypes_KD, self.centre_K, temperature)
+        means = Means(F.linear(towards_XD.float().mean(0), prototypes_KD), None, None)
+        if masked is None or self.masks is None:
+            return target_XK, target_XK[:0], means
+        final = self.masks.patch_teacher_temperature or self.config.teacher_temperature
+        head, tokens_TD = self.teacher_patch_head or self.teacher_head, taught.patches_BND.flatten(0, 1)
+        towards_RD = towards_TD = head.towards(tokens_TD[masked.token_R])
+        prototypes_KD = head.prototypes_KD()
+        temperature = self._teacher_temperature(progress, final)
+        target_RK = self._assigned(towards_RD, prototypes_KD, self.patch_centre_K, temperature)
+        if self.config.assign == "centre" and self.masks.patch_centre == "all":
+            towards_TD = head.towards(tokens_TD)
+        summed_K = F.linear(towards_TD.float().sum(0), prototypes_KD)
+        return (
+            target_XK,
+            target_RK,
+            means._replace(patches_K=summed_K, num_patches=summed_K.new_tensor(len(towards_TD))),
+        )
 
     def _teacher_temperature(self, progress: float, final: float) -> float:
         knobs = self.config
         return ramp(progress, knobs.teacher_temperature_warmup, knobs.warmup_teacher_temperature, final)
 
-    def _assigned(self, logits_RK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
+    def _assigned(self, towards_RD: Tensor, prototypes_KD: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
+        logits_RK = F.linear(towards_RD, prototypes_KD.to(towards_RD.dtype))
         if self.config.assign == "sinkhorn":
             return sinkhorn(logits_RK, temperature)
         return centred(logits_RK, centre_K, temperature)
@@ -263,24 +295,6 @@ class SelfDistillation(Method):
         device = globals_X.device
         weight_R = (1.0 / mask_XN.sum(1).clip(1)[crop_R]).astype("float32")
         return Masked(on(device, mask_XN), on(device, mask_XN.ravel().nonzero()[0]), on(device, weight_R))
-
-    def _patches(
-        self, seen: Features, taught: Features, masked: Masked, temperature: float, means: Means
-    ) -> tuple[Tensor, dict[str, Tensor], Means]:
-        """iBOT's loss at the masked patches of the global crops, and what the patches' centre will need."""
-        assert self.masks is not None
-        student_head, teacher_head = self.patch_head or self.head, self.teacher_patch_head or self.teacher_head
-        with torch.no_grad():
-            tokens_RD = taught.patches_BND.flatten(0, 1)[masked.token_R]
-            teacher_RK = teacher_head(tokens_RD)
-            target_RK = self._assigned(teacher_RK, self.patch_centre_K, temperature)
-            if self.config.assign == "centre" and self.masks.patch_centre == "all":
-                teacher_RK = teacher_head(taught.patches_BND.flatten(0, 1))
-            summed_K = teacher_RK.float().sum(0)
-            means = means._replace(patches_K=summed_K, num_patches=summed_K.new_tensor(len(teacher_RK)))
-        student_RK = student_head(seen.patches_BND.flatten(0, 1)[masked.token_R])
-        loss = patch_loss(student_RK, target_RK, masked.weight_R, len(masked.mask_XN), self.config.student_temperature)
-        return loss, {**assignment_metrics(target_RK, "patch_"), "patch_loss": loss.detach()}, means
 
     def _spread(self, crops: Sequence[Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """KoLeo and KDE, each summed over the two global crops as in DINOv2's code (its paper: the first alone)."""

@@ -44,6 +44,7 @@ class Plan:
     weight_decay_end: float
     layer_decay: float
     knobs: dict[str, Any]  # of the method, as they fit tiles, slides and steps
+    recompute: bool = False  # cheap activations are computed twice rather than kept
     reasons: tuple[str, ...] = field(default=())
 
 

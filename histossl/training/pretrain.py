@@ -38,7 +38,7 @@ from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_c
 from histossl.training.pace import Expected, Pace
 from histossl.training.planner import Plan, batch_bounds, in_batch_reason, of_the_pass_reason, plan
 from histossl.training.schedules import warmup_cosine
-from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, tune
+from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, recompute_cheap, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
 from histossl.workspace import PretrainDir, written_aside
@@ -63,6 +63,7 @@ class Operation:
     micro_batches: int = 0  # 0: as few as GPU memory allows
     decode_on_gpu: bool = False
     compiled: bool = False
+    recompute: bool = False  # also where memory would do; False: by itself where it would not
     deterministic: bool = False
     log_every: int = 10  # steps
     monitor_every: int = 100  # steps
@@ -249,6 +250,8 @@ class _Pretraining:
         tune(self.method, self.device, self.precision.name, operation.compiled, operation.deterministic)
         self.optimizer = optimizer_for(self.method, self.plan, self.device)
         self.scaler = self.precision.scaler(self.device)
+        if operation.recompute:
+            self._recompute(asked=True)
         self.watch = Watch()
         self.ceiling = Ceiling()
         self.best = Best()
@@ -575,12 +578,16 @@ class _Pretraining:
 
     def _fit_memory(self) -> None:
         """Into how many micro-batches a batch is cut: as the run was before, or on a GPU until a pass fits on all."""
+        before = read_run(self.run.run_json)["plan"] if self.run.run_json.exists() else {}
+        if before.get("recompute"):
+            self._recompute()
         if self.operation.micro_batches:
             return
-        before = read_run(self.run.run_json)["plan"] if self.run.run_json.exists() else {}
         if before.get("num_processes") == self.processes.count and before["batch_size"] == self.plan.batch_size:
             pieces = int(before["micro_batches"])
         elif self.device.type == "cuda":
+            if not self._fits(self.plan.tiles_per_pass):
+                self._recompute()
             pieces = fewest_pieces(self._fits, self.plan.batch_size, self.processes.count)
         else:
             return
@@ -598,6 +605,19 @@ class _Pretraining:
             tiles_per_pass=self.plan.batch_size // pieces // self.processes.count,
             reasons=reasons,
         )
+
+    def _recompute(self, asked: bool = False) -> None:
+        """Before a batch is cut, which some methods pay for: what is cheap of a ViT's activations is not kept."""
+        if asked and self.operation.compiled:
+            raise UsageError("--recompute: what is compiled does so by itself; leave it or --compile out")
+        if self.plan.recompute or self.operation.compiled:
+            return
+        if not recompute_cheap(self.method.learner()):
+            if asked:
+                raise UsageError(f"--recompute: {self.config.backbone} is no ViT, whose blocks it is for; leave it out")
+            return
+        why = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
+        self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, why))
 
     def _fits(self, tiles_per_pass: int) -> bool:
         failed = torch.zeros((), device=self.device)

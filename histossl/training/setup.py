@@ -5,18 +5,29 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from histossl.errors import UsageError
 from histossl.methods.method import Method
 from histossl.training.lars import LARS
 from histossl.training.loop import Precision
 from histossl.training.planner import Plan
+
+PRODUCTS = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    )
+]  # fmt: skip
 
 
 def precision_for(name: str, device: torch.device) -> Precision:
@@ -97,6 +108,36 @@ def tune(method: Method, device: torch.device, precision: str, compiled: bool, d
     if compiled:
         for part in method.children():
             part.compile()
+
+
+def recompute_cheap(network: nn.Module) -> bool:
+    """Let a ViT's blocks keep only products for the backward pass, and compute norms, GELU and scales again for it.
+
+    A third of the memory of activations less (bench_methods.py memory), no product twice, the same values. False where
+    there are no such blocks.
+    """
+    blocks = getattr(network, "blocks", None)
+    if not isinstance(blocks, nn.Sequential):
+        return False
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward)
+    return True
+
+
+def _recomputed(forward: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*given, **named)
+    kept = partial(create_selective_checkpoint_contexts, PRODUCTS)
+    out: Tensor = checkpoint(_cast_anew, forward, *given, use_reentrant=False, context_fn=kept, **named)
+    return out
+
+
+def _cast_anew(forward: Callable[..., Tensor], x: Tensor, *given: Any, **named: Any) -> Tensor:
+    """Without autocast's store of cast weights, which is gone in the backward pass: both must do the same."""
+    kind = x.device.type
+    low = torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, torch.get_autocast_dtype(kind) if low else None, low, cache_enabled=False):
+        return forward(x, *given, **named)
 
 
 def name_of(device: torch.device) -> str:

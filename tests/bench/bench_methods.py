@@ -1,14 +1,14 @@
 """A step of DINO and DINOv2 beside lightly's building blocks, in the plain loop of its examples; and memory.
 
     python tests/bench/bench_methods.py            # dino, dinov2, memory
-    python tests/bench/bench_methods.py memory     # DINOv2 ViT-S/14, batch 128: activations counted, on a GPU measured
+    python tests/bench/bench_methods.py memory     # DINOv2 ViT-S/14, batch 128: counted, on a GPU measured
 
 Same batch, crops, backbone, heads and prototypes on both sides; the two are timed in turn. (MoCo v2: bench_train.py.)
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -17,11 +17,16 @@ from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
 from lightly.models.utils import deactivate_requires_grad, random_block_mask, update_momentum
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from histossl.backbones import create_backbone
 from histossl.methods import classes_of
 from histossl.methods.method import Method, Views
 from histossl.training.loop import Precision, clip_gradients
+from histossl.training.setup import recompute_cheap
 from histossl.views.recipe import recipe_named
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,50 +158,95 @@ def beside_lightly(name: str, theirs: Callable[[], Callable[[list[Tensor]], None
     )
 
 
-def memory(batch: int = 128, counted: int = 4) -> None:
-    """Of a DINOv2 step of ViT-S/14 with registers, 2 x 224 + 8 x 98 px, 131,072 prototypes, bf16.
+class Peak(TorchDispatchMode):
+    """Most bytes that live tensors take at once, by what each operation makes and what has gone since."""
 
-    On a CPU: every tensor that autograd keeps for `counted` tiles is counted once, and taken times batch / counted;
-    weights, gradients, AdamW's state and the teacher come to it, and the views and logits of the losses in fp32.
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        for x in held:
+            self._add(x)
+        self.most = self._now()
+
+    def _add(self, x: Tensor) -> None:
+        ref = StorageWeakRef(x.untyped_storage())
+        if ref.cdata not in self.alive or self.alive[ref.cdata][0].expired():
+            self.alive[ref.cdata] = (ref, x.untyped_storage().nbytes())
+
+    def _now(self) -> int:
+        self.alive = {key: each for key, each in self.alive.items() if not each[0].expired()}
+        return sum(size for _, size in self.alive.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._add(x)
+        self.most = max(self.most, self._now())
+        return out
+
+
+def faked(mode: FakeTensorMode, network: nn.Module) -> None:
+    """Its parameters and buffers as shapes without values."""
+    for module in network.modules():
+        for name, value in [*module._parameters.items()]:
+            if value is not None:
+                fake = mode.from_tensor(value.detach())
+                module._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
+        for name, value in [*module._buffers.items()]:
+            if value is not None:
+                module._buffers[name] = mode.from_tensor(value)
+
+
+def memory(batch: int = 128) -> None:
+    """Peak of two DINOv2 steps of ViT-S/14 with registers, 2 x 224 + 8 x 98 px, 131,072 prototypes, bf16.
+
+    On a GPU as the allocator has it. Without one, of shapes without values: every tensor that any operation makes is
+    counted for as long as it lives; the CUDA context (about half a GB) and the allocator's gaps are not in it.
     """
-    method = made("dinov2", "vit_small_patch14_reg4_dinov2", 224, num_local=8, prototypes=131072)
-    tiles = batch if DEVICE.type == "cuda" else counted
-    images = [torch.randn(tiles, 3, view.size_px, view.size_px, device=DEVICE) for view in method.views().views]
-    numbers = torch.arange(tiles)
-    kept: dict[int, int] = {}
-    own = {each.untyped_storage().data_ptr() for each in method.state_dict().values()}
+    for recompute in (False, True):
+        method = made("dinov2", "vit_small_patch14_reg4_dinov2", 224, num_local=8, prototypes=131072)
+        if recompute:
+            recompute_cheap(method.learner())
+        numbers = torch.arange(batch)
+        sides = [view.size_px for view in method.views().views]
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            images = [torch.randn(batch, 3, side, side, device=DEVICE) for side in sides]
+            two_steps(method, Views(images, numbers.to(DEVICE), numbers.to(DEVICE), 0, positions_B=numbers))
+            peak, how = torch.cuda.max_memory_allocated(), "measured"
+        else:
+            peak, how = counted(method, sides, numbers), "counted (no GPU at hand)"
+        print(
+            f"DINOv2 ViT-S/14, batch {batch}, 2 x 224 + 8 x 98 px, 131,072 prototypes, bf16, "
+            f"{'with' if recompute else 'without'} recomputation: {peak / 2**30:.1f} GB at most, {how}",
+            flush=True,
+        )
 
-    def keep(x: Tensor) -> Tensor:
-        place = x.untyped_storage().data_ptr()
-        if place not in own:
-            kept[place] = x.untyped_storage().nbytes()
-        return x
 
-    def step() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Precision("bf16").autocast(DEVICE):
-            loss = method(Views(images, numbers.to(DEVICE), numbers.to(DEVICE), 0, positions_B=numbers)).loss
-        loss.backward()
+def counted(method: Any, sides: list[int], numbers: Tensor) -> int:
+    batch, globals_X = len(numbers), torch.empty(2 * len(numbers), 3, sides[0], sides[0])
+    masked = method._masked(Views([], numbers, numbers, 0, positions_B=numbers), globals_X)  # by numpy, on real numbers
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    faked(mode, method)
+    masked = type(masked)(*[mode.from_tensor(each) for each in masked])
+    method._masked = lambda *given: masked
+    with mode:
+        images = [torch.empty(batch, 3, side, side) for side in sides]
+        tiles_B = mode.from_tensor(numbers)
+        with Peak([*method.parameters(), *method.buffers(), *images]) as peak:
+            two_steps(method, Views(images, tiles_B, tiles_B, 0, positions_B=numbers))
+    return peak.most
 
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        optimizer = torch.optim.AdamW([each for each in method.parameters() if each.requires_grad], fused=True)
-        for _ in range(2):
-            step()
-            optimizer.step()
-            optimizer.zero_grad()
-        print(f"DINOv2 ViT-S/14, batch {batch}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GB at most, measured")
-        return
-    step()
-    weights = sum(each.numel() * 4 for each in method.parameters() if each.requires_grad)
-    held = sum(each.numel() * each.element_size() for each in method.state_dict().values())
-    # Prototypes normalised for the pass do not grow with the batch; they are among what was kept once.
-    activations = sum(kept.values()) * batch / counted
-    total = activations + held + 3 * weights
-    print(
-        f"DINOv2 ViT-S/14, batch {batch}, 2 x 224 + 8 x 98 px, 131,072 prototypes, bf16: activations "
-        f"{activations / 2**30:.1f} GB, networks and teacher {held / 2**30:.1f} GB, gradients and AdamW "
-        f"{3 * weights / 2**30:.1f} GB: {total / 2**30:.1f} GB, estimated (no GPU at hand)"
-    )
+
+def two_steps(method: Method, views: Views) -> None:
+    optimizer = torch.optim.AdamW([each for each in method.parameters() if each.requires_grad])
+    for _ in range(2):
+        with Precision("bf16").autocast(DEVICE):
+            outcome = method(views)
+        outcome.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 PARTS = {

@@ -9,12 +9,11 @@ from methods.test_gather import on_two
 from torch import Tensor
 from torch.nn import functional as F
 
-from histossl.methods import gather
+from histossl.methods import assignments, gather
 from histossl.methods.assignments import (
     assignment_ailment,
     assignment_metrics,
     centred,
-    cross_entropy_R,
     patch_loss,
     sinkhorn,
     view_loss,
@@ -31,7 +30,7 @@ def logits(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(("prototypes", "loss"), [(4096, 8.3178), (8192, 9.0109), (65536, 11.0904)])
 def test_uniform_teacher_and_student_give_ln_of_prototypes(prototypes: int, loss: float) -> None:
     same = torch.zeros(2, 3, prototypes)
-    ours = view_loss([same], centred(same, torch.zeros(prototypes), 0.04), 0.1)
+    ours = view_loss(torch.zeros(2, 3, 4), torch.ones(prototypes, 4), centred(same, torch.zeros(prototypes), 0.04), 0.1)
     assert ours.item() == pytest.approx(math.log(prototypes), rel=1e-6)
     assert ours.item() == pytest.approx(loss, abs=1e-4)
 
@@ -41,9 +40,11 @@ def test_loss_is_entropy_plus_divergence() -> None:
     target = centred(teacher, torch.zeros(16), 0.07)
     p, q = (F.log_softmax(each.double(), 1) for each in (teacher / 0.07, student / 0.1))
     expected = -(p.exp() * p).sum(1) + (p.exp() * (p - q)).sum(1)
-    torch.testing.assert_close(cross_entropy_R(student, target, 0.1).double(), expected, rtol=1e-5, atol=1e-6)
-    same = cross_entropy_R(teacher, target, 0.07).double()
-    torch.testing.assert_close(same, -(p.exp() * p).sum(1), rtol=1e-5, atol=1e-6)  # nothing between them
+    weight = torch.arange(1.0, 6)
+    ours = patch_loss(student, torch.eye(16), target, weight, 1, 0.1).double()
+    torch.testing.assert_close(ours, expected @ weight.double(), rtol=1e-5, atol=1e-6)
+    same = patch_loss(teacher, torch.eye(16), target, weight, 1, 0.07).double()
+    torch.testing.assert_close(same, -(p.exp() * p).sum(1) @ weight.double(), rtol=1e-5, atol=1e-6)  # no divergence
 
 
 @pytest.mark.parametrize("num_local", [0, 1, 8])
@@ -55,8 +56,7 @@ def test_every_pair_of_different_views_weighs_the_same(num_local: int) -> None:
     pairs = [(v, q) for v in range(2) for q in range(2 + num_local) if v != q]
     assert len(pairs) == 2 * (2 + num_local) - 2
     expected = torch.stack([-(target[v].double() * log_q[q]).sum(-1).mean() for v, q in pairs]).mean()
-    by_size = [student[:2], student[2:]] if num_local else [student]
-    assert view_loss(by_size, target, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert view_loss(student, torch.eye(12), target, 0.1).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_equals_lightly_s_dino_loss_and_gradient() -> None:
@@ -65,7 +65,7 @@ def test_equals_lightly_s_dino_loss_and_gradient() -> None:
     centre = logits(32, seed=2) / 10
     theirs.center.copy_(centre)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
-    ours = view_loss([a[:2], a[2:]], centred(teacher, centre, 0.05), 0.1)
+    ours = view_loss(a, torch.eye(32), centred(teacher, centre, 0.05), 0.1)
     other = theirs(list(teacher), list(b), teacher_temp=0.05)
     ours.backward()
     other.backward()
@@ -80,7 +80,7 @@ def test_equals_lightly_s_patch_loss_and_gradient() -> None:
     theirs = IBOTPatchLoss(output_dim=10, teacher_temp=0.07, student_temp=0.1)
     a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
     weight = (1.0 / mask.flatten(1).sum(1).clamp(min=1))[mask.flatten(1).nonzero()[:, 0]]
-    ours = patch_loss(a, centred(teacher, torch.zeros(10), 0.07), weight, 3, 0.1)
+    ours = patch_loss(a, torch.eye(10), centred(teacher, torch.zeros(10), 0.07), weight, 3, 0.1)
     other = theirs(teacher, b, mask, teacher_temp=0.07)
     ours.backward()
     other.backward()
@@ -93,13 +93,41 @@ def test_a_shift_of_prototypes_that_the_centre_has_changes_nothing() -> None:
     torch.testing.assert_close(centred(teacher + shift, shift, 0.04), centred(teacher, torch.zeros(8), 0.04))
 
 
-def test_loss_stays_in_fp32_under_autocast() -> None:
-    teacher, student = logits(2, 4, 64), logits(2, 4, 64, seed=1)
-    target = centred(teacher, torch.zeros(64), 0.04)
+def of_a_plain_head(towards: Tensor, prototypes: Tensor, target: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """The same loss as autograd has it from whole logits."""
+    scaled = (towards @ prototypes.T).float() / temperature
+    return (weight * (torch.logsumexp(scaled, -1) * target.sum(-1) - (target * scaled).sum(-1))).sum()
+
+
+@pytest.mark.parametrize("values", [1, 24 * 3, 2**26])  # rows one by one, three at a time (the last alone), all
+def test_in_pieces_it_is_the_loss_and_gradient_of_whole_logits(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assignments, "CHUNK", values)
+    target, weight = 2 * centred(logits(7, 24), torch.zeros(24), 0.05), logits(7, seed=3).abs()
+    ours = [logits(7, 5, seed=1).requires_grad_(), logits(24, 5, seed=2).requires_grad_()]
+    theirs = [each.detach().clone().requires_grad_() for each in ours]
+    loss, expected = patch_loss(*ours, target, weight, 1, 0.1), of_a_plain_head(*theirs, target, weight, 0.1)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_under_autocast_only_the_products_are_in_bf16() -> None:
+    towards, prototypes = (logits(*shape, seed=1).bfloat16().float() for shape in ((7, 4), (64, 4)))
+    target, weight = centred(logits(7, 64), torch.zeros(64), 0.04), torch.ones(7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = view_loss([student], target, 0.1)
+        low = patch_loss(towards, prototypes, target, weight, 1, 0.1)
+    rounded = of_a_plain_head(towards.bfloat16(), prototypes.bfloat16(), target, weight, 0.1)
     assert low.dtype == torch.float32
-    assert low.item() == pytest.approx(view_loss([student], target, 0.1).item(), rel=1e-6)
+    assert low.item() == pytest.approx(rounded.item(), rel=1e-6)
+
+
+def test_a_batch_without_masked_patches_has_no_patch_loss() -> None:
+    towards = torch.zeros(0, 4, requires_grad=True)
+    loss = patch_loss(towards, torch.ones(8, 4), torch.zeros(0, 8), torch.zeros(0), 3, 0.1)
+    loss.backward()
+    assert loss.item() == 0
 
 
 # ---- Sinkhorn

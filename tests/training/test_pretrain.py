@@ -330,6 +330,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--backbone", "deit_tiny_patch16_224", "--view-px", "40"), 2, "does not take that size"),
         (("--set", "batchnorm_group_tiles=1"), 2, "one tile has no variance"),
         (("--decode-on-gpu",), 2, "shows no GPU"),
+        (("--recompute",), 2, "resnet10t is no ViT"),
         (("--precision", "fp8"), 2, "must be auto"),
         (("--name", "../x"), 2, "plain directory name"),
     ],

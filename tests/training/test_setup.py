@@ -1,0 +1,89 @@
+"""Computing cheap activations twice: the same gradients from two thirds of the memory."""
+
+import copy
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from histossl.training.loop import Precision
+from histossl.training.setup import recompute_cheap
+
+CPU = torch.device("cpu")
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of what was made under it and is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else [out]:
+            if isinstance(x, torch.Tensor):
+                ref = StorageWeakRef(x.untyped_storage())
+                self.made[ref.cdata] = (ref, x.untyped_storage().nbytes())
+        return out
+
+    def num_bytes(self) -> int:
+        return sum(size for ref, size in self.made.values() if not ref.expired())
+
+
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=4,
+        num_heads=2,
+        num_classes=0,
+        drop_path_rate=0.3,
+        init_values=0.1,
+    )
+
+
+def passed(network: nn.Module, x: torch.Tensor, precision: str) -> tuple[int, list[torch.Tensor]]:
+    """(bytes held between forward and backward, gradients). Two sizes of batch, as a student has two sizes of crop."""
+    torch.manual_seed(1)  # of drop path
+    with Alive() as alive, Precision(precision).autocast(CPU):
+        loss = network(x).float().square().mean() + network(x[:3]).float().square().mean()
+    held = alive.num_bytes()
+    loss.backward()
+    return held, [each.grad for each in network.parameters() if each.grad is not None]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_gradients_from_two_thirds_of_the_memory(precision: str) -> None:
+    whole = vit().train()
+    halved = copy.deepcopy(whole)
+    assert recompute_cheap(halved)
+    x = torch.randn(16, 3, 32, 32)
+    held, gradients = passed(whole, x, precision)
+    held_now, gradients_now = passed(halved, x, precision)
+    assert len(gradients) == len(gradients_now) > 40
+    for one, other in zip(gradients, gradients_now, strict=True):
+        if precision == "fp32":
+            assert torch.equal(one, other)
+        else:  # autocast casts a weight once for both passes, and then sums its gradients in bf16
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.01 * float(one.abs().max()))
+    assert held_now < 0.7 * held
+
+
+def test_without_gradients_it_is_the_network_alone() -> None:
+    whole = vit().eval()
+    halved = copy.deepcopy(whole)
+    recompute_cheap(halved)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(whole(x), halved(x))
+    assert list(whole.state_dict()) == list(halved.state_dict())
+
+
+def test_other_backbones_are_left_as_they_are() -> None:
+    assert not recompute_cheap(nn.Sequential(nn.Conv2d(3, 4, 3)))
