@@ -814,7 +814,7 @@ class _Pretraining:
             },
         )
 
-    def _announce(self, *more: str) -> None:
+    def _announce(self, time_told: str = "told after the first steps; `histossl plan` times them beforehand") -> None:
         planned = self.plan
         lines = [
             f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~self.keep).sum())} slides left out"
@@ -825,7 +825,7 @@ class _Pretraining:
             _weights_told(self.info),
             *planned.reasons,
             self._disk(),
-            *more,
+            f"time: {time_told}",
         ]
         console.panel(
             f"{self.config.method}: {self.config.backbone} from {self.config.weights} weights", "\n".join(lines)
@@ -840,7 +840,7 @@ class _Pretraining:
         if self.config.hours:
             self._fit_hours(step_s)
         expected = self._expected(step_s)
-        self._announce(f"time: {expected}, timed just now")
+        self._announce(f"{expected}, timed just now")
 
     def _expected(self, step_s: float) -> Expected:
         """The whole run's time, with what is not steps: looks, filling the queue, BatchNorm's statistics at the end."""
