@@ -537,8 +537,7 @@ class _Pretraining:
             on_device = pixels.to(self.device, non_blocking=True)
             statistics = (self.info.mean, self.info.std)
             images = make_views(on_device, recipe, self.config.seed, positions, statistics)
-            if self.device.type == "cuda":
-                images = [image.contiguous(memory_format=torch.channels_last) for image in images]
+            images = [image.contiguous(memory_format=torch.channels_last) for image in images]
             owners = torch.stack([numbers, torch.from_numpy(self.index.slide_of(numbers.numpy()))])
             if self.device.type == "cuda":
                 owners = owners.pin_memory()
