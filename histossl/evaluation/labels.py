@@ -95,10 +95,12 @@ class LabelTable:
 
     @property
     def digest(self) -> str:
-        """Changes when an item, its label, patient, site or split does; the order of the lines does not matter."""
+        """Changes when an item, its label, patient, site, split or place does; the order of the lines does not matter."""
         hashed = hashlib.sha256()
         for item in sorted(self.items, key=lambda item: item.name):
             hashed.update("\x1f".join((item.name, item.label, item.patient, item.site, item.split, "\n")).encode())
+            if item.tiles is not None:  # a region's name is only its number on the slide
+                hashed.update(repr((item.boxes, item.tiles.tolist())).encode())
         return hashed.hexdigest()[:16]
 
     def label_numbers(self) -> NDArray[np.int64]:

@@ -203,6 +203,19 @@ def test_other_settings_labels_or_weights_need_another_name(ready):
         finetune(ready, "a", config_of(ready))
 
 
+def test_regions_that_moved_need_another_name(ready):
+    def draw(x):
+        lines = ["slide,x,y,width,height,label,patient"]
+        lines += [f"s{n:02d},{x * 64},0,64,64,left,P{n}\ns{n:02d},256,0,64,64,right,P{n}" for n in range(24)]
+        (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
+
+    draw(0)
+    finetune(ready, "a", config_of(ready, starts=("colour",)))
+    draw(1)
+    with pytest.raises(MismatchError, match="other labels, patients, regions or slides"):
+        finetune(ready, "a", config_of(ready, starts=("colour",)))
+
+
 def test_a_start_that_became_another_is_noticed(ready):
     export(ready, "run", seed=3)
     finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))

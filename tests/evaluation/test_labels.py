@@ -8,6 +8,8 @@ import pytest
 from histossl.errors import LabelsError
 from histossl.evaluation.labels import (
     Box,
+    Item,
+    LabelTable,
     SlideNames,
     match_labels,
     natural,
@@ -186,3 +188,14 @@ def test_the_digest_follows_the_labels_and_not_the_order_of_lines(tmp_path):
     one = table_of(tmp_path, "slide,label\nA1,x\nA2,y\n").digest
     assert table_of(tmp_path, "slide,label\nA2,y\nA1,x\n").digest == one
     assert table_of(tmp_path, "slide,label\nA2,x\nA1,y\n").digest != one
+
+
+def test_the_digest_follows_a_region_that_moved_or_was_redrawn():
+    def digest(tiles, boxes=()):
+        items = (Item("A1#1", "A1", "x", "P", tiles=np.array(tiles), boxes=boxes), Item("A2", "A2", "y", "Q"))
+        return LabelTable(items, ("x", "y"), "region").digest
+
+    one = digest([0, 1])
+    assert digest([0, 1]) == one
+    assert digest([0, 2]) != one
+    assert digest([0, 1], (Box(0, 0, 9, 9),)) != digest([0, 1], (Box(1, 0, 9, 9),))
