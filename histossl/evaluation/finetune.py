@@ -10,10 +10,12 @@ the pieces (team.py), each with a part of the journal that the first one puts to
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +29,7 @@ from histossl.errors import LabelsError, MismatchError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.drawn import drawn_items
-from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
+from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles, tiles_digest
 from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means
@@ -97,6 +99,7 @@ def _finetune(
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
     before = read_run(run.run_json) if run.run_json.exists() else {}
+    _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
     if team.leads:
         run.root.mkdir(parents=True, exist_ok=True)
@@ -120,7 +123,8 @@ def _finetune(
         facts["starts"][start.name] = {**asked_for[start.name][0], "seeds": asked_for[start.name]}
         if team.leads:
             write_run(run.run_json, config, **facts)
-        _compute(run, start, embedder.digest, learner, table, splits, config, team)
+        belongs_to = [embedder.digest, table.digest, head_label(config), facts["tiles"]["labelled_digest"]]
+        _compute(run, start, belongs_to, learner, splits, config, team)
         learners.setdefault(start.name, learner)
 
     if not team.leads:
@@ -409,6 +413,20 @@ def _refuse_other_weights(
         )
 
 
+def _labelled_digest(index: TileIndex, table: LabelTable) -> str:
+    """Changes when a labelled slide is tiled otherwise; other slides of the archive may come and go."""
+    each = [(slide, tiles_digest(index, slide_tiles(index, slide))) for slide in table.slides]
+    return hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16]
+
+
+def _refuse_other_tiles(run: FinetuneDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if before.get("labelled_digest", now["labelled_digest"]) != now["labelled_digest"]:
+        was, has = (f"{one['tile_px']} px at {one['mpp']:g} microns per pixel" for one in (before, now))
+        raise MismatchError(
+            f"{run.root} was measured on other tiles of these slides ({was}, now {has}); use another --name"
+        )
+
+
 class Learner(Protocol):
     """One start, made to learn from some items and to be asked about others."""
 
@@ -515,15 +533,13 @@ def head_label(config: FinetuneConfig) -> str:
 def _compute(
     run: FinetuneDir,
     start: Start,
-    digest: str,
+    belongs_to: Sequence[str],
     learner: Learner,
-    table: LabelTable,
     splits: Splits,
     config: FinetuneConfig,
     team: Team,
 ) -> None:
     """Train and test every head that the journal does not hold yet: this process its share of them."""
-    belongs_to = [digest, table.digest, head_label(config)]
     path = run.journal(start.key)
     if team.leads:
         _join_parts(path, belongs_to)
@@ -563,6 +579,7 @@ def _join_parts(path: Path, belongs_to: Sequence[str]) -> None:
 
 
 Key = tuple[str, int, int | None]  # budget, draw, fold
+BELONGS_TO = ("weights", "labels", "head", "tiles")
 
 
 def _key(part: Part, budget: Budget) -> Key:
@@ -572,7 +589,7 @@ def _key(part: Part, budget: Budget) -> Key:
 class Journal:
     """Predictions of one start, one line per head, flushed as they come. A line cut off by a kill is dropped.
 
-    `belongs_to` (weights, labels, head) is its first line; a journal of anything else is refused.
+    `belongs_to` (BELONGS_TO) is its first line; a journal of anything else is refused.
     """
 
     def __init__(self, path: Path, belongs_to: Sequence[str]) -> None:
@@ -599,8 +616,10 @@ class Journal:
                     break  # what was being written when the process died
                 if number == 0:
                     if entry != self.belongs_to:
+                        pairs = zip_longest(BELONGS_TO, entry, self.belongs_to)
+                        other = " and ".join(str(what) for what, was, now in pairs if was != now)
                         raise MismatchError(
-                            f"{self.path} holds predictions made with other weights, labels or head; use another --name"
+                            f"{self.path} holds predictions made with other {other}; use another --name"
                         )
                 else:
                     budget, draw, fold, shares = entry
@@ -732,6 +751,7 @@ def _facts(
         "input_px": starts.input_px,
         "tiles": {
             "digest": index.digest,
+            "labelled_digest": _labelled_digest(index, table),
             "num_tiles": len(index),
             "num_slides": len(index.slides),
             "tile_px": index.tile_px,

@@ -216,6 +216,19 @@ def test_regions_that_moved_need_another_name(ready):
         finetune(ready, "a", config_of(ready, starts=("colour",)))
 
 
+def test_slides_tiled_anew_need_another_name(ready):
+    finetune(ready, "a", config_of(ready, starts=("colour",)))
+    before = ready.finetune("a").run_json.read_text()
+    shutil.rmtree(ready.tiles)
+    write_synthetic_store(ready, SLIDES, tiles_per_slide=4, tile_px=32, mpp=1.0)
+    with pytest.raises(MismatchError, match=r"other tiles of these slides \(32 px at 0.5 .* now 32 px at 1 "):
+        finetune(ready, "a", config_of(ready, starts=("colour",)))
+    assert ready.finetune("a").run_json.read_text() == before
+    ready.finetune("a").run_json.unlink()  # the journal by itself knows too
+    with pytest.raises(MismatchError, match="made with other tiles"):
+        finetune(ready, "a", config_of(ready, starts=("colour",)))
+
+
 def test_a_start_that_became_another_is_noticed(ready):
     export(ready, "run", seed=3)
     finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
