@@ -32,7 +32,7 @@ from histossl.evaluation.drawn import drawn_items
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles, tiles_digest
 from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means
+from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means, start_of_model
 from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
 from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, with_floor
@@ -106,7 +106,8 @@ def _finetune(
         if not run.splits.exists():
             write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})
-    facts["leak"] = {**facts["leak"], "seen": {**before.get("leak", {}).get("seen", {}), **facts["leak"]["seen"]}}
+    facts["leak"] = _leaks_together(before.get("leak", {}), facts["leak"])
+    facts |= {what: before[what] for what in ("site", "site_statement") if what in before}
     if team.leads:
         write_run(run.run_json, config, **facts)
     console.say(f"pretraining pool: {facts['leak']['statement']}")
@@ -138,10 +139,11 @@ def _finetune(
     curves.write_points(run.points, curves.points_from(measured))
     summary = curves.summarise(measured)
     curves.write_summary(run.summary, summary)
-    facts |= _site_facts(learners, table)
+    for_use = _for_use(facts["starts"])
+    facts |= _site_facts(learners, table, for_use, before)
     facts["verdict"] = _verdict(measured, table, facts)
     write_run(run.run_json, config, **facts)
-    _save_model(run, learners, index, table, splits, starts, config, facts)
+    _save_model(run, learners, index, table, splits, starts, config, facts, for_use)
     report = write_report(run, workspace)
     _show_curve(summary, facts["verdict"], table)
     console.say(f"report: {report}")
@@ -178,11 +180,14 @@ def _save_model(
     starts: Starts,
     config: FinetuneConfig,
     facts: Mapping[str, Any],
+    for_use: Sequence[str],
 ) -> None:
-    """One more fit, on everything labelled (a fixed test set stays out), of the start that is for use."""
-    names = [name for name in learners if name != COLOUR]
-    name = next((name for name in PREFERRED if name in names), names[0] if names else None)
-    if name is None:
+    """One more fit, on everything labelled (a fixed test set stays out), of the start that is for use.
+
+    The model of an earlier command's start stays where that comes first in `for_use`.
+    """
+    name = next((name for name in for_use if name in learners), None)
+    if name is None or _comes_before(for_use, start_of_model(run.model), name):
         return
     items = np.arange(len(table.items)) if splits.num_folds else splits.parts[0].pool
     used = [table.items[item] for item in items]
@@ -236,14 +241,28 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     return folder
 
 
-def _site_facts(learners: Mapping[str, Learner], table: LabelTable) -> dict[str, Any]:
-    """Whether site and label are entangled, by the frozen features of the start that is for use."""
-    frozen = [name for name in (*PREFERRED, *learners) if isinstance(learners.get(name), Frozen) and name != COLOUR]
-    learner = learners[frozen[0]] if frozen else None
+def _for_use(measured: Iterable[str]) -> list[str]:
+    """Starts with a network, the one whose model is to be used first."""
+    known = [name for name in measured if name != COLOUR]
+    return sorted(known, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))
+
+
+def _comes_before(for_use: Sequence[str], earlier: str, name: str) -> bool:
+    return earlier in for_use and for_use.index(earlier) < for_use.index(name)
+
+
+def _site_facts(
+    learners: Mapping[str, Learner], table: LabelTable, for_use: Sequence[str], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Whether site and label are entangled, by the frozen features of the start that is for use; {}: as told before."""
+    name = next((name for name in for_use if isinstance(learners.get(name), Frozen)), None)
+    if name is None or _comes_before(for_use, before.get("site", {}).get("start", ""), name):
+        return {}
+    learner = learners[name]
     found = check_site(learner.bags.pooled, table) if isinstance(learner, Frozen) else None
     if found is None:
         return {"site_statement": ""}
-    return {"site": {"start": frozen[0], **found.facts()}, "site_statement": found.statement}
+    return {"site": {"start": name, **found.facts()}, "site_statement": found.statement}
 
 
 def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -773,7 +792,7 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
     items = [table.items[item].slide for item in splits.tested]
     tested = set(items)
     seen: dict[str, int | None] = {}
-    words = []
+    words: dict[str, str] = {}
     for name in dict.fromkeys(start.name for start in starts if start.exported is not None):
         pools = [start.provenance.get("pretraining_slides") for start in starts if start.name == name]
         known = [set(pool) for pool in pools if pool is not None]
@@ -782,22 +801,31 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
         any_of = "" if len(pools) == 1 else f" of any of its {len(pools)} runs"
         taught = tested & _labels_known(start for start in starts if start.name == name)
         if len(known) < len(pools):
-            words.append(f"{name}: its file does not say which slides it was pretrained on")
+            words[name] = "its file does not say which slides it was pretrained on"
         elif taught:
-            words.append(
-                f"{name}: its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what "
+            words[name] = (
+                f"its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what "
                 "it scores on them is no measure of it"
             )
         elif shown:
-            words.append(
-                f"{name}: {len(shown)} of {len(tested)} tested slides were in its pretraining pool{any_of}, "
+            words[name] = (
+                f"{len(shown)} of {len(tested)} tested slides were in its pretraining pool{any_of}, "
                 "without their labels (transductive)"
             )
         else:
-            words.append(f"{name}: none of the {len(tested)} tested slides was in its pretraining pool{any_of}")
-    if not words:
-        words = ["no start was pretrained on slides of this workspace"]
-    return {"statement": "; ".join(words), "seen": seen, "num_tested_slides": len(tested)}
+            words[name] = f"none of the {len(tested)} tested slides was in its pretraining pool{any_of}"
+    return {"statement": _leaks_in_words(words), "words": words, "seen": seen, "num_tested_slides": len(tested)}
+
+
+def _leaks_together(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Of every start on the curve, those of earlier commands too."""
+    words, seen = ({**before.get(what, {}), **now[what]} for what in ("words", "seen"))
+    return {**now, "statement": _leaks_in_words(words), "words": words, "seen": seen}
+
+
+def _leaks_in_words(words: Mapping[str, str]) -> str:
+    told = "; ".join(f"{name}: {what}" for name, what in words.items())
+    return told or "no start was pretrained on slides of this workspace"
 
 
 def _labels_known(starts: Iterable[Start]) -> set[str]:

@@ -104,11 +104,19 @@ def load_model(folder: Path, option: str = "--model") -> Model:
 
 def is_model_of(folder: Path, info: ModelInfo) -> bool:
     """Whether the folder already holds the model that `info` describes."""
+    return bool(_stored(folder) == plain(asdict(info)))
+
+
+def start_of_model(folder: Path) -> str:
+    """Which start the folder's model began from; '' without a model."""
+    return str(_stored(folder).get("start", ""))
+
+
+def _stored(folder: Path) -> dict[str, Any]:
     try:
-        stored = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(stored == plain(asdict(info)))
+        return dict(json.loads((folder / "model.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def distances(training_ND: Floats, patients_N: Ints, x_XD: Floats) -> tuple[Floats, float]:

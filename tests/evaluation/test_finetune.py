@@ -333,6 +333,26 @@ def test_weights_that_do_not_fit_end_before_anything_is_written(ready, cli):
     assert not (ready.root / "embeddings").exists()
 
 
+def test_a_start_added_later_keeps_what_was_said_of_the_first_and_its_model(ready):
+    lines = ["slide,label,patient,site"]
+    lines += [f"s{n:02d},{'low' if n % 5 < 2 else 'high'},P{n % 12},site{n % 2}" for n in range(24)]
+    (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    export(ready, "run", seed=3, slides=SLIDES)
+    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
+    run = ready.finetune("a")
+    first = json.loads(run.run_json.read_text())
+    finetune(ready, "a", config_of(ready, starts=("random",)))
+    both = json.loads(run.run_json.read_text())
+    assert "adapted: 24 of 24 tested slides were in its pretraining pool" in both["leak"]["statement"]
+    assert both["leak"] == first["leak"]
+    assert json.loads((run.model / "model.json").read_text())["start"] == "adapted"
+    assert both["site"] == first["site"]
+    assert both["site"]["start"] == "adapted"
+    finetune(ready, "b", config_of(ready, starts=("random",)))
+    finetune(ready, "b", config_of(ready, starts=("adapted",), backbone=""))
+    assert json.loads((ready.finetune("b").model / "model.json").read_text())["start"] == "adapted"
+
+
 # ---- several pretraining seeds
 
 
