@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from histossl.config import EmbedConfig
 from histossl.errors import HistosslError, UsageError
 from histossl.report.content import Content
 from histossl.tiles.index import TileIndex
@@ -69,7 +70,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Features:
-    starts: list[str]
+    starts: list[str]  # []: no map, no neighbours
     num_tiles: int
     places: dict[str, Floats]  # per start (tiles, 2), principal components
     colourings: dict[str, list[str]]  # label, patient or slide (, site) of each tile
@@ -84,13 +85,21 @@ class Features:
 
 
 def look_at_features(content: Content, workspace: Workspace, with_umap: bool = False) -> Features | None:
-    """None where a start's embeddings are gone or were never made."""
+    """None where there is nothing to look at: no model, and a start's embeddings are gone or were never made.
+
+    Without embeddings (end-to-end training makes none) there is no map, but still what the saved model looks at.
+    """
+    index = None
+    with suppress(HistosslError, OSError):
+        index = TileIndex.open(workspace)
+    deciding: tuple[list[tuple[str, list[Picture]]], str, str, int] = ([], "", "", 0)
+    if index is not None:
+        with suppress(HistosslError, OSError):
+            deciding = _deciding(content, workspace, index)
     starts = [start for start in content.compared if _folder(content, workspace, start)]
-    if not starts:
-        return None
-    sample = _sample(content, workspace, starts)
+    sample = _sample(content, workspace, starts) if starts else None
     if sample is None:
-        return None
+        return Features([], 0, {}, {}, {}, {}, [], *deciding) if deciding[0] else None
     colourings = {"label": sample.label, "slide": sample.slide}
     if len(set(sample.patient)) < len(set(sample.slide)):
         colourings = {"label": sample.label, "patient": sample.patient, "slide": sample.slide}
@@ -103,16 +112,10 @@ def look_at_features(content: Content, workspace: Workspace, with_umap: bool = F
         agreement[start], clumping[start], nearest[start] = neighbourhoods(
             sample.features[start], sample.label, sample.patient, sample.slide
         )
-    index = None
-    with suppress(HistosslError, OSError):
-        index = TileIndex.open(workspace)
     panels: list[Panel] = []
-    deciding: tuple[list[tuple[str, list[Picture]]], str, str, int] = ([], "", "", 0)
     if index is not None:
         with suppress(HistosslError, OSError):
             panels = _panels(content, sample, nearest, index)
-        with suppress(HistosslError, OSError):
-            deciding = _deciding(content, workspace, index)
     return Features(
         starts,
         len(sample.slide),
@@ -283,25 +286,31 @@ def _tile(index: TileIndex, slide: str, row: int) -> str:
 def _deciding(
     content: Content, workspace: Workspace, index: TileIndex
 ) -> tuple[list[tuple[str, list[Picture]]], str, str, int]:
-    """Per class the tile of each of some slides that weighs most in the saved model: by attention, else probability."""
+    """Per class the tile of each of some slides that weighs most in the saved model: by attention, else probability.
+
+    The slides are seen through the model's own backbone: trained end to end, it is no longer that of its start.
+    """
     if not (content.run.model / "model.json").exists():
         return [], "", "", 0
     # Here, since it needs torch, and most remakes of a report have no model to look at.
+    from histossl.evaluation.embed import device_of, embed_slides
     from histossl.evaluation.model import load_model
     from histossl.evaluation.predict import predict_tiles
 
     model = load_model(content.run.model)
-    folder = _folder(content, workspace, model.info.start)
-    if folder is None:
-        return [], "", "", 0
     rng = np.random.default_rng(2)
     found: list[tuple[str, list[Picture]]] = []
     by_attention = False
-    for number, label in enumerate(model.info.classes[:MOST_CLASSES]):
+    shown: dict[str, list[str]] = {}
+    for label in model.info.classes[:MOST_CLASSES]:
         slides = sorted({slide for slide, items in _tested(content).items() if items[0][1] == label})
+        shown[label] = [slides[n] for n in sorted(rng.permutation(len(slides))[:NUM_SHOWN].tolist())]
+    wanted = sorted({slide for some in shown.values() for slide in some})
+    files = embed_slides(workspace, index, wanted, model.embedder(device_of("auto")), EmbedConfig())
+    for number, (label, slides) in enumerate(shown.items()):
         row_of_pictures: list[Picture] = []
-        for slide in [slides[n] for n in sorted(rng.permutation(len(slides))[:NUM_SHOWN].tolist())]:
-            with h5py.File(folder / f"{slide}.h5") as file:
+        for slide in slides:
+            with h5py.File(files[slide]) as file:
                 features = file["features"][:]
             prediction, each, attention = predict_tiles(model, slide, features)
             by_attention |= attention is not None

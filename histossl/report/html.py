@@ -366,7 +366,7 @@ def _calibration_figure(content: Content) -> Markup | None:
 
 
 def _feature_maps(features: Features | None) -> dict[str, Markup]:
-    if features is None:
+    if features is None or not features.starts:
         return {}
     found = {"": _drawn(plots.feature_map(features.places, features.colourings), "features", "Map of features")}
     if features.umap_places:

@@ -1,10 +1,12 @@
 """End to end: the backbone learns what a frozen one does not show, the rest stays put, and a run repeats itself."""
 
+import csv
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -18,8 +20,11 @@ from histossl.errors import UsageError
 from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.finetune import finetune
 from histossl.evaluation.model import load_model
+from histossl.evaluation.predict import predict
 from histossl.evaluation.tables import read_points
 from histossl.evaluation.tuning import TileSource, Tuned, _kept_for_validation, _optimizer, tune
+from histossl.report.content import read_content
+from histossl.report.features import look_at_features
 from histossl.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -144,6 +149,14 @@ def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path
         ("random", "end-to-end (last)"),
         ("colour", "end-to-end (last)"),
     }
+    page = ready.finetune("a").report.read_text()
+    assert "no map of features" in page  # end to end no start was embedded
+    assert 'id="figure-deciding"' in page
+    shown = look_at_features(read_content(ready.finetune("a"), ready), ready)
+    predict(ready, ready.finetune("a").model, heatmaps=False)
+    with ready.predictions("default").table.open() as file:
+        said = Counter(row["predicted"] for row in csv.DictReader(file) if int(row["slide"][1:]) % 4 == 3)
+    assert Counter(one.label for _, row in shown.deciding for one in row) == said  # what predict says of these slides
     moved = tmp_path / "elsewhere"
     ready.finetune("a").model.rename(moved)
     model = load_model(moved)

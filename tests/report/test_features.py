@@ -136,7 +136,13 @@ def test_tiles_that_decide_are_those_with_the_most_attention(content, monkeypatc
         attention[5] = 1
         return SimpleNamespace(shares=np.array([1.0, 0, 0])), np.zeros((len(features), 3)), attention
 
-    monkeypatch.setattr("histossl.evaluation.model.load_model", lambda folder: SimpleNamespace(info=info))
+    model = SimpleNamespace(info=info, embedder=lambda device: None)
+    monkeypatch.setattr("histossl.evaluation.model.load_model", lambda folder: model)
+    embedded = workspace.embeddings("adapted-0123-64px")
+    monkeypatch.setattr(
+        "histossl.evaluation.embed.embed_slides",
+        lambda workspace, index, slides, *rest: {slide: embedded / f"{slide}.h5" for slide in slides},
+    )
     monkeypatch.setattr("histossl.evaluation.predict.predict_tiles", predicted)
     found = look_at_features(page, workspace)
     shutil.rmtree(page.run.model)
