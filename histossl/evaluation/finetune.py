@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig, plain, read_run, refuse_other_config, write_run
-from histossl.errors import LabelsError, MismatchError
+from histossl.errors import LabelsError, MismatchError, UsageError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.drawn import drawn_items
@@ -99,6 +99,7 @@ def _finetune(
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
     before = read_run(run.run_json) if run.run_json.exists() else {}
+    _refuse_other_architecture(run, before.get("starts", {}), starts)
     _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
     if team.leads:
@@ -436,6 +437,17 @@ def _labelled_digest(index: TileIndex, table: LabelTable) -> str:
     """Changes when a labelled slide is tiled otherwise; other slides of the archive may come and go."""
     each = [(slide, tiles_digest(index, slide_tiles(index, slide))) for slide in table.slides]
     return hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16]
+
+
+def _refuse_other_architecture(run: FinetuneDir, before: Mapping[str, Mapping[str, Any]], starts: Starts) -> None:
+    known = {name: str(one["timm_name"]) for name, one in before.items() if one.get("timm_name")}
+    for start in starts.chosen:
+        for name, timm_name in known.items():
+            if start.timm_name and start.timm_name != timm_name:
+                raise UsageError(
+                    f"--starts: {run.root} has {name}, a {timm_name}; {start.key} is a {start.timm_name}, and starts are "
+                    "compared within one architecture; use another --name"
+                )
 
 
 def _refuse_other_tiles(run: FinetuneDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -119,8 +119,19 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"--starts: two of them are called {name!r}; name them with NAME=FILE")
+    _refuse_other_architectures(chosen)
     notes = tuple(note for name in names for note in _pool_notes([one for one in chosen if one.name == name]))
     return Starts(tuple(chosen), config.input_px or _common_size(chosen), skipped, notes)
+
+
+def _refuse_other_architectures(chosen: Sequence[Start]) -> None:
+    networks = [start for start in chosen if start.timm_name]
+    other = next((start for start in networks if start.timm_name != networks[0].timm_name), None)
+    if other:
+        raise UsageError(
+            f"--starts: {networks[0].key} is a {networks[0].timm_name}, {other.key} a {other.timm_name}; starts are "
+            "compared within one architecture, so give each its own --name"
+        )
 
 
 def refuse_unloadable(starts: Starts, seed: int) -> None:

@@ -321,6 +321,18 @@ def test_another_architecture_beside_the_adapted_one_is_refused(ready):
         resolve_starts(ready, config_of(ready, starts=(), backbone="test_resnet"))
 
 
+def test_starts_of_two_architectures_are_not_compared(ready, cli):
+    backbone, info = create_backbone("test_resnet", "random", 1)
+    save_backbone(ready.pretrain("resnet").backbone, backbone, replace(info, input_px=32))
+    options = ["--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients", "--backbone", "test_vit"]
+    code, _, err = cli("finetune", *options, "--starts", "random,other=resnet")
+    assert code == 2
+    assert "random is a test_vit, other a test_resnet" in " ".join(err.split())
+    finetune(ready, "a", config_of(ready, starts=("random",)))
+    with pytest.raises(UsageError, match="has random, a test_vit; resnet is a test_resnet"):
+        finetune(ready, "a", config_of(ready, starts=("resnet",), backbone=""))
+
+
 def test_weights_that_do_not_fit_end_before_anything_is_written(ready, cli):
     export(ready, "run", 3)
     base = ["finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients"]
