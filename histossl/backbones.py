@@ -138,6 +138,16 @@ def load_backbone(path: Path) -> tuple[nn.Module, BackboneInfo]:
         raise WeightsError(f"{behind}: holds no layers that fit behind {path.name} ({error})") from error
 
 
+def recorded_with(weights: str | Path) -> dict[str, Any] | None:
+    """What `save_backbone` wrote beside these weights of where they come from; None for weights from elsewhere."""
+    beside = Path(weights).with_suffix(".json")
+    try:
+        stored = json.loads(beside.read_text(encoding="utf-8")) if Path(weights).is_file() else {}
+        return dict(stored["provenance"]) if "timm_name" in stored else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def save_backbone(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
     """Weights with timm's own key names, and the rest first: the weights' presence means that all are there."""
     info = replace(info, projection=None)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from histossl.backbones import BackboneInfo, create_backbone, load_backbone
+from histossl.backbones import BackboneInfo, create_backbone, load_backbone, recorded_with
 from histossl.config import FinetuneConfig, nearest, read_run
 from histossl.errors import UsageError, WeightsError
 from histossl.evaluation.embed import COLOUR, Embedder, backbone_embedder, colour_embedder
@@ -246,6 +246,11 @@ def _is_taught(backbone: Path) -> bool:
 def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str, str]:
     """('imagenet' or a file, '') or ('', why there are none)."""
     if config.weights:
+        if recorded_with(config.weights) is not None:
+            raise UsageError(
+                f"--weights {config.weights}: histossl wrote this backbone, so it is no ImageNet start; "
+                f"compare it as --starts NAME={config.weights}"
+            )
         return config.weights, ""
     if model is None:
         return "imagenet", ""
@@ -254,6 +259,11 @@ def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str,
         return "", "pretraining began from random weights; pass --weights FILE for an ImageNet start to compare with"
     if not begun or begun.startswith("imagenet"):
         return "imagenet", ""
+    if recorded_with(begun) is not None:
+        return "", (
+            f"pretraining began from {begun}, a backbone that histossl wrote; compare it as --starts NAME={begun}, "
+            "or pass --weights FILE for an ImageNet start"
+        )
     if Path(begun).is_file():
         return begun, ""
     return "", f"pretraining began from {begun}, which is not there any more; pass --weights FILE"

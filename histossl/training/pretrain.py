@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from histossl import console
-from histossl.backbones import BackboneInfo, Projected, create_backbone, save_backbone
+from histossl.backbones import BackboneInfo, Projected, create_backbone, recorded_with, save_backbone
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
 from histossl.errors import MismatchError, TrainingError, UsageError
 from histossl.methods import TAUGHT, classes_of, entry_of, gather, self_supervised
@@ -225,6 +225,7 @@ class _Pretraining:
         backbone, self.info = create_backbone(
             config.backbone, config.weights, config.seed, getattr(knobs, "drop_path", 0.0)
         )
+        self.earlier = recorded_with(config.weights) or {}  # of weights that an earlier run left
         _refuse_view_size(backbone, config, config.view_px, "--view-px")
         by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
         self.plan = plan(
@@ -795,6 +796,8 @@ class _Pretraining:
 
     def _adapted_info(self, done: int) -> BackboneInfo:
         slides = np.array(self.index.slides)
+        own = slides[self.keep].tolist()
+        before = sorted(set(self.earlier.get("pretraining_slides") or ()) - set(own))
         return replace(
             self.info,
             input_px=self.config.view_px,
@@ -802,12 +805,13 @@ class _Pretraining:
             method=self.config.method,
             provenance={
                 **self.info.provenance,
+                **({"teacher": self.earlier["teacher"]} if "teacher" in self.earlier else {}),
                 **self.method.provenance(),
                 "steps": done,
                 "tiles": self.index.digest,
                 "num_tiles": self.order.num_tiles,
                 "subset": self.subset and self.subset.facts(),
-                "pretraining_slides": slides[self.keep].tolist(),
+                "pretraining_slides": own + before,
                 "excluded_slides": slides[~self.keep].tolist(),
                 "seed": self.config.seed,
             },

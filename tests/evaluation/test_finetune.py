@@ -333,6 +333,22 @@ def test_starts_of_two_architectures_are_not_compared(ready, cli):
         finetune(ready, "a", config_of(ready, starts=("resnet",), backbone=""))
 
 
+def test_an_adapted_backbone_is_no_imagenet_start(ready):
+    first = export(ready, "first", seed=1, slides=SLIDES)
+    second = export(ready, "second", seed=2, slides=SLIDES[:6])
+    stored = json.loads(second.with_suffix(".json").read_text())
+    stored["provenance"]["start_weights"] = str(first)
+    second.with_suffix(".json").write_text(json.dumps(stored))
+    options = {"adapted": "second", "backbone": ""}
+    with pytest.raises(UsageError, match="first.* a backbone that histossl wrote; compare it as --starts NAME="):
+        resolve_starts(ready, config_of(ready, starts=("imagenet", "adapted"), **options))
+    found = resolve_starts(ready, config_of(ready, starts=(), **options))
+    assert [start.name for start in found.chosen] == ["random", "adapted", "colour"]
+    assert "histossl wrote" in found.skipped["imagenet"]
+    with pytest.raises(UsageError, match="no ImageNet start"):
+        resolve_starts(ready, config_of(ready, starts=("imagenet",), weights=str(first)))
+
+
 def test_weights_that_do_not_fit_end_before_anything_is_written(ready, cli):
     export(ready, "run", 3)
     base = ["finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients"]

@@ -159,6 +159,16 @@ def test_excluded_slides_are_never_drawn_and_told(index: TileIndex, tmp_path: Pa
     assert provenance["pretraining_slides"] == ["A1", "B2"]
 
 
+def test_a_run_begun_from_another_tells_that_ones_slides_too(index: TileIndex, tmp_path: Path) -> None:
+    first, second = run_dir(tmp_path, "first"), run_dir(tmp_path, "second")
+    one_step = replace(TINY, steps=1, set=("batchnorm_group_tiles=0",))
+    pretrain(index, first, replace(one_step, excluded_slides=("A1",)), QUICK)
+    from_first = replace(one_step, weights=str(first.backbone), excluded_slides=("A2", "B1"))
+    pretrain(index, second, from_first, QUICK)
+    provenance = json.loads(second.backbone.with_suffix(".json").read_text())["provenance"]
+    assert provenance["pretraining_slides"] == ["A1", "B2", "A2", "B1"]
+
+
 def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
     """Mean and variance of what the first convolution makes of all 64 tiles, shown whole."""
     run = run_dir(tmp_path)
