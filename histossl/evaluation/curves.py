@@ -407,13 +407,14 @@ def verdict(
     metric: str = "auroc",
     head: str | None = None,
     unit: str = "slide",
-    seen_in_pretraining: int = 0,
+    seen_in_pretraining: int | None = 0,
     site_statement: str = "",
 ) -> Verdict:
     """Helped, hurt, or no measurable difference, with the evidence and its limits, for a reader who is no statistician.
 
     It rests on one test, of the area between the two curves over log2(budget), at p < 0.02; budgets are named only
-    where they hold after Holm's correction. `seen_in_pretraining`: tested slides that the adapted backbone was shown.
+    where they hold after Holm's correction. `seen_in_pretraining`: tested slides that the adapted backbone was shown,
+    None where that is not known.
     """
     name = PLAIN_NAME.get(metric, metric)
     fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
@@ -530,7 +531,7 @@ def _limits(
     measured: Measured,
     unit: str,
     fewest: int,
-    seen_in_pretraining: int,
+    seen_in_pretraining: int | None,
     site_statement: str,
 ) -> list[str]:
     rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
@@ -540,7 +541,12 @@ def _limits(
     else:
         which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
-    if seen_in_pretraining:
+    if seen_in_pretraining is None:
+        limits.append(
+            "Whether tested slides were in the pretraining pool is not known. If they were, the gain on slides from "
+            "elsewhere may be smaller."
+        )
+    elif seen_in_pretraining:
         of_all = f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s"
         limits.append(
             f"{of_all} were in the pretraining pool, without their labels (transductive). "

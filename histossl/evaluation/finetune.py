@@ -280,7 +280,7 @@ def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, A
             name,
             reference,
             unit=table.unit,
-            seen_in_pretraining=facts["leak"]["seen"].get(name) or 0,
+            seen_in_pretraining=facts["leak"]["seen"].get(name, 0),
             site_statement=facts["site_statement"],
         )
         for name in adapted
@@ -803,21 +803,30 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -
     """Whether tested slides were in the pretraining pool of any start: in tested items per start, and in words."""
     items = [table.items[item].slide for item in splits.tested]
     tested = set(items)
+    here = labelling.SlideNames([*table.slides, *table.unlabelled])
     seen: dict[str, int | None] = {}
     words: dict[str, str] = {}
     for name in dict.fromkeys(start.name for start in starts if start.exported is not None):
-        pools = [start.provenance.get("pretraining_slides") for start in starts if start.name == name]
-        known = [set(pool) for pool in pools if pool is not None]
+        of_name = [start.provenance for start in starts if start.name == name]
+        pools = [provenance.get("pretraining_slides") for provenance in of_name]
+        known = [_slides_of(here, pool or ()) for pool in pools]
         shown = tested & set().union(*known)
-        seen[name] = None if len(known) < len(pools) else sum(slide in shown for slide in items)
+        untold = any(pool is None for pool in pools)
+        strange = any(pool and not found for pool, found in zip(pools, known, strict=True))
+        seen[name] = None if untold or strange else sum(slide in shown for slide in items)
         any_of = "" if len(pools) == 1 else f" of any of its {len(pools)} runs"
-        taught = tested & _labels_known(start for start in starts if start.name == name)
-        if len(known) < len(pools):
-            words[name] = "its file does not say which slides it was pretrained on"
-        elif taught:
+        taught = tested & set().union(*(_slides_of(here, one.get("teacher", {}).get("slides", ())) for one in of_name))
+        if taught:
             words[name] = (
                 f"its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what "
                 "it scores on them is no measure of it"
+            )
+        elif untold:
+            words[name] = "its file does not say which slides it was pretrained on"
+        elif strange:
+            words[name] = (
+                f"none of the slides in its pretraining pool{any_of} has a name that is known here, so whether tested "
+                "slides were among them cannot be told"
             )
         elif shown:
             words[name] = (
@@ -840,6 +849,6 @@ def _leaks_in_words(words: Mapping[str, str]) -> str:
     return told or "no start was pretrained on slides of this workspace"
 
 
-def _labels_known(starts: Iterable[Start]) -> set[str]:
-    """Slides whose labels were learnt by the teacher of a distilled start."""
-    return {slide for start in starts for slide in start.provenance.get("teacher", {}).get("slides", ())}
+def _slides_of(here: labelling.SlideNames, names: Iterable[str]) -> set[str]:
+    """Slides of this workspace that another one may call otherwise (folders above, file types)."""
+    return {slide for name in names for slide in here.find(name)}

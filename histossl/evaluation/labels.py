@@ -196,6 +196,7 @@ class SlideNames:
     def __init__(self, slides: Iterable[str]) -> None:
         self.slides = tuple(slides)
         self._exact = set(self.slides)
+        self._last = [(slide, _parts(slide)[-1]) for slide in self.slides]
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         for slide in self.slides:
             for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
@@ -235,9 +236,8 @@ class SlideNames:
         stem = PurePosixPath(name).name.casefold()
         if not TCGA_CASE.match(stem):
             return ()
-        starts = [(slide, _parts(slide)[-1]) for slide in self.slides]
         return tuple(
-            sorted(s for s, own in starts if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
+            sorted(s for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
         )
 
 

@@ -126,7 +126,7 @@ def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved
     adapted, reference = content.adapted, content.reference
     if adapted is None or reference is None:
         return None, [], None
-    seen = content.facts.get("leak", {}).get("seen", {}).get(adapted) or 0
+    seen = content.facts.get("leak", {}).get("seen", {}).get(adapted, 0)
     verdict = curves.verdict(
         content.measured,
         adapted,
@@ -134,7 +134,7 @@ def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved
         METRIC,
         content.head,
         content.unit,
-        int(seen),
+        seen,
         str(content.facts.get("site_statement", "")),
     )
     if verdict.comparison is None:

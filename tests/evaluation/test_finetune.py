@@ -263,6 +263,23 @@ def test_the_pretraining_pool_is_told_in_what_is_tested(ready):
     assert "7 of 24 tested slides" in leak["statement"]
 
 
+def test_the_pretraining_pool_is_found_under_other_folders_and_unknown_names_are_no_clean_bill(ready):
+    def leak(pool):
+        export(ready, "run", 3, pool)
+        finetune(ready, pool[0][:2], config_of(ready, starts=("adapted", "random"), backbone=""))
+        facts = json.loads(ready.finetune(pool[0][:2]).run_json.read_text())
+        return facts["leak"], " ".join(facts["verdict"]["limits"])
+
+    moved, limits = leak([f"archive/{slide}.svs" for slide in SLIDES[:7]])
+    assert moved["seen"] == {"adapted": 7}
+    assert "7 of 24 tested slides were in the pretraining pool" in limits
+    anonymous, limits = leak([f"h{number:031x}" for number in range(24)])
+    assert anonymous["seen"] == {"adapted": None}
+    assert "cannot be told" in anonymous["statement"]
+    assert "pretraining pool is not known" in limits
+    assert "pretraining pool is not known" in ready.finetune("h0").report.read_text()
+
+
 def test_tiles_and_regions_can_carry_the_labels(ready):
     finetune(ready, "tiles", config_of(ready, starts=("colour",), unit="tile", tiles_per_slide=3, budgets=(1, 4)))
     _, predictions, _ = tables_of(ready, "tiles")
