@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,7 @@ from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means, start_of_model
 from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
-from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, with_floor
+from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, scale_notes, with_floor
 from histossl.evaluation.tables import Budget, Prediction
 from histossl.evaluation.team import Team, team_on
 from histossl.evaluation.tuning import TileSource, tune
@@ -89,7 +89,11 @@ def _finetune(
     if dry_run:
         console.say("dry run: the labels are in order, nothing was computed")
         return Result(run, table, False)
+    before = read_run(run.run_json) if run.run_json.exists() else {}
     starts = with_floor(resolve_starts(workspace, config))
+    starts = replace(starts, notes=(*starts.notes, *scale_notes(starts, index.mpp)))
+    if not config.input_px and before.get("input_px"):  # a start that is added is shown what the others were
+        starts = replace(starts, input_px=before["input_px"])
     for skipped, why in starts.skipped.items():
         console.warn(f"start {skipped!r} is left out: {why}")
     for note in starts.notes:
@@ -98,7 +102,6 @@ def _finetune(
 
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
-    before = read_run(run.run_json) if run.run_json.exists() else {}
     _refuse_other_architecture(run, before.get("starts", {}), starts)
     _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
@@ -107,6 +110,7 @@ def _finetune(
         if not run.splits.exists():
             write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})
+    facts["pool_notes"] = list(dict.fromkeys([*before.get("pool_notes", []), *starts.notes]))
     facts["leak"] = _leaks_together(before.get("leak", {}), facts["leak"])
     facts |= {what: before[what] for what in ("site", "site_statement") if what in before}
     if team.leads:

@@ -32,6 +32,7 @@ from histossl.evaluation.embed import COLOUR, Embedder, backbone_embedder, colou
 from histossl.methods import TAUGHT
 from histossl.workspace import Workspace
 
+OTHER_SCALE = 0.05  # of microns per pixel: more is told
 KNOWN = ("random", "imagenet", "adapted", COLOUR)
 
 
@@ -44,6 +45,7 @@ class Start:
     weights: str = ""
     exported: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    mpp: float | None = None  # microns per pixel of the tiles it was adapted to
     backbone: str = ""  # which of several pretraining runs, where the start is the mean of these
 
     @property
@@ -149,6 +151,16 @@ def with_floor(starts: Starts) -> Starts:
     if any(start.name == COLOUR for start in starts.chosen):
         return starts
     return replace(starts, chosen=(*starts.chosen, Start(COLOUR)))
+
+
+def scale_notes(starts: Starts, mpp: float) -> list[str]:
+    """Starts that learnt from tiles of another scale than those here."""
+    return [
+        f"{start.key} learnt from tiles at {start.mpp:g} microns per pixel, those here are at {mpp:g}: it is judged at a "
+        "scale that it was not adapted to"
+        for start in starts.chosen
+        if start.mpp and abs(mpp / start.mpp - 1) > OTHER_SCALE
+    ]
 
 
 def _adapted(workspace: Workspace, config: FinetuneConfig) -> tuple[list[Start], str]:
@@ -273,7 +285,8 @@ def _from_file(name: str, path: Path) -> Start:
     beside = path.with_suffix(".json")
     try:
         stored = json.loads(beside.read_text(encoding="utf-8"))
-        start = Start(name, stored["timm_name"], exported=path, provenance=dict(stored.get("provenance") or {}))
+        provenance = dict(stored.get("provenance") or {})
+        start = Start(name, stored["timm_name"], exported=path, provenance=provenance, mpp=stored.get("mpp"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"{path}: needs the {beside.name} that histossl writes beside it ({type(error).__name__}: {error})"

@@ -398,6 +398,27 @@ def test_a_start_added_later_keeps_what_was_said_of_the_first_and_its_model(read
     assert json.loads((ready.finetune("b").model / "model.json").read_text())["start"] == "adapted"
 
 
+def test_a_backbone_of_another_scale_is_told_on_the_page_too(ready, capsys):
+    path = export(ready, "run", seed=3)
+    stored = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(stored | {"mpp": 2.0}))
+    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
+    told = "adapted learnt from tiles at 2 microns per pixel, those here are at 0.5"
+    assert told in " ".join(capsys.readouterr().err.split())
+    finetune(ready, "a", config_of(ready, starts=("random",)))
+    assert told in ready.finetune("a").report.read_text()
+
+
+def test_a_start_added_later_is_shown_tiles_at_the_size_of_the_first(ready):
+    finetune(ready, "a", config_of(ready, starts=("random",), backbone="test_vit", input_px=0, budgets=(1,)))
+    first = json.loads(ready.finetune("a").run_json.read_text())["input_px"]
+    export(ready, "run", seed=3)
+    assert resolve_starts(ready, config_of(ready, starts=(), backbone="", input_px=0)).input_px == 32 != first
+    finetune(ready, "a", config_of(ready, starts=(), backbone="", input_px=0, budgets=(1,)))
+    facts = json.loads(ready.finetune("a").run_json.read_text())
+    assert {one["input_px"] for name, one in facts["starts"].items() if name != "colour"} == {first}
+
+
 # ---- several pretraining seeds
 
 
