@@ -101,7 +101,9 @@ def make_splits(
     )
     least = min(min(len(one) for one in part.order) for part in parts)
     whole = max(max(len(one) for one in part.order) for part in parts)
-    splits = Splits(group, folds, _budgets(budgets, least, whole, table), parts, tuple(notes))
+    taken = _budgets(budgets, least, whole, table)
+    notes += _short_classes(taken, parts, table)
+    splits = Splits(group, folds, taken, parts, tuple(notes))
     check(splits, table)
     return splits
 
@@ -264,6 +266,20 @@ def _budgets(wanted: Sequence[Budget], least: int, whole: int, table: LabelTable
         doubled.append(budget)
         budget *= 2
     return (*doubled, ALL)
+
+
+def _short_classes(budgets: Sequence[Budget], parts: Sequence[Part], table: LabelTable) -> list[str]:
+    """Budgets that some class cannot fill: at these the curve is not of so many labels in each class."""
+    notes = []
+    for number, label in enumerate(table.classes):
+        held = min(len(part.order[number]) for part in parts)
+        above = [str(budget) for budget in budgets if not isinstance(budget, str) and budget > held]
+        if above:
+            notes.append(
+                f"class {label!r} has {held} {table.unit}{'s' * (held != 1)} to train on: budget{'s' * (len(above) > 1)} "
+                f"{', '.join(above)} take{'s' * (len(above) == 1)} no more of it"
+            )
+    return notes
 
 
 # ---- leak checks, run by the program itself
