@@ -131,6 +131,8 @@ def predict(
     del config
     if slides is not None and not slides.is_dir():
         raise UsageError(f"--slides {slides}: no such folder")
+    if slide_mpp is not None and slides is None:
+        raise UsageError(f"--slide-mpp {slide_mpp:g}: is of slides that are tiled here; add --slides DIR")
     settings = EmbedConfig(embed_batch_size, workers, device)
     stage(workspace_at(workspace), model, name, slides, settings, heatmaps, slide_mpp)
 
@@ -227,8 +229,13 @@ def finetune(
         ),
     ] = None,
     tiles_per_slide: Annotated[
-        int, typer.Option("--tiles-per-slide", help="With --unit tile: at most so many tiles of one slide and label.")
-    ] = 100,
+        int | None,
+        typer.Option(
+            "--tiles-per-slide",
+            help="With --unit tile: at most so many tiles of one slide and label. Default: 100.",
+            show_default=False,
+        ),
+    ] = None,
     budgets: Annotated[
         str,
         typer.Option(
@@ -283,6 +290,11 @@ def finetune(
     del config  # its values have become the defaults above
     if tune and train == "head":
         raise UsageError(f"--set {tune[0]}: is a setting of end-to-end training; add --train last or --train all")
+    if tiles_per_slide is not None and unit != "tile":
+        raise UsageError(f"--tiles-per-slide {tiles_per_slide}: counts tiles that carry labels; add --unit tile")
+    for option, value in (("--embed-batch-size", embed_batch_size), ("--workers", workers)):
+        if value and train != "head":
+            raise UsageError(f"{option} {value}: is of embedding, which --train {train} does not do; leave it out")
     settings = FinetuneConfig(
         labels=str(labels),
         starts=_listed(starts),
@@ -295,7 +307,7 @@ def finetune(
         tune=with_overrides(TuneConfig(), tune or ()),
         unit=unit,
         regions=str(regions or ""),
-        tiles_per_slide=tiles_per_slide,
+        tiles_per_slide=100 if tiles_per_slide is None else tiles_per_slide,
         budgets=_budgets(budgets),
         draws=draws,
         folds=folds,

@@ -91,6 +91,16 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
             f"--backbone {config.backbone}: the adapted backbone is a {adapted[0].timm_name}; starts are compared "
             "within one architecture, so leave --backbone out, or choose --starts without adapted"
         )
+    if config.weights and "imagenet" not in wanted:
+        raise UsageError(
+            f"--weights {config.weights}: is the imagenet start, which --starts {','.join(wanted)} does not name"
+        )
+    # It also says of which architecture random and imagenet are.
+    architecture_asked = not config.backbone and {"random", "imagenet"} & {*wanted}
+    if config.adapted and "adapted" not in wanted and not architecture_asked:
+        raise UsageError(
+            f"--adapted {config.adapted}: is the adapted start, which --starts {','.join(wanted)} does not name"
+        )
     chosen: list[Start] = []
     skipped: dict[str, str] = {}
     for name in wanted:

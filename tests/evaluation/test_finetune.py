@@ -316,6 +316,7 @@ def test_without_names_all_starts_that_can_be_made_are_compared(ready):
         ({"starts": ("randon",)}, "did you mean 'random'"),
         ({"starts": ("nowhere.safetensors",)}, "neither a file nor one of"),
         ({"adapted": "nowhere"}, "no such file or run"),
+        ({"weights": "w.pth"}, "--weights w.pth: is the imagenet start, which --starts random,colour"),
     ],
 )
 def test_a_start_that_is_missing_is_one_clear_line(ready, options, said):
@@ -330,6 +331,13 @@ def test_several_finished_runs_are_not_guessed_between(ready):
         resolve_starts(ready, config_of(ready, starts=()))
     found = resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="two"))
     assert found.chosen[0].exported == ready.pretrain("two").backbone
+
+
+def test_an_adapted_start_that_nothing_asks_for_is_refused(ready):
+    export(ready, "run", 3)
+    with pytest.raises(UsageError, match="--adapted run: is the adapted start, which --starts random,colour does not"):
+        resolve_starts(ready, config_of(ready, adapted="run"))
+    assert resolve_starts(ready, config_of(ready, adapted="run", backbone="")).chosen[0].timm_name == "test_vit"
 
 
 def test_another_architecture_beside_the_adapted_one_is_refused(ready):
@@ -508,6 +516,8 @@ def test_the_colour_floor_is_on_every_curve(ready):
         (["--classes", "low"], "two classes at least"),
         (["--group", "site"], "need a column 'site'"),
         (["--device", "cuda:7"], "CUDA devices"),
+        (["--tiles-per-slide", "5"], "add --unit tile"),
+        (["--train", "all", "--workers", "4"], "--workers 4: is of embedding"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line_and_exit_2(ready, cli, options, said):

@@ -84,6 +84,9 @@ def test_without_a_model_folder_or_with_other_tiles_it_says_so(workspace, tmp_pa
     write_synthetic_store(other, ["A"], tile_px=64)
     with pytest.raises(UsageError, match="knows tiles of 32 px"):
         predict(other, model)
+    code, _, err = cli("predict", "--model", model, "-w", workspace.root, "--slide-mpp", 0.25)
+    assert code == 2
+    assert "add --slides DIR" in err
     code, _, err = cli("predict", "--model", tmp_path / "nowhere", "-w", workspace.root)
     assert code == 1
     assert "WORKSPACE/finetune/NAME/model" in err
