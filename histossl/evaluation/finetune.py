@@ -47,6 +47,7 @@ from histossl.workspace import FinetuneDir, Workspace
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
 POOLED = ("mean", "knn", "simpleshot")  # heads that the colour floor may have too
+MISSING_SHOWN = 5
 DIGITS = 9  # of a probability in the journal
 
 
@@ -80,7 +81,7 @@ def _finetune(
 ) -> Result:
     index = TileIndex.open(workspace)
     table = labelled_items(workspace, index, config)
-    show_labels(table, config.labels)
+    show_labels(table, config.labels, every_missing=dry_run)
     run = workspace.finetune(name)
     if not dry_run:  # which looks at these labels, whatever was done under this name before
         refuse_other_config(run.run_json, config, MAY_CHANGE)
@@ -230,6 +231,7 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     if config.labels:
         rows = labelling.read_rows(Path(config.labels))
         names = labelling.SlideNames(slides)
+        _show_missing([(row.slide, names.hint(row.slide)) for row in rows if not names.find(row.slide)])
         slides = sorted({slide for row in rows for slide in names.find(row.slide)})
         if not slides:
             raise LabelsError(f"--labels {config.labels}: none of its slides has tiles in {workspace.tiles}")
@@ -380,7 +382,7 @@ def _regions_on_tiles(table: LabelTable, index: TileIndex) -> LabelTable:
     return labelling.with_tiles(table, items, notes)
 
 
-def show_labels(table: LabelTable, source: str) -> None:
+def show_labels(table: LabelTable, source: str, every_missing: bool = False) -> None:
     columns, rows = labelling.overview(table)
     console.table(f"labels: {Path(source).name}", columns, rows, right=columns[1:])
     found = table.num_named - len(table.missing)
@@ -388,12 +390,16 @@ def show_labels(table: LabelTable, source: str) -> None:
         f"{table.num_named} slides named, {found} found, {len(table.missing)} missing; "
         f"{len(table.unlabelled)} slides of the workspace have no label; patients from {table.patients_from}"
     )
-    for name, why in table.missing[:5]:
-        console.warn(f"{name}: not found ({why})")
-    if len(table.missing) > 5:
-        console.warn(f"and {len(table.missing) - 5} more that were not found")
+    _show_missing(table.missing, len(table.missing) if every_missing else MISSING_SHOWN)
     for note in table.notes:
         console.warn(note)
+
+
+def _show_missing(missing: Sequence[tuple[str, str]], at_most: int | None = None) -> None:
+    for name, why in missing[:at_most]:
+        console.warn(f"{name}: not found ({why})")
+    if at_most is not None and len(missing) > at_most:
+        console.warn(f"and {len(missing) - at_most} more that were not found: run.json names them, and --dry-run does")
 
 
 def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig, anew: bool) -> Splits:

@@ -540,6 +540,16 @@ def test_embed_by_itself_leaves_files_as_mil_tools_read_them(ready, cli):
         assert file.attrs["tile_px"] == 32
 
 
+def test_every_slide_that_is_not_found_is_named_by_embed_and_by_a_dry_run(ready, cli):
+    labels = ready.root / "labels.csv"
+    labels.write_text(labels.read_text() + "".join(f"gone{n},low,Q\n" for n in range(7)))
+    options = ["--labels", labels, "-w", ready.root]
+    for command in (["embed", "--start", "colour"], ["finetune", "--dry-run", "--mixed-patients"]):
+        told = cli(*command, *options)
+        assert told.code == 0, told.err
+        assert all(f"gone{n}: not found" in told.err for n in range(7))
+
+
 def test_no_tiles_yet_says_how_to_make_them(workspace, cli, tmp_path):
     (tmp_path / "labels.csv").write_text("slide,label\nA,x\n")
     code, _, err = cli("finetune", "--labels", tmp_path / "labels.csv", "-w", workspace.root)
