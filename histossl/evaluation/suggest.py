@@ -64,17 +64,23 @@ def suggest(
     embedder = start.embedder(
         seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device_of(embed.device)
     )
-    files = embed_slides(workspace, index, [*table.slides, *unlabelled], embedder, embed)
-    known = Bags([(files[item.slide], item.tiles) for item in table.items])
+    # Labels of a fixed test set teach the heads nothing, and what it holds counts as uncovered: it is not learnt from.
+    train = [number for number, item in enumerate(table.items) if item.split != "test"]
+    if not train:
+        raise UsageError(f"--labels {config.labels}: every labelled slide is for testing; there is none to learn from")
+    items = [table.items[number] for number in train]
+    files = embed_slides(workspace, index, [*sorted({item.slide for item in items}), *unlabelled], embedder, embed)
+    known = Bags([(files[item.slide], item.tiles) for item in items])
     new = Bags([(files[slide], None) for slide in unlabelled])
-    patients = np.unique([item.patient for item in table.items], return_inverse=True)[1].astype(np.int64)
-    shares = committee(known.pooled, table.label_numbers(), patients, new.pooled, len(table.classes), config.seed)
+    patients = np.unique([item.patient for item in items], return_inverse=True)[1].astype(np.int64)
+    labels = table.label_numbers()[train]
+    shares = committee(known.pooled, labels, patients, new.pooled, len(table.classes), config.seed)
     found = picks(
         known.pooled,
         new.pooled,
         shares,
         number,
-        labelled_names=[item.name for item in table.items],
+        labelled_names=[item.name for item in items],
         names=unlabelled,
         classes=table.classes,
     )

@@ -118,6 +118,22 @@ def test_the_command_leaves_a_list_of_unlabelled_slides_with_reasons(workspace, 
         assert list(csv.DictReader(file)) == rows
 
 
+def test_labels_of_the_test_set_change_no_suggestion(workspace, cli, tmp_path):
+    write_synthetic_store(workspace, [f"s{n:02d}" for n in range(12)], tiles_per_slide=3, tile_px=32)
+    labels = tmp_path / "labels.csv"
+    base = ["suggest", "--labels", labels, "-w", workspace.root, "--backbone", "test_vit", "--starts", "random"]
+
+    def suggested(test_labels):
+        lines = ["slide,label,split", *(f"s{n:02d},{'ab'[n % 2]},train" for n in range(4))]
+        lines += [f"s{n:02d},{label},test" for n, label in enumerate(test_labels, start=4)]
+        labels.write_text("\n".join(lines) + "\n")
+        told = cli(*base, "--input-px", 32, "-n", 4)
+        assert told.code == 0, told.err
+        return workspace.suggestions.read_text()
+
+    assert suggested("abab") == suggested("bbaa")
+
+
 def test_nothing_left_to_label_is_one_clear_line(workspace, cli, tmp_path):
     write_synthetic_store(workspace, ["A", "B"], tiles_per_slide=2, tile_px=32)
     (tmp_path / "labels.csv").write_text("slide,label\nA,a\nB,b\n")
