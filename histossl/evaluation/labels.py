@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,12 @@ from histossl.errors import LabelsError
 
 TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 BOX_COLUMNS = ("x", "y", "width", "height")
+SURVIVAL_COLUMNS = ("time", "event", "survival", "censored")
+NO_SURVIVAL = (
+    "looks like survival times or measurements; histossl learns classes only. Give a column 'label' of a few classes "
+    "(for example: event within two years, yes or no)"
+)
+MOST_NUMBERS = 10  # as labels; grades are fewer
 Unit = Literal["slide", "region", "tile"]
 
 
@@ -153,6 +160,8 @@ def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> N
                 raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
     for column in needed:
         if column not in header:
+            if column == "label" and {*SURVIVAL_COLUMNS} & {*header}:
+                raise LabelsError(f"{path}: {NO_SURVIVAL}")
             named = ", ".join(repr(name) for name in header)
             raise LabelsError(f"{path}: no column '{column}' among {named}{nearest(column, header)}; {wanted}")
     twice = [name for name, count in Counter(name for name in header if name).items() if count > 1]
@@ -276,6 +285,8 @@ def match_labels(
             raise LabelsError(
                 f"--classes {name}: {source} has no such label{nearest(name, known_labels)} ({_some(known_labels)})"
             )
+    if len(known_labels) > MOST_NUMBERS and all(_is_number(label) for label in known_labels):
+        raise LabelsError(f"{source}: its labels are {len(known_labels)} different numbers, which {NO_SURVIVAL}")
     regions = any(row.box for row in named)
     missing: dict[str, str] = {}
     notes: list[str] = []
@@ -320,6 +331,13 @@ def match_labels(
         patients_from=patients_from,
         notes=tuple(notes),
     )
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
 
 
 def _none_found(source: str, named: Sequence[Row], missing: Mapping[str, str]) -> str:

@@ -115,6 +115,8 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
         ("slide\tlabel\nA1\tx\n", "separated by tabs"),
         ("slide,lable\nA1,x\n", "no column 'label' .*did you mean 'lable'"),
         ("slide,label,label\nA1,x,x\n", "stands twice"),
+        ("slide,time,event\nA1,31.5,1\n", "looks like survival times .* learns classes only"),
+        ("slide,label\n" + "".join(f"A{n},{n * 7.5}\n" for n in range(12)), "12 different numbers, which looks like"),
         ("slide,label\nA1,x,y\n", "line 2: 3 columns"),
         ("slide,label\n,x\n", "line 2: the slide's name is empty"),
         ("slide,label,split\nA1,x,train\nA2,y,val\n", "line 3: split 'val' must be"),
