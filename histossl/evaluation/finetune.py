@@ -342,7 +342,7 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
         index.slides,
         reasons=reasons,
         classes=config.classes,
-        mixed_patients=config.mixed_patients or config.unit == "tile",
+        mixed_patients=config.mixed_patients,
         source=path.name,
     )
     if table.unit == "region":

@@ -529,6 +529,12 @@ def test_a_wrong_command_ends_in_one_line_and_exit_2(ready, cli, options, said):
     assert "Traceback" not in err
 
 
+def test_patients_of_several_classes_are_refused_whatever_carries_the_label(ready, cli):
+    told = cli("finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--unit", "tile", "--dry-run")
+    assert told.code == 2
+    assert "pass --mixed-patients" in " ".join(told.err.split())
+
+
 def test_embed_by_itself_leaves_files_as_mil_tools_read_them(ready, cli):
     code, _, _ = cli("embed", "--start", "random", "--backbone", "test_vit", "--input-px", 32, "-w", ready.root)
     assert code == 0
