@@ -28,6 +28,7 @@ from histossl.config import nearest
 from histossl.errors import LabelsError
 
 TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
 BOX_COLUMNS = ("x", "y", "width", "height")
 SURVIVAL_COLUMNS = ("time", "event", "survival", "censored")
 NO_SURVIVAL = (
@@ -154,7 +155,7 @@ def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> N
     wanted = "the first line must name the columns, like: slide,label,patient"
     if not any(header):
         raise LabelsError(f"{path}: is empty; {wanted}")
-    if len(header) == 1:
+    if not {*needed} <= {*header}:
         for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
             if mark in header[0]:
                 raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
@@ -245,9 +246,10 @@ class SlideNames:
         stem = PurePosixPath(name).name.casefold()
         if not TCGA_CASE.match(stem):
             return ()
-        return tuple(
-            sorted(s for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
-        )
+        found = [(s, own) for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._")]
+        if self.is_case_barcode(stem):  # a case's label is its tumour's, not that of the normal tissue beside it
+            found = [pair for pair in found if not TCGA_NORMAL.match(pair[1])] or found
+        return tuple(sorted(s for s, _ in found))
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -68,6 +68,14 @@ def test_barcodes_find_slides_and_give_patients(tmp_path):
     assert table.patients_from == "TCGA barcodes"
 
 
+def test_a_case_barcode_means_the_tumour_unless_there_is_normal_tissue_only():
+    tumour, normal, other = "TCGA-AA-0001-01A-01-TS1", "TCGA-AA-0001-11A-01-TS1", "TCGA-AA-0002-11A-01-TS1"
+    names = SlideNames([tumour, normal, other])
+    assert names.find("TCGA-AA-0001") == (tumour,)
+    assert names.find("TCGA-AA-0001-11A") == (normal,)
+    assert names.find("TCGA-AA-0002") == (other,)
+
+
 def test_a_barcode_is_not_the_beginning_of_a_longer_one(tmp_path):
     assert SlideNames(["TCGA-AA-00012-X"]).find("TCGA-AA-0001") == ()
 
@@ -112,6 +120,7 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
         ("", "is empty"),
         ("slide,label\n", "no slides below"),
         ("slide;label\nA1;x\n", "separated by semicolons"),
+        ("slide;label,x\nA1;x,y\n", "separated by semicolons"),
         ("slide\tlabel\nA1\tx\n", "separated by tabs"),
         ("slide,lable\nA1,x\n", "no column 'label' .*did you mean 'lable'"),
         ("slide,label,label\nA1,x,x\n", "stands twice"),
