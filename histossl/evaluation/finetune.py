@@ -455,8 +455,8 @@ def _refuse_other_architecture(run: FinetuneDir, before: Mapping[str, Mapping[st
         for name, timm_name in known.items():
             if start.timm_name and start.timm_name != timm_name:
                 raise UsageError(
-                    f"--starts: {run.root} has {name}, a {timm_name}; {start.key} is a {start.timm_name}, and starts are "
-                    "compared within one architecture; use another --name"
+                    f"--starts: {run.root} has {name}, a {timm_name}; {start.key} is a {start.timm_name}, and starts "
+                    "are compared within one architecture; use another --name"
                 )
 
 

@@ -103,7 +103,7 @@ class LabelTable:
 
     @property
     def digest(self) -> str:
-        """Changes when an item, its label, patient, site, split or place does; the order of the lines does not matter."""
+        """Changes when an item, its label, patient, site, split or place does; the order of lines does not matter."""
         hashed = hashlib.sha256()
         for item in sorted(self.items, key=lambda item: item.name):
             hashed.update("\x1f".join((item.name, item.label, item.patient, item.site, item.split, "\n")).encode())
@@ -157,7 +157,7 @@ def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> N
         raise LabelsError(f"{path}: is empty; {wanted}")
     if not {*needed} <= {*header}:
         for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-            if mark in header[0]:
+            if any(mark in column for column in header):
                 raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
     for column in needed:
         if column not in header:

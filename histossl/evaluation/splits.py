@@ -276,8 +276,8 @@ def _short_classes(budgets: Sequence[Budget], parts: Sequence[Part], table: Labe
         above = [str(budget) for budget in budgets if not isinstance(budget, str) and budget > held]
         if above:
             notes.append(
-                f"class {label!r} has {held} {table.unit}{'s' * (held != 1)} to train on: budget{'s' * (len(above) > 1)} "
-                f"{', '.join(above)} take{'s' * (len(above) == 1)} no more of it"
+                f"class {label!r} has {held} {table.unit}{'s' * (held != 1)} to train on: "
+                f"budget{'s' * (len(above) > 1)} {', '.join(above)} take{'s' * (len(above) == 1)} no more of it"
             )
     return notes
 

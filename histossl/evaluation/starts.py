@@ -86,7 +86,8 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
     # What random and imagenet are the random and the ImageNet weights of.
     model = next(iter([*adapted, *(one for pool in others.values() for one in pool)]), None)
     timm_name = config.backbone or (model.timm_name if model else "")
-    if adapted and config.backbone and config.backbone != adapted[0].timm_name:
+    model = model if model and model.timm_name == timm_name else None
+    if adapted and "adapted" in wanted and config.backbone and config.backbone != adapted[0].timm_name:
         raise UsageError(
             f"--backbone {config.backbone}: the adapted backbone is a {adapted[0].timm_name}; starts are compared "
             "within one architecture, so leave --backbone out, or choose --starts without adapted"
@@ -166,8 +167,8 @@ def with_floor(starts: Starts) -> Starts:
 def scale_notes(starts: Starts, mpp: float) -> list[str]:
     """Starts that learnt from tiles of another scale than those here."""
     return [
-        f"{start.key} learnt from tiles at {start.mpp:g} microns per pixel, those here are at {mpp:g}: it is judged at a "
-        "scale that it was not adapted to"
+        f"{start.key} learnt from tiles at {start.mpp:g} microns per pixel, those here are at {mpp:g}: it is judged at "
+        "a scale that it was not adapted to"
         for start in starts.chosen
         if start.mpp and abs(mpp / start.mpp - 1) > OTHER_SCALE
     ]

@@ -365,7 +365,7 @@ def test_an_adapted_backbone_is_no_imagenet_start(ready):
     stored["provenance"]["start_weights"] = str(first)
     second.with_suffix(".json").write_text(json.dumps(stored))
     options = {"adapted": "second", "backbone": ""}
-    with pytest.raises(UsageError, match="first.* a backbone that histossl wrote; compare it as --starts NAME="):
+    with pytest.raises(UsageError, match=r"first.* a backbone that histossl wrote; compare it as --starts NAME="):
         resolve_starts(ready, config_of(ready, starts=("imagenet", "adapted"), **options))
     found = resolve_starts(ready, config_of(ready, starts=(), **options))
     assert [start.name for start in found.chosen] == ["random", "adapted", "colour"]

@@ -104,7 +104,7 @@ def test_budgets_double_up_to_the_smallest_class():
     items += [Item(f"t{n}", f"t{n}", f"c{n}", f"T{n}", "", "test") for n in range(2)]
     assert make_splits(table_of(items), num_draws=1).budgets == (1, 2, 4, 8, ALL)
     assert make_splits(table_of(items), num_draws=1, budgets=[ALL, 16, 3]).budgets == (3, 16, ALL)
-    assert make_splits(table_of(items), num_draws=1).notes == make_splits(table_of(items), num_draws=1, budgets=[13]).notes
+    assert not any("to train on" in note for note in make_splits(table_of(items), num_draws=1, budgets=[13]).notes)
     short = make_splits(table_of(items), num_draws=1, budgets=[3, 16]).notes
     assert "class 'c0' has 13 slides to train on: budget 16 takes no more of it" in short
     assert not any("'c1' has 20" in note for note in short)
