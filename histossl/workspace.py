@@ -127,6 +127,10 @@ class PredictionDir:
     root: Path
 
     @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
     def table(self) -> Path:
         return self.root / "predictions.csv"
 

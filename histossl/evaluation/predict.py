@@ -1,6 +1,7 @@
 """Stage `predict`: a saved model and slides in; one row per slide out, with a warning where the model knows nothing.
 
 WORKSPACE/predictions/NAME/
+    run.json            which model spoke; another one needs another NAME
     predictions.csv     slide, predicted, p_CLASS..., num_tiles, distance, usual_distance, warning
                         (distance: to the nearest training slide; usual: the farthest that a training patient lies off)
     heatmaps/           SLIDE.png (tissue, and tissue under attention or probability), SLIDE.geojson for QuPath
@@ -9,8 +10,10 @@ WORKSPACE/predictions/NAME/
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl import console
-from histossl.config import EmbedConfig, TileConfig, TissueConfig
-from histossl.errors import StoreError, UsageError
+from histossl.config import EmbedConfig, TileConfig, TissueConfig, read_run, write_run
+from histossl.errors import MismatchError, StoreError, UsageError
 from histossl.evaluation.abmil import FittedAbmil
 from histossl.evaluation.embed import Bags, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats
@@ -42,6 +45,16 @@ class SlidePrediction:
     warning: str
 
 
+@dataclass(frozen=True)
+class PredictConfig:
+    """What was asked for, as run.json tells it."""
+
+    model: str
+    slides: str
+    slide_mpp: float | None
+    heatmaps: bool
+
+
 def predict(
     workspace: Workspace,
     model_folder: Path,
@@ -53,6 +66,9 @@ def predict(
 ) -> Path:
     """Predict every slide below `slides` (tiling what is not tiled yet), or without it every slide of the workspace."""
     model = load_model(model_folder)
+    folder = workspace.predictions(name)
+    digest = _digest_of(model)
+    _refuse_another_model(folder, digest)
     skipped: list[tuple[str, str]] = []
     wanted: list[str] | None = None
     if slides is not None:
@@ -68,7 +84,8 @@ def predict(
         wanted = [slide for slide in index.slides if len(slide_tiles(index, slide))]
     embedder = model.embedder(device_of(embed.device))
     files = embed_slides(workspace, index, wanted, embedder, embed)
-    folder = workspace.predictions(name)
+    config = PredictConfig(str(model_folder), str(slides or ""), slide_mpp, heatmaps)
+    write_run(folder.run_json, config, model_digest=digest, model=asdict(replace(model.info, provenance={})))
     found = []
     with console.progress("predicting", len(wanted), "slides") as bar:
         for slide in wanted:
@@ -82,6 +99,24 @@ def predict(
     _show(found, skipped, model.info.classes)
     console.say(f"{len(found)} slides predicted: {folder.table}")
     return folder.table
+
+
+def _digest_of(model: Model) -> str:
+    """Changes with whatever may change what the model says."""
+    hashed = hashlib.sha256(json.dumps(asdict(replace(model.info, provenance={}))).encode())
+    for name in ("backbone.safetensors", "head.safetensors"):
+        with (model.folder / name).open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "sha256").digest())
+    return hashed.hexdigest()[:16]
+
+
+def _refuse_another_model(folder: PredictionDir, digest: str) -> None:
+    if folder.run_json.exists():
+        before = read_run(folder.run_json)
+        if before.get("model_digest") != digest:
+            raise MismatchError(
+                f"{folder.root} holds what another model said ({before['config'].get('model')}); use another --name"
+            )
 
 
 def tile_config(model: Model) -> TileConfig:

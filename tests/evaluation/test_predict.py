@@ -11,7 +11,7 @@ from PIL import Image
 from synthetic_store import write_synthetic_store
 
 from histossl.config import FinetuneConfig
-from histossl.errors import UsageError, WeightsError
+from histossl.errors import MismatchError, UsageError, WeightsError
 from histossl.evaluation.finetune import finetune
 from histossl.evaluation.model import distances, load_model
 from histossl.evaluation.predict import predict, predict_tiles, tile_config
@@ -90,6 +90,23 @@ def test_without_a_model_folder_or_with_other_tiles_it_says_so(workspace, tmp_pa
     code, _, err = cli("predict", "--model", tmp_path / "nowhere", "-w", workspace.root)
     assert code == 1
     assert "WORKSPACE/finetune/NAME/model" in err
+
+
+def test_another_model_does_not_write_over_what_the_first_said(workspace, tmp_path):
+    model, _ = trained(workspace)
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "model.json").write_text((other / "model.json").read_text().replace('"high"', '"tall"'))
+    predict(workspace, model, heatmaps=False)
+    said = workspace.predictions("default").table.read_text()
+    run = json.loads(workspace.predictions("default").run_json.read_text())
+    assert run["config"]["model"] == str(model)
+    assert run["model"]["classes"] == ["high", "low"]
+    predict(workspace, model, heatmaps=False)  # the same model again is welcome
+    with pytest.raises(MismatchError, match="holds what another model said"):
+        predict(workspace, other, heatmaps=False)
+    assert workspace.predictions("default").table.read_text() == said
+    predict(workspace, other, "second", heatmaps=False)
 
 
 def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):
