@@ -446,7 +446,7 @@ def example_slides(
         of_class = [row for row in rows if row.label == label and row.split != "test"]
         if any(row.box is not None for row in of_class):
             raise LabelsError(f"{labels}: labels regions; --like-classes takes labels of whole slides")
-        found_slides = {slide for row in of_class for slide in names.find(row.slide)} - excluded
+        found_slides = {slide for row in of_class for slide in names.labelled_by(row.slide)} - excluded
         if not found_slides:
             raise UsageError(f"--like-classes {label}: {labels} has no tiled training slide of it")
         examples |= found_slides

@@ -223,6 +223,13 @@ class SlideNames:
                 return found
         return self._barcode(name)
 
+    def labelled_by(self, name: str) -> tuple[str, ...]:
+        """The slides whose label the one of `name` is: a case's is its tumour's, not that of normal tissue beside it."""
+        found = self.find(name)
+        if not self.is_case_barcode(PurePosixPath(name).name):
+            return found
+        return tuple(slide for slide in found if not TCGA_NORMAL.match(PurePosixPath(slide).name)) or found
+
     def is_case_barcode(self, name: str) -> bool:
         return TCGA_CASE.fullmatch(name) is not None
 
@@ -246,10 +253,9 @@ class SlideNames:
         stem = PurePosixPath(name).name.casefold()
         if not TCGA_CASE.match(stem):
             return ()
-        found = [(s, own) for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._")]
-        if self.is_case_barcode(stem):  # a case's label is its tumour's, not that of the normal tissue beside it
-            found = [pair for pair in found if not TCGA_NORMAL.match(pair[1])] or found
-        return tuple(sorted(s for s, _ in found))
+        return tuple(
+            sorted(s for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
+        )
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -294,7 +300,7 @@ def match_labels(
     notes: list[str] = []
     found: dict[str, list[Row]] = defaultdict(list)
     for row in named:
-        hits = names.find(row.slide)
+        hits = names.labelled_by(row.slide)
         if not hits:
             aside = without_tiles.find(row.slide)
             missing[row.slide] = f"no tiles: {(reasons or {})[aside[0]]}" if aside else names.hint(row.slide)

@@ -349,7 +349,7 @@ def read_splits(path: Path, table: LabelTable) -> Splits:
         ) from error
     if content["labels_digest"] != table.digest:
         raise MismatchError(
-            f"{path.parent} was made with other labels, patients, regions or slides than these; "
+            f"{path.parent} was made with other labels, patients, slides, regions or tiles than these; "
             "use another --name, so that its curve stays true to its splits"
         )
     number = {item.name: position for position, item in enumerate(table.items)}

@@ -212,7 +212,7 @@ def test_regions_that_moved_need_another_name(ready):
     draw(0)
     finetune(ready, "a", config_of(ready, starts=("colour",)))
     draw(1)
-    with pytest.raises(MismatchError, match="other labels, patients, regions or slides"):
+    with pytest.raises(MismatchError, match="other labels, patients, slides, regions or tiles"):
         finetune(ready, "a", config_of(ready, starts=("colour",)))
 
 

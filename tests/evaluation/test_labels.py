@@ -68,12 +68,13 @@ def test_barcodes_find_slides_and_give_patients(tmp_path):
     assert table.patients_from == "TCGA barcodes"
 
 
-def test_a_case_barcode_means_the_tumour_unless_there_is_normal_tissue_only():
-    tumour, normal, other = "TCGA-AA-0001-01A-01-TS1", "TCGA-AA-0001-11A-01-TS1", "TCGA-AA-0002-11A-01-TS1"
-    names = SlideNames([tumour, normal, other])
-    assert names.find("TCGA-AA-0001") == (tumour,)
-    assert names.find("TCGA-AA-0001-11A") == (normal,)
-    assert names.find("TCGA-AA-0002") == (other,)
+def test_the_label_of_a_case_is_its_tumours_unless_there_is_normal_tissue_only(tmp_path):
+    tumour, normal, other = "TCGA-AA-0001-01A-01-TS1", "a/TCGA-AA-0001-11A-01-TS1", "TCGA-AA-0002-11A-01-TS1"
+    table = table_of(tmp_path, "slide,label\nTCGA-AA-0001,x\nTCGA-AA-0002,y\n", [tumour, normal, other])
+    assert [(item.slide, item.label) for item in table.items] == [(tumour, "x"), (other, "y")]
+    assert table.unlabelled == (normal,)
+    assert SlideNames([tumour, normal]).find("TCGA-AA-0001") == (tumour, normal)  # to be left out, all of the case is
+    assert SlideNames([tumour, normal]).labelled_by("TCGA-AA-0001-11A") == (normal,)
 
 
 def test_a_barcode_is_not_the_beginning_of_a_longer_one(tmp_path):
