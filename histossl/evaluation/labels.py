@@ -224,7 +224,7 @@ class SlideNames:
         return self._barcode(name)
 
     def labelled_by(self, name: str) -> tuple[str, ...]:
-        """The slides whose label the one of `name` is: a case's is its tumour's, not that of normal tissue beside it."""
+        """The slides whose label is that of `name`: a case's is its tumour's, not that of normal tissue beside it."""
         found = self.find(name)
         if not self.is_case_barcode(PurePosixPath(name).name):
             return found
