@@ -23,6 +23,7 @@ from histossl.workspace import Workspace
 
 SLIDES = [f"s{number:02d}" for number in range(24)]
 CPU = torch.device("cpu")
+ONE = {"draws": 1, "budgets": (1,)}  # where the curve itself does not matter
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def test_the_pretraining_pool_is_told_in_what_is_tested(ready):
 def test_the_pretraining_pool_is_found_under_other_folders_and_unknown_names_are_no_clean_bill(ready):
     def leak(pool):
         export(ready, "run", 3, pool)
-        finetune(ready, pool[0][:2], config_of(ready, starts=("adapted", "random"), backbone=""))
+        finetune(ready, pool[0][:2], config_of(ready, starts=("adapted", "random"), backbone="", **ONE))
         facts = json.loads(ready.finetune(pool[0][:2]).run_json.read_text())
         return facts["leak"], " ".join(facts["verdict"]["limits"])
 
@@ -391,18 +392,18 @@ def test_a_start_added_later_keeps_what_was_said_of_the_first_and_its_model(read
     lines += [f"s{n:02d},{'low' if n % 5 < 2 else 'high'},P{n % 12},site{n % 2}" for n in range(24)]
     (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
     export(ready, "run", seed=3, slides=SLIDES)
-    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
+    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone="", **ONE))
     run = ready.finetune("a")
     first = json.loads(run.run_json.read_text())
-    finetune(ready, "a", config_of(ready, starts=("random",)))
+    finetune(ready, "a", config_of(ready, starts=("random",), **ONE))
     both = json.loads(run.run_json.read_text())
     assert "adapted: 24 of 24 tested slides were in its pretraining pool" in both["leak"]["statement"]
     assert both["leak"] == first["leak"]
     assert json.loads((run.model / "model.json").read_text())["start"] == "adapted"
     assert both["site"] == first["site"]
     assert both["site"]["start"] == "adapted"
-    finetune(ready, "b", config_of(ready, starts=("random",)))
-    finetune(ready, "b", config_of(ready, starts=("adapted",), backbone=""))
+    finetune(ready, "b", config_of(ready, starts=("random",), **ONE))
+    finetune(ready, "b", config_of(ready, starts=("adapted",), backbone="", **ONE))
     assert json.loads((ready.finetune("b").model / "model.json").read_text())["start"] == "adapted"
 
 
@@ -410,19 +411,19 @@ def test_a_backbone_of_another_scale_is_told_on_the_page_too(ready, capsys):
     path = export(ready, "run", seed=3)
     stored = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps(stored | {"mpp": 2.0}))
-    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone=""))
+    finetune(ready, "a", config_of(ready, starts=("adapted",), backbone="", **ONE))
     told = "adapted learnt from tiles at 2 microns per pixel, those here are at 0.5"
     assert told in " ".join(capsys.readouterr().err.split())
-    finetune(ready, "a", config_of(ready, starts=("random",)))
+    finetune(ready, "a", config_of(ready, starts=("random",), **ONE))
     assert told in ready.finetune("a").report.read_text()
 
 
 def test_a_start_added_later_is_shown_tiles_at_the_size_of_the_first(ready):
-    finetune(ready, "a", config_of(ready, starts=("random",), backbone="test_vit", input_px=0, budgets=(1,)))
+    finetune(ready, "a", config_of(ready, starts=("random",), backbone="test_vit", input_px=0, **ONE))
     first = json.loads(ready.finetune("a").run_json.read_text())["input_px"]
     export(ready, "run", seed=3)
     assert resolve_starts(ready, config_of(ready, starts=(), backbone="", input_px=0)).input_px == 32 != first
-    finetune(ready, "a", config_of(ready, starts=(), backbone="", input_px=0, budgets=(1,)))
+    finetune(ready, "a", config_of(ready, starts=(), backbone="", input_px=0, **ONE))
     facts = json.loads(ready.finetune("a").run_json.read_text())
     assert {one["input_px"] for name, one in facts["starts"].items() if name != "colour"} == {first}
 
