@@ -1,6 +1,7 @@
 """A step of DINO and DINOv2 beside lightly's building blocks, in the plain loop of its examples; and memory.
 
     python tests/bench/bench_methods.py            # dino, dinov2, memory
+    python tests/bench/bench_methods.py methods    # memory of every method with ResNet-50 and ViT-S, counted
     python tests/bench/bench_methods.py memory     # DINOv2 ViT-S/14, batch 128: counted, on a GPU measured
 
 Same batch, crops, backbone, heads and prototypes on both sides; the two are timed in turn. (MoCo v2: bench_train.py.)
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from histossl.backbones import create_backbone
-from histossl.methods import classes_of
+from histossl.methods import REGISTRY, classes_of
 from histossl.methods.method import Method, Views
 from histossl.training.loop import Precision, clip_gradients
 from histossl.training.setup import recompute_cheap
@@ -226,17 +227,34 @@ def memory(batch: int = 128) -> None:
 
 def counted(method: Any, sides: list[int], numbers: Tensor) -> int:
     batch, globals_X = len(numbers), torch.empty(2 * len(numbers), 3, sides[0], sides[0])
-    masked = method._masked(Views([], numbers, numbers, 0, positions_B=numbers), globals_X)  # by numpy, on real numbers
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if getattr(method, "masks", None):
+        masked = method._masked(Views([], numbers, numbers, 0, positions_B=numbers), globals_X)  # on real numbers
+        masked = type(masked)(*[mode.from_tensor(each) for each in masked])
+        method._masked = lambda *given: masked
+    if hasattr(method, "encode_keys"):  # the exchange before BatchNorm draws real numbers, and its memory is small
+        method.encode_keys = lambda view, *given: method._key(view)
     faked(mode, method)
-    masked = type(masked)(*[mode.from_tensor(each) for each in masked])
-    method._masked = lambda *given: masked
     with mode:
         images = [torch.empty(batch, 3, side, side) for side in sides]
-        tiles_B = mode.from_tensor(numbers)
         with Peak([*method.parameters(), *method.buffers(), *images]) as peak:
-            two_steps(method, Views(images, tiles_B, tiles_B, 0, positions_B=numbers))
+            two_steps(method, Views(images, numbers, numbers, 0, positions_B=numbers))
     return peak.most
+
+
+def of_every_method(batch: int = 128) -> None:
+    """What `histossl methods` says: peak of two steps at 224 px in bf16, with each method's own knobs."""
+    for name, entry in REGISTRY.items():
+        if name == "colorization":  # how many pixels it is asked about depends on their colours
+            continue
+        for backbone_name in ("vit_small_patch16_224", "resnet50"):
+            if entry.backbones == "ViT" and backbone_name == "resnet50":
+                continue
+            cls, config = classes_of(name)
+            backbone, info = create_backbone(backbone_name, "random")
+            method = cls(backbone, info.feature_dim, recipe_named(entry.default_recipe, 224), config()).train()
+            peak = counted(method, [view.size_px for view in method.views().views], torch.arange(batch))
+            print(f"{name}, {backbone_name}, {batch} tiles: {peak / 2**30:.1f} GB at most, counted", flush=True)
 
 
 def two_steps(method: Method, views: Views) -> None:
@@ -253,8 +271,9 @@ PARTS = {
     "dino": lambda: beside_lightly("dino", theirs_dino),
     "dinov2": lambda: beside_lightly("dinov2", theirs_dinov2),
     "memory": memory,
+    "methods": of_every_method,
 }
 
 if __name__ == "__main__":
-    for part in sys.argv[1:] or list(PARTS):
+    for part in sys.argv[1:] or ["dino", "dinov2", "memory"]:
         PARTS[part]()
