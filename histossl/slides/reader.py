@@ -12,6 +12,7 @@ import math
 import stat
 import sys
 import warnings
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wid
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
 MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: a PNG or JPEG is decoded whole, at 7 to 13 bytes per pixel
 PLAIN_BAND = 256  # rows of it turned into RGB at a time
+CHECK_PX = 256  # side of the boxes that two libraries are compared on
+CHECK_LIMIT = 8.0  # grey levels between the mean colours of a box: the same pixels, shifted, differ by less than 1
 GRID = 1 / 64  # a shift below this many pixels is not worth a resampling
 
 FORMATS = {
@@ -358,6 +361,7 @@ class OpenSlideLevels:
         self._closed = False
         self.tiff: TiffLevels | None = None  # the same file's pages, where they are OpenSlide's levels
         self._exact: dict[int, int] = {}  # levels that tifffile reads in OpenSlide's stead, and their number there
+        self._checked: set[int] = set()  # of these levels, those that were compared
         with blaming(path, "opening it with OpenSlide"):
             self._slide = openslide.OpenSlide(str(path))
             try:
@@ -391,6 +395,30 @@ class OpenSlideLevels:
             if snapped != its and self.sizes[level] in tiff.sizes:
                 self._exact[level] = tiff.sizes.index(self.sizes[level])
 
+    def _check(self, level: int) -> None:
+        """Before tifffile's first read of a level: whether it shows what OpenSlide shows; else OpenSlide reads it."""
+        if level not in self._exact or level in self._checked:
+            return
+        self._checked.add(level)
+        assert self.tiff is not None
+        width, height = (min(CHECK_PX, side) for side in self.sizes[level])
+        for part in (0.5, 0.25, 0.75):
+            x, y = (int((side - px) * part) for side, px in zip(self.sizes[level], (width, height), strict=True))
+            try:
+                # Through a handle of its own: after damage OpenSlide reads nothing any more.
+                with closing(OpenSlideLevels(self.path, self.vendor)) as other:
+                    theirs = other.read_level(level, x, y, width, height)
+            except SlideError:
+                continue
+            try:
+                ours = self.tiff.read_level(self._exact[level], x, y, width, height)
+            except SlideError:
+                del self._exact[level]
+                return
+            if np.abs(ours.mean(axis=(0, 1)) - theirs.mean(axis=(0, 1))).max() > CHECK_LIMIT:
+                del self._exact[level]
+                return
+
     def scale(self) -> Scale | None:
         if self.vendor == "generic-tiff" and self.tiff is not None:
             return self.tiff.scale()  # tells a measured resolution from 1 pixel per inch, which says nothing
@@ -400,6 +428,7 @@ class OpenSlideLevels:
         return scale_from(x_text, y_text, f"metadata ({self.vendor})", hint)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        self._check(level)
         if level in self._exact:
             assert self.tiff is not None
             return self.tiff.read_level(self._exact[level], x, y, width, height)
@@ -418,6 +447,7 @@ class OpenSlideLevels:
         paint = getattr(
             openslide.lowlevel, "_read_region", None
         )  # the C function under read_region, without its copies
+        self._check(level)
         if level in self._exact or paint is None or sys.byteorder != "little" or min(width, height) < 1:
             return None
         downsample = self._downsamples[level]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from PIL import Image
 
 from histossl.errors import SlideError
 from histossl.slides.scale import Scale, scale_from, scale_from_ome, scale_from_resolution
@@ -52,6 +53,9 @@ COMPRESSIONS = {
     52546: "JPEG XL",
 }
 JPEG = "JPEG"
+APERIO_YCC = 33003  # JPEG 2000 of Aperio, its components luma and chroma, whatever the photometric tag says
+# Decoders that give the components as stored; a JPEG's or a WebP's gives RGB.
+VERBATIM = ("none", "LZW", "deflate", "PackBits", "LZMA", "Zstandard")
 
 
 @contextmanager
@@ -340,6 +344,12 @@ def _pages(path: Path, level: Any) -> list[Any]:
         )
     if page.photometric.name not in ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE"):
         raise SlideError(f"{path.name}: {page.photometric.name} colour; convert it to RGB")
+    if (
+        _in_ycc(page)
+        and getattr(page, "subsampling", None) not in (None, (1, 1))
+        and int(page.compression) != APERIO_YCC
+    ):
+        raise SlideError(f"{path.name}: YCbCr with thinned-out colours and no JPEG; convert it to RGB")
     segment_bytes = int(np.prod(_segment_size(page), dtype=np.int64)) * samples * page.dtype.itemsize
     if not _plain_rows(page) and segment_bytes > MAX_SEGMENT_BYTES:
         raise SlideError(
@@ -380,7 +390,17 @@ def _as_rgb(page: Any, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         pixels = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     if pixels.shape[2] == 1:
         pixels = np.repeat(pixels, 3, axis=2)
+    if _in_ycc(page):
+        image = Image.frombytes("YCbCr", pixels.shape[1::-1], np.ascontiguousarray(pixels).tobytes())
+        pixels = np.asarray(image.convert("RGB"))
     return np.ascontiguousarray(pixels)
+
+
+def _in_ycc(page: Any) -> bool:
+    """Whether decoded pixels are luma and chroma."""
+    compression = int(page.compression)
+    verbatim = COMPRESSIONS.get(compression) in VERBATIM
+    return compression == APERIO_YCC or (page.photometric.name == "YCBCR" and verbatim)
 
 
 def _subsampling(page: Any) -> tuple[int, int]:

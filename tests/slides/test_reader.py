@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import openslide
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from histossl.demo.paint import PaintedSlide
 from histossl.errors import SlideError
 from histossl.slides import reader
+from histossl.slides import tiff as tiff_module
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.tiff import TiffLevels
 
@@ -190,6 +192,72 @@ def test_grey_becomes_rgb(tmp_path: Path, options: dict[str, Any], wanted: Calla
     with through_tifffile(write(tmp_path / "a.tif", stored, tile=(64, 64), **options)) as slide:
         seen = slide.read_region_l0(0, 0, 300, 200, 300, 200)
     np.testing.assert_array_equal(seen, np.repeat(wanted(grey)[..., None], 3, axis=2))
+
+
+def ycc(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).convert("YCbCr"))
+
+
+def write_aperio_ycc(path: Path, image: np.ndarray) -> Path:
+    """As Aperio writes JPEG 2000 33003: luma and chroma, which nothing in the codestream tells. Levels 1 and 4.0008."""
+    told = "Aperio Image Library v10.2.24\r\n{0}x{1} [0,0 {0}x{1}] (256x256) J2K/YUV16 Q=30|AppMag = 20|MPP = 0.5"
+    height, width = image.shape[:2]
+    thumbnail = np.asarray(Image.fromarray(image).resize((60, 60)))
+    small = np.asarray(Image.fromarray(image).resize((width // 4, height // 4), Image.Resampling.BOX))
+
+    def tiles(level: np.ndarray) -> Iterator[bytes]:
+        for y in range(0, level.shape[0], 256):
+            for x in range(0, level.shape[1], 256):
+                tile = np.full((256, 256, 3), 255, np.uint8)
+                part = level[y : y + 256, x : x + 256]
+                tile[: part.shape[0], : part.shape[1]] = part
+                yield imagecodecs.jpeg2k_encode(ycc(tile), level=0, codecformat="j2k", mct=False, reversible=True)
+
+    options: dict[str, Any] = {"photometric": "rgb", "metadata": None, "description": told.format(width, height)}
+    with tifffile.TiffWriter(path) as tiff:
+        for number, level in enumerate((image, thumbnail, small)):
+            if number == 1:
+                tiff.write(level, rowsperstrip=16, compression="jpeg", **options)
+            else:
+                layout = {"shape": level.shape, "dtype": np.uint8, "tile": (256, 256), "compression": 33003}
+                tiff.write(tiles(level), **layout, **options)
+    return path
+
+
+def test_aperio_s_jpeg_2000_of_luma_and_chroma_has_its_colours(tmp_path: Path) -> None:
+    image = picture(1030, 1030)
+    path = write_aperio_ycc(tmp_path / "A1.svs", image)
+    small = np.asarray(Image.fromarray(image).resize((257, 257), Image.Resampling.BOX))
+    with open_slide(path) as slide, through_tifffile(path) as other:
+        assert slide.vendor == "aperio"
+        for one in (slide, other):
+            assert np.abs(one.read_level(0, 0, 0, 1030, 1030).astype(int) - image).mean() < 2
+            assert np.abs(one.read_level(1, 0, 0, 257, 257).astype(int) - small).mean() < 2
+
+
+def test_a_level_that_tifffile_shows_otherwise_is_read_through_openslide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(1030, 1030)
+    path = write_aperio_ycc(tmp_path / "A1.svs", image)
+    small = np.asarray(Image.fromarray(image).resize((257, 257), Image.Resampling.BOX))
+    monkeypatch.setattr(tiff_module, "_in_ycc", lambda page: False)
+    with open_slide(path) as slide:
+        assert np.abs(slide.read_level(1, 0, 0, 257, 257).astype(int) - small).mean() < 8
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_ycbcr_without_jpeg_becomes_rgb_or_is_refused(tmp_path: Path, compression: str | None) -> None:
+    image = picture()
+    path = write(tmp_path / "a.tif", ycc(image), compression=compression, extratags=[(530, "H", 2, (1, 1), True)])
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags[262].overwrite(6)
+    with open_slide(path) as slide:
+        assert np.abs(slide.read_level(0, 0, 0, 700, 500).astype(int) - image).mean() < 2
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags[530].overwrite((2, 2))
+    with pytest.raises(SlideError, match="convert it to RGB"):
+        open_slide(path)
 
 
 def test_transparency_is_shown_on_white(tmp_path: Path) -> None:
