@@ -154,7 +154,12 @@ def _folders(root: Path, visit: _Visit) -> Iterator[tuple[Path, list[str], str]]
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                yield folder / entry.name, [], f"a link that cannot be followed ({error.strerror})"
+                continue
+            if not is_folder:
                 files.append(entry.name)
             elif entry.is_symlink():
                 links.append(folder / entry.name)

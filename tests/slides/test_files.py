@@ -94,6 +94,14 @@ def test_folder_that_cannot_be_listed_has_its_own_row(tmp_path: Path, monkeypatc
     assert "cannot be listed" in problems["closed"]
 
 
+def test_a_link_that_cannot_be_followed_has_its_own_row(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs")
+    (tmp_path / "loop.svs").symlink_to("loop.svs")
+    problems = {one.path.name: one.problem for one in walk(tmp_path).found}
+    assert not problems["A1.svs"]
+    assert "cannot be followed" in problems["loop.svs"]
+
+
 def test_folder_named_like_a_slide(tmp_path: Path) -> None:
     touch(tmp_path, "A1.svs/A1.svs")
     touch(tmp_path, "C1.svs/notes.txt", "D1.svs/.DS_Store", "E1.svs/deep/F1.svs")
