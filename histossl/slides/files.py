@@ -27,6 +27,7 @@ SUFFIXES = frozenset(OPENSLIDE_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)
 VOLUME = "VOLUME"
 STALLED = "the disk gave no answer about it; try again when it is connected"
 NOT_REGULAR = "not a regular file (a named pipe, a socket or a device)"
+NOT_UTF8 = "its name, or that of a folder it lies in, is not UTF-8 (written here with backslashes); rename it"
 STALL_S = 60.0  # a file whose header, or a folder whose listing, takes longer is left out: a disk that does not answer
 MAX_STALLS = 3  # more of them, and it is the disk's fault
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -57,7 +58,12 @@ def find_slides(directory: Path) -> list[SlideFile]:
 
 
 def relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+    """A path in the archive with /; bytes of it that are not UTF-8 as backslash escapes, so that it can be written."""
+    return _writable(path.relative_to(root).as_posix())
+
+
+def _writable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def walk(directory: Path, stall_s: float = STALL_S) -> Walk:
@@ -193,13 +199,13 @@ def _slides_of(folder: Path, names: list[str], ignored: Counter[str], visit: _Vi
             elif known:
                 files.append((path, "a DICOM file without a series; not a slide", ""))
             else:
-                ignored[suffix or "no suffix"] += 1
+                ignored[_writable(suffix) or "no suffix"] += 1
         elif known:
             files.append((path, "", ""))
         elif head[:4] in TIFF_MAGIC:
             files.append((path, "", f"its suffix {suffix or '(none)'} is no slide's, its content is a TIFF"))
         else:
-            ignored[suffix or "no suffix"] += 1
+            ignored[_writable(suffix) or "no suffix"] += 1
     for instances in series.values():
         # A label or an overview is an instance of the series like the levels are; it is never the one to open.
         volumes = [path for path, kind in instances if VOLUME in kind]
@@ -242,10 +248,14 @@ def _named(root: Path, files: list[tuple[Path, str, str]]) -> list[SlideFile]:
     # A1.svs and a1.svs are two files here and one zip on a case-blind disk.
     counts = Counter(one.casefold() for one in ids)
     named = [
-        SlideFile(path, relative(path, root) if counts[one.casefold()] > 1 else one, problem, note)
+        SlideFile(path, relative(path, root) if counts[one.casefold()] > 1 else one, problem or _misnamed(path), note)
         for (path, problem, note), one in zip(files, ids, strict=True)
     ]
     return sorted(named, key=lambda one: (one.slide, one.path))
+
+
+def _misnamed(path: Path) -> str:
+    return "" if str(path) == _writable(str(path)) else NOT_UTF8
 
 
 def _irregular(path: Path) -> bool:

@@ -102,6 +102,15 @@ def test_a_link_that_cannot_be_followed_has_its_own_row(tmp_path: Path) -> None:
     assert "cannot be followed" in problems["loop.svs"]
 
 
+def test_a_name_that_is_not_utf8_is_told_and_can_be_written(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs", os.fsdecode(b"M\xfcller.svs"), os.fsdecode(b"notes.\xfc"))
+    walked = walk(tmp_path)
+    problems = {one.slide: one.problem for one in walked.found}
+    assert not problems["A1"]
+    assert "rename it" in problems["M\\udcfcller"]
+    " ".join([*problems, *walked.ignored]).encode("utf-8")
+
+
 def test_folder_named_like_a_slide(tmp_path: Path) -> None:
     touch(tmp_path, "A1.svs/A1.svs")
     touch(tmp_path, "C1.svs/notes.txt", "D1.svs/.DS_Store", "E1.svs/deep/F1.svs")
