@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +41,7 @@ class SlideFile:
     slide: str
     problem: str = ""
     note: str = ""  # worth a warning, though it can be opened
+    parts: tuple[Path, ...] = ()  # of a DICOM series or a Hamamatsu VMS: all its files, `path` among them
 
 
 @dataclass
@@ -122,18 +123,19 @@ def _walked(directory: Path, visit: _Visit) -> Walk:
         raise UsageError(f"{directory}: a file, not a folder; give the folder that holds the slides")
     result = Walk(directory)
     files: list[tuple[Path, str, str]] = []  # path, problem, note
+    parts: dict[Path, tuple[Path, ...]] = {}
     like_slides: list[Path] = []  # folders by their name
     for folder, names, problem in _folders(directory, visit):
         if problem:
             files.append((folder, problem, ""))
             continue
-        files += _slides_of(folder, names, result.ignored, visit)
+        files += _slides_of(folder, names, result.ignored, visit, parts)
         if folder != directory and folder.suffix.lower() in SUFFIXES - {".dcm"}:
             like_slides.append(folder)
     for folder in like_slides:
         if not any(path.is_relative_to(folder) for path, _, _ in files):
             files.append((folder, "a folder named like a slide, without a slide in it", ""))
-    result.found = _named(directory, files)
+    result.found = [replace(one, parts=parts.get(one.path, ())) for one in _named(directory, files)]
     return result
 
 
@@ -174,9 +176,11 @@ def _folders(root: Path, visit: _Visit) -> Iterator[tuple[Path, list[str], str]]
         yield folder, files, ""
 
 
-def _slides_of(folder: Path, names: list[str], ignored: Counter[str], visit: _Visit) -> list[tuple[Path, str, str]]:
-    """The slides among a folder's files; companions of other files are left out, the rest is counted."""
-    companions = _companions(folder, names, visit)
+def _slides_of(
+    folder: Path, names: list[str], ignored: Counter[str], visit: _Visit, parts: dict[Path, tuple[Path, ...]]
+) -> list[tuple[Path, str, str]]:
+    """The slides among a folder's files; companions of other files are noted in `parts`, the rest is counted."""
+    companions = _companions(folder, names, visit, parts)
     files: list[tuple[Path, str, str]] = []
     series: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for name in names:
@@ -211,12 +215,13 @@ def _slides_of(folder: Path, names: list[str], ignored: Counter[str], visit: _Vi
         volumes = [path for path, kind in instances if VOLUME in kind]
         if volumes:
             files.append((volumes[0], "", ""))
+            parts[volumes[0]] = tuple(path for path, _ in instances)
         else:
             files.append((instances[0][0], "a DICOM series without a volume image (no whole-slide levels)", ""))
     return files
 
 
-def _companions(folder: Path, names: list[str], visit: _Visit) -> set[str]:
+def _companions(folder: Path, names: list[str], visit: _Visit, parts: dict[Path, tuple[Path, ...]]) -> set[str]:
     """Files that belong to another file: JPEGs of a Hamamatsu VMS, data of a MIRAX folder."""
     if "Slidedat.ini" in names:
         return set(names)
@@ -229,8 +234,10 @@ def _companions(folder: Path, names: list[str], visit: _Visit) -> set[str]:
                 parser.read(folder / name, encoding="latin-1")
             except (configparser.Error, OSError):
                 continue
-            found |= {value for section in parser.sections() for _, value in parser.items(section)} & set(names)
-            found.discard(name)
+            values = {value for section in parser.sections() for _, value in parser.items(section)}
+            own = (values & set(names)) - {name}
+            parts[folder / name] = tuple(folder / each for each in sorted({*own, name}))
+            found |= own
     return found
 
 

@@ -188,7 +188,7 @@ def _job(
     mpp = table.mpp_of(file, one.slide) if table else None
     source = "--mpp-csv" if mpp is not None else "--slide-mpp"
     mpp = config.slide_mpp if mpp is None else mpp
-    size, modified_s = stamp(one.path)
+    size, modified_s = stamp(one.path, one.parts)
     told = plain([__version__, asdict(replace(config, slide_mpp=None, mpp_csv=None, time_limit_s=1.0)), mpp, source])
     told.append([str(region_file), *stamp(region_file)] if region_file else None)
     before = known.get(file, LedgerRow(file))
@@ -219,14 +219,12 @@ def _still_speaks(before: LedgerRow, now: LedgerRow) -> bool:
     )
 
 
-def stamp(path: Path) -> tuple[int | None, float | None]:
+def stamp(path: Path, parts: Sequence[Path] = ()) -> tuple[int | None, float | None]:
     """Size and latest change of a slide: of all its files, where it is made of several."""
-    paths = [path]
-    if path.suffix.lower() == ".mrxs":
-        paths += [one for one in path.with_suffix("").glob("*") if one.is_file()]
-    elif path.suffix.lower() == ".dcm":
-        paths = [one for one in path.parent.glob("*.dcm") if one.is_file()]
+    paths = [*(parts or [path])]
     try:
+        if path.suffix.lower() == ".mrxs":
+            paths += [one for one in path.with_suffix("").glob("*") if one.is_file()]
         states = [one.stat() for one in paths]
     except OSError:
         return None, None

@@ -44,6 +44,7 @@ from histossl.tiles.one_slide import (
     StoreFull,
     TileJob,
     fingerprint,
+    prints_of,
     regions_fingerprint,
     tile_slide,
 )
@@ -191,6 +192,7 @@ def _plan(
             mpp_source=source,
             key=names.key,
             regions=drawn[each.path],
+            parts=tuple(part.absolute() for part in each.parts),
             verify=verify,
         )
         plan.rows.append(row)
@@ -313,7 +315,7 @@ def _size(path: Path) -> int | None:
 
 def _prints(job: TileJob) -> tuple[str, str] | None:
     try:
-        return fingerprint(job.path, job.key), fingerprint(job.path, job.key, SPOTS)
+        return prints_of(job)
     except OSError:
         return None
 
@@ -386,9 +388,9 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     if row is not None and row.tile_status in (TILED, NO_TILES) and row.tile_settings == _identity(job):
         return _State(outcome)  # same size and time as then: its content need not be read
     try:
-        same = fingerprint(job.path, job.key) == facts["fingerprint"]
+        same = fingerprint(job.path, job.key, parts=job.parts) == facts["fingerprint"]
         if same and "spots" in facts:
-            same = fingerprint(job.path, job.key, SPOTS) == facts["spots"]
+            same = fingerprint(job.path, job.key, SPOTS, job.parts) == facts["spots"]
         if regions_fingerprint(job) != facts["regions"]:
             return _State(outcome, f"its regions {'changed' if job.regions and facts['regions'] else 'came or went'}")
         size = job.path.stat().st_size
@@ -410,7 +412,7 @@ def _refuse_same_zip(jobs: Mapping[str, TileJob]) -> None:
 
 def _identity(job: TileJob) -> str:
     """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
-    stamps = [stamp(path) if path else None for path in (job.path, job.regions)]
+    stamps = [stamp(job.path, job.parts), stamp(job.regions) if job.regions else None]
     parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

@@ -16,6 +16,8 @@ from histossl.errors import HistosslError, SlideError, UsageError
 from histossl.slides import files
 from histossl.slides.files import dicom_series, find_slides, walk
 from histossl.slides.reader import open_slide
+from histossl.slides.scan import stamp
+from histossl.tiles.one_slide import fingerprint
 
 TIFF = b"II*\0" + bytes(200)
 
@@ -168,6 +170,30 @@ def test_dicom_series_is_one_slide_and_its_label_is_not_opened(tmp_path: Path) -
     assert found["two/b"] == ("b.dcm", "")
     assert "without a volume image" in found["labels"][1]
     assert len(found) == 4
+
+
+def test_a_slide_is_known_by_all_its_files_and_no_other_s(tmp_path: Path) -> None:
+    """Also by those of a series without a suffix or with it in capitals, and by the JPEGs of a VMS."""
+    touch(tmp_path, "1.DCM", "2", content=dicom(b"1.2.1 "))
+    touch(tmp_path, "tile1.jpg")
+    (tmp_path / "V.vms").write_text("[Virtual Microscope Specimen]\nImageFile=tile1.jpg\n")
+
+    def known() -> dict[str, Any]:
+        slides = {one.slide: one for one in find_slides(tmp_path)}
+        return {
+            name: (stamp(one.path, one.parts), fingerprint(one.path, parts=one.parts)) for name, one in slides.items()
+        }
+
+    before = known()
+    assert set(before) == {"1", "V"}
+    touch(tmp_path, "3.dcm", content=dicom(b"1.2.2 "))
+    assert {name: known()[name] for name in before} == before
+    for part, name in (("2", "1"), ("tile1.jpg", "V")):
+        (tmp_path / part).write_bytes((tmp_path / part).read_bytes() + b"xx")
+        assert known()[name][0] != before[name][0]
+        assert known()[name][1] != before[name][1]
+    (tmp_path / "2").unlink()
+    assert known()["1"][1] != before["1"][1]
 
 
 def test_dicom_header_is_read_past_nested_sequences(tmp_path: Path) -> None:
