@@ -856,6 +856,18 @@ def test_no_slides_and_no_tiles_are_exit_1(cli, workspace, tmp_path):
     assert "broken.svs: not a slide" in told.err
 
 
+def test_bench_tile_refuses_in_one_line(cli, tmp_path):
+    path = tmp_path / "region.png"
+    Image.new("RGB", (600, 600), (200, 120, 170)).save(path)
+    told = cli("bench", "tile", path, "--slide-mpp", 0.5)
+    assert told.code == 1
+    assert "OpenSlide cannot read it" in told.err
+    for wrong in ("0", "-1"):
+        told = cli("bench", "tile", path, "--slide-mpp", wrong)
+        assert told.code == 2
+        assert f"--slide-mpp {wrong}: must be" in told.err
+
+
 def test_bench_tile_prints_each_way(cli, painted_slide):
     told = cli("bench", "tile", painted_slide.path, "--tiles", 4, "--repeats", 1)
     assert told.code == 0
