@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import tempfile
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how la
 PREVIEW_PX = 360
 BLUE = (11, 95, 214)
 PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
+LEDGER_EVERY_S = 10.0
 DIGEST_BYTES = 8 << 20  # read between two signs of life
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
 
@@ -157,6 +159,7 @@ def scan(
     shown = Previews(workspace.make().root)
     # Slow files first would be better still, but a file's size says little about how long it takes to look at.
     all_seen = False
+    written_s = time.monotonic()
     try:
         with console.progress("scanning", len(jobs), "files") as bar:
             for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
@@ -164,12 +167,15 @@ def scan(
                 if preview is not None:
                     shown.add(row.file, preview)
                 bar.advance(note=row.file if row.status == UNREADABLE else "")
+                if time.monotonic() - written_s > LEDGER_EVERY_S:  # a killed process gets no chance to
+                    write_ledger(workspace.archive_csv, list({**known, **rows}.values()))
+                    written_s = time.monotonic()
+        found = [rows[relative(one.path, directory)] for one in walked.found]
+        found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
         all_seen = True
     finally:
         if not all_seen:  # Ctrl-C: what was looked at need not be opened again
             write_ledger(workspace.make().archive_csv, list({**known, **rows}.values()))
-    found = [rows[relative(one.path, directory)] for one in walked.found]
-    found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
     gone = [_gone(row) for file, row in known.items() if file not in rows and row.tile_status]
     write_ledger(workspace.make().archive_csv, [*found, *gone])
     return Scanned(found, dict(walked.ignored.most_common()), shown)

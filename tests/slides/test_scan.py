@@ -439,6 +439,30 @@ def test_an_interrupted_scan_keeps_what_it_has_seen(
     assert len(opened) == 1
 
 
+@pytest.mark.usefixtures("here")
+def test_a_killed_scan_has_written_what_it_has_seen(
+    painted_slide: PaintedSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill gives no chance to write, so the ledger is written on the way; Ctrl-C among the twins loses no row."""
+    for name in ("A1.tif", "A2.tif"):
+        shutil.copy(painted_slide.path, tmp_path / name)
+    workspace = Workspace(tmp_path / "ws")
+    written: list[int] = []
+    monkeypatch.setattr(scanning, "LEDGER_EVERY_S", -1)
+    monkeypatch.setattr(
+        scanning, "write_ledger", lambda path, rows: (written.append(len(rows)), write_ledger(path, rows))
+    )
+
+    def interrupted(*given: Any) -> Any:
+        assert written == [1, 2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scanning, "_with_duplicates", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scan(tmp_path, workspace, ScanConfig())
+    assert written == [1, 2, 2]
+
+
 def test_a_level_that_is_damaged_does_not_cost_the_slide(paint: Callable[..., Any], workspace: Workspace) -> None:
     """The thumbnail's level is destroyed: tissue is found on the next one, and tiles are expected as before."""
     slide = paint("A1.tif", width_px=2048, height_px=2048, mpp=0.5, seed=2).path
