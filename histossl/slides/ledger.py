@@ -59,6 +59,7 @@ class LedgerRow:
     tile_settings: str = ""  # of file and settings behind tile_status
 
     settings: str = ""  # digest of the settings behind the figures above
+    archive: str = ""  # the folder that `file` lies in
     extra: dict[str, str] = field(default_factory=dict)  # columns that others added
 
     @property

@@ -49,6 +49,7 @@ NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how la
 PREVIEW_PX = 360
 BLUE = (11, 95, 214)
 PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
+GONE = "not in the folder any more; its tiles are still in the workspace"
 LEDGER_EVERY_S = 10.0
 DIGEST_BYTES = 8 << 20  # read between two signs of life
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
@@ -176,8 +177,10 @@ def scan(
     finally:
         if not all_seen:  # Ctrl-C: what was looked at need not be opened again
             write_ledger(workspace.make().archive_csv, list({**known, **rows}.values()))
-    gone = [_gone(row) for file, row in known.items() if file not in rows and row.tile_status]
-    write_ledger(workspace.make().archive_csv, [*found, *gone])
+    missing = [row for file, row in known.items() if file not in rows]
+    elsewhere = [row for row in missing if row.archive not in ("", resolved(directory))]
+    gone = [_gone(row) for row in missing if row not in elsewhere and row.tile_status]
+    write_ledger(workspace.make().archive_csv, [*found, *elsewhere, *gone])
     return Scanned(found, dict(walked.ignored.most_common()), shown)
 
 
@@ -199,7 +202,7 @@ def _job(
     told.append([str(region_file), *stamp(region_file)] if region_file else None)
     before = known.get(file, LedgerRow(file))
     row = replace(
-        LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s),
+        LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s, archive=resolved(directory)),
         settings=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12],
         extra=before.extra,
         **{name: getattr(before, name) for name in TILE_COLUMNS},
@@ -219,6 +222,8 @@ def _still_speaks(before: LedgerRow, now: LedgerRow) -> bool:
         before.readable
         and not before.tile_reason.startswith("damaged")
         and before.slide == now.slide
+        and before.archive == now.archive
+        and before.reason != GONE
         and before.settings == now.settings
         and before.bytes == now.bytes
         and before.modified_s == now.modified_s
@@ -237,8 +242,12 @@ def stamp(path: Path, parts: Sequence[Path] = ()) -> tuple[int | None, float | N
     return sum(one.st_size for one in states), round(max(one.st_mtime for one in states), 3)
 
 
+def resolved(directory: Path) -> str:
+    return str(directory.resolve()).encode("utf-8", "backslashreplace").decode()  # the ledger is UTF-8
+
+
 def _gone(row: LedgerRow) -> LedgerRow:
-    return replace(row, status=WARNING, reason="not in the folder any more; its tiles are still in the workspace")
+    return replace(row, status=WARNING, reason=GONE)
 
 
 def _told(walked: Walk) -> str:

@@ -33,7 +33,7 @@ from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, r
 from histossl.slides.reader import open_slide
 from histossl.slides.regions import match_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
-from histossl.slides.scan import stamp
+from histossl.slides.scan import resolved, stamp
 from histossl.tiles.cutting import native_side_px
 from histossl.tiles.index import find_zips
 from histossl.tiles.names import Names
@@ -175,7 +175,7 @@ def _plan(
     plan = _Plan(rows=[])
     for each in files:
         file = relative(each.path, directory)
-        row = replace(known.get(file, LedgerRow(file)), slide=each.slide)
+        row = replace(known.get(file, LedgerRow(file)), slide=each.slide, archive=resolved(directory))
         if each.problem:
             plan.rows.append(replace(row, status=UNREADABLE, reason=each.problem, tile_status=FAILED))
             continue

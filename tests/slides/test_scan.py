@@ -180,6 +180,21 @@ def test_what_tiling_wrote_survives_a_scan(painted_slide: PaintedSlide, workspac
 
 
 @pytest.mark.usefixtures("here")
+def test_a_scan_of_another_folder_keeps_the_first_one_s_rows(
+    painted_slide: PaintedSlide, tmp_path: Path, workspace: Workspace
+) -> None:
+    for name in ("one/A1.tif", "two/B1.tif"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(painted_slide.path, tmp_path / name)
+    for folder in ("one", "two", "one"):
+        scan(tmp_path / folder, workspace, ScanConfig())
+    assert reasons(read_ledger(workspace.archive_csv)) == {"A1.tif": ("ok", ""), "B1.tif": ("ok", "")}
+    (tmp_path / "one" / "A1.tif").rename(tmp_path / "one" / "A2.tif")
+    scan(tmp_path / "one", workspace, ScanConfig())
+    assert [row.file for row in read_ledger(workspace.archive_csv)] == ["A2.tif", "B1.tif"]
+
+
+@pytest.mark.usefixtures("here")
 def test_duplicates_are_forgotten_when_the_twin_goes(
     tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace
 ) -> None:
