@@ -27,7 +27,8 @@ from histossl.slides.scale import Scale, scale_from, scale_from_ome, scale_from_
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 CACHE_BYTES = 64 << 20
-MAX_SEGMENT_BYTES = 256 << 20
+MAX_SEGMENT_BYTES = 400 << 20  # a tile or strip while it is decoded: twice as stored (the decoder copies), once as RGB
+BAND = 256  # rows of it turned into RGB at a time
 ASIDE = ("label", "macro", "overview", "thumbnail", "barcode")  # what a series of a slide may be besides the tissue
 
 COMPRESSIONS = {
@@ -258,7 +259,11 @@ class TiffLevels:
             width, height = _segment_size(page)
             rgb = np.full((height, width, 3), 255, dtype=np.uint8)
         else:
-            rgb = _as_rgb(page, np.concatenate(known, axis=2) if len(known) > 1 else known[0])
+            height, width = known[0].shape[:2]
+            rgb = np.empty((height, width, 3), dtype=np.uint8)
+            for top in range(0, height, BAND):  # a copy on the way to RGB is as large as what it is made of
+                band = [part[top : top + BAND] for part in known]
+                rgb[top : top + BAND] = _as_rgb(page, np.concatenate(band, axis=2) if len(band) > 1 else band[0])
         self._cache[key] = rgb
         self._cached_bytes += rgb.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -350,8 +355,9 @@ def _pages(path: Path, level: Any) -> list[Any]:
         and int(page.compression) != APERIO_YCC
     ):
         raise SlideError(f"{path.name}: YCbCr with thinned-out colours and no JPEG; convert it to RGB")
-    segment_bytes = int(np.prod(_segment_size(page), dtype=np.int64)) * samples * page.dtype.itemsize
-    if not _plain_rows(page) and segment_bytes > MAX_SEGMENT_BYTES:
+    width, height = _segment_size(page)
+    segment_bytes = width * height * max(samples, channels) * page.dtype.itemsize
+    if not _plain_rows(page) and 2 * segment_bytes + 3 * width * height > MAX_SEGMENT_BYTES:
         raise SlideError(
             f"{path.name}: stored in pieces of {segment_bytes / 1e6:,.0f} MB, too large to read one by one; "
             "convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg --Q 90"

@@ -367,6 +367,30 @@ def test_memory_stays_flat_on_an_image_without_levels(tmp_path: Path) -> None:
     assert peak < 200e6
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_a_tiff_in_one_compressed_piece_takes_little_memory_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 3000
+    path = write(
+        tmp_path / "a.tif",
+        np.full((side, side, 4), 200, np.uint8),
+        compression="zlib",
+        rowsperstrip=side,
+        extrasamples=["unassalpha"],
+    )
+    code = (
+        "import sys; from histossl.slides.reader import open_slide\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "slide = open_slide(sys.argv[1]); before = peak(); slide.read_level(0, 0, 0, 9, 9); print(peak() - before)"
+    )
+    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True, text=True)
+    assert int(told.stdout) * 1024 < 13 * side * side, "4 bytes per pixel twice and 3 kept, not 25"
+    monkeypatch.setattr(tiff_module, "MAX_SEGMENT_BYTES", 11 * side * side - 1)
+    with pytest.raises(SlideError, match="stored in pieces of 36 MB, too large"):
+        open_slide(path)
+
+
 # ---- scale
 
 
