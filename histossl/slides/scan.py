@@ -40,7 +40,7 @@ from histossl.slides.scale import MppTable, read_mpp_csv
 from histossl.slides.stain import OTHER, Stain, stain_of
 from histossl.slides.tissue import TissueMask, readable_thumbnail, tissue_mask
 from histossl.units import l0_from_px, um_from_l0
-from histossl.workers import Job, Report, run_jobs
+from histossl.workers import Job, Report, num_cores, run_jobs
 from histossl.workspace import Workspace
 
 __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
@@ -281,7 +281,7 @@ def _looked_at(
 
 
 def _num_workers(jobs: Sequence[object], asked: int | None) -> int:
-    return max(1, min(len(jobs), asked if asked is not None else os.cpu_count() or 1))
+    return max(1, min(len(jobs), asked if asked is not None else num_cores()))
 
 
 # ---- one file, in a worker

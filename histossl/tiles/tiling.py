@@ -50,7 +50,7 @@ from histossl.tiles.one_slide import (
 )
 from histossl.tiles.store import new_store, read_store
 from histossl.units import um_from_l0
-from histossl.workers import Event, Report, run_jobs
+from histossl.workers import Event, Report, num_cores, run_jobs
 from histossl.workspace import Workspace
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
@@ -430,9 +430,7 @@ def _run(
     """All jobs, with a progress bar, each outcome into the ledger."""
     jobs = plan.jobs
     if num_workers is None:
-        num_workers = min(
-            len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        num_workers = min(len(jobs), num_cores())
     if dask is not None:
         from histossl.tiles.cluster import run_on_dask
 

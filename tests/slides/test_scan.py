@@ -454,6 +454,12 @@ def test_an_interrupted_scan_keeps_what_it_has_seen(
     assert len(opened) == 1
 
 
+def test_no_more_processes_than_cores_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert scanning._num_workers(range(100), None) == 2
+
+
 @pytest.mark.usefixtures("here")
 def test_a_killed_scan_has_written_what_it_has_seen(
     painted_slide: PaintedSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
