@@ -12,6 +12,7 @@ import math
 import stat
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,7 @@ class Slide:
         self.warnings: list[str] = []  # what a person should know, though the slide can be used
         self.compression = ""
         self.native_tile: tuple[int, int] | None = None
+        self.beat: Callable[[], None] = lambda: None  # called between the pieces of a large read: a sign of life
 
     def __enter__(self) -> Slide:
         return self
@@ -154,6 +156,7 @@ class Slide:
                 self._read(level, x, y, part, height, out[:, :half])
                 self._read(level, x + part, y, width - part, height, out[:, half:])
             return
+        self.beat()
         left, top = round(x), round(y)
         if (
             abs(width - out_width) < GRID

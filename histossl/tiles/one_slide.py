@@ -152,7 +152,9 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
         raise StoreError(f"this worker runs histossl {__version__}, the command {job.version}; install the same")
 
     def open_again() -> Slide:
-        return open_slide(job.path, job.slide_mpp, mpp_source=job.mpp_source)
+        slide = open_slide(job.path, job.slide_mpp, mpp_source=job.mpp_source)
+        slide.beat = lambda: report(0)
+        return slide
 
     before = stamp(job.path, job.parts)
     if before == (None, None):

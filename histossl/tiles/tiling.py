@@ -454,6 +454,7 @@ def _run(
                     raise HistosslError(str(event.error))
                 else:
                     reason = str(event.value).removeprefix(f"{job.path.name}: ")
+                    reason += "; --time-limit gives it longer" if reason.startswith("hung") else ""
                     # Only what is the slide's own fault fails again for sure; the rest is tried again by itself.
                     identity = identity if isinstance(event.error, SlideError) else ""
                     opened = event.error is not None and not isinstance(event.error, NotOpened)

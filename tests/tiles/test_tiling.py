@@ -24,12 +24,14 @@ from PIL import Image
 from histossl.config import TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
+from histossl.slides import reader
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
 from histossl.tiles import one_slide, tiling
 from histossl.tiles.index import TileIndex, find_zips
 from histossl.tiles.store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
+from histossl.workers import Event
 from histossl.workspace import Workspace
 
 ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)  # no filter takes anything
@@ -766,6 +768,32 @@ def test_slides_that_differ_in_one_place_only_are_two(workspace, paint):
     assert one_slide.fingerprint(first) != one_slide.fingerprint(first.with_name("B1.tif"), spots=one_slide.SPOTS)
     rows = tile_archive(first.parent, workspace, everything(), 0)
     assert [row.num_tiles for row in rows] == [16, 15]
+
+
+def test_a_large_thumbnail_gives_signs_of_life(tmp_path, paint, monkeypatch):
+    painted = paint("A1.tif", pyramid=False)
+    monkeypatch.setattr(reader, "MAX_READ_PX", 256 * 256)
+    job = one_slide.TileJob(painted.path, "A1", "A1.tif", tmp_path / "A1.zip", everything())
+    seen = []
+    real = one_slide.readable_thumbnail
+
+    def readable_thumbnail(*arguments):
+        before = len(reports)
+        found = real(*arguments)
+        seen.append(len(reports) - before)
+        return found
+
+    reports = []
+    monkeypatch.setattr(one_slide, "readable_thumbnail", readable_thumbnail)
+    one_slide.tile_slide(job, reports.append)
+    assert seen[0] >= 16
+
+
+def test_a_slide_that_hung_is_told_how_to_get_more_time(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    hung = Event(0, "failed", "hung: nothing came of it for 300 s, so it was stopped")
+    monkeypatch.setattr(tiling, "run_jobs", lambda *_: iter([hung]))
+    assert "--time-limit" in only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).reason
 
 
 # ---- anonymous stores
