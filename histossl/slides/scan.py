@@ -9,6 +9,7 @@ archive.csv, never the run.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -60,7 +61,7 @@ class Preview:
     """What the contact sheet shows of a slide: pictures as base64, some 25 kB however many tiles the slide has."""
 
     jpeg: str
-    mask_png: str  # veils what is not tissue
+    mask_png: str  # veils what is not tissue; empty if that is not known
     grid_png: str  # one pixel per place of the grid, coloured if it has enough tissue; empty if there is no place
     grid_size: tuple[float, float]  # width and height that the grid covers, in shares of the picture's
     width_px: int
@@ -293,7 +294,7 @@ def look_at(job: ScanJob, report: Report) -> tuple[LedgerRow, Preview | None]:
     try:
         preview = look.run()
     except SlideError as error:
-        return look.failed(_without_name(str(error), job.path)), None
+        return look.failed(_without_name(str(error), job.path)), look.picture
     except Exception as error:  # one slide's trouble, told in its row
         said = " ".join(str(error).split())[:200]
         return look.failed(f"unexpected {type(error).__name__} ({said})"), None
@@ -311,6 +312,7 @@ class _Look:
     def __init__(self, job: ScanJob) -> None:
         self.job, self.row = job, job.row
         self.warnings = [job.note] if job.note else []
+        self.picture: Preview | None = None  # of a slide that gets no further, having no scale
 
     def failed(self, reason: str) -> LedgerRow:
         return replace(self.row, status=UNREADABLE, reason=reason)
@@ -323,6 +325,9 @@ class _Look:
         with self._open() as slide:
             self._describe(slide)
             if slide.mpp_problem:
+                if job.preview:
+                    with contextlib.suppress(SlideError):
+                        self.picture = _picture(slide.thumbnail(PREVIEW_PX))
                 raise SlideError(slide.mpp_problem)
             found = readable_thumbnail(slide, self._open, config.tissue.tissue_um)
             thumbnail, downsample = found.pixels, found.downsample
@@ -451,10 +456,8 @@ def _preview(
     side_l0: float,
     size_l0: tuple[int, int],
 ) -> Preview:
-    shrink = min(1.0, PREVIEW_PX / max(thumbnail.shape[:2]))
-    size = (max(1, round(thumbnail.shape[1] * shrink)), max(1, round(thumbnail.shape[0] * shrink)))
-    picture = io.BytesIO()
-    Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX).save(picture, "JPEG", quality=80)
+    plain_picture = _picture(thumbnail)
+    size = (plain_picture.width_px, plain_picture.height_px)
     shrunk = Image.fromarray(tissue.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
     inside = np.asarray(shrunk) >= 128
     rim = inside & ~ndimage.binary_erosion(inside, border_value=1)
@@ -472,13 +475,21 @@ def _preview(
         squares.putpalette([0, 0, 0, *BLUE, *BLUE])
         squares.save(tiles, "PNG", transparency=bytes([0, 45, 95]), bits=2)
     covered_l0 = [side * tissue.downsample for side in (thumbnail.shape[1], thumbnail.shape[0])]
-    return Preview(
-        base64.b64encode(picture.getvalue()).decode(),
-        base64.b64encode(overlay.getvalue()).decode(),
-        base64.b64encode(tiles.getvalue()).decode(),
-        (columns * side_l0 / covered_l0[0], rows * side_l0 / covered_l0[1]),
-        *size,
+    return replace(
+        plain_picture,
+        mask_png=base64.b64encode(overlay.getvalue()).decode(),
+        grid_png=base64.b64encode(tiles.getvalue()).decode(),
+        grid_size=(columns * side_l0 / covered_l0[0], rows * side_l0 / covered_l0[1]),
     )
+
+
+def _picture(thumbnail: NDArray[np.uint8]) -> Preview:
+    """The slide alone, without mask and grid."""
+    shrink = min(1.0, PREVIEW_PX / max(thumbnail.shape[:2]))
+    width, height = (max(1, round(side * shrink)) for side in thumbnail.shape[1::-1])
+    picture = io.BytesIO()
+    Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BOX).save(picture, "JPEG", quality=80)
+    return Preview(base64.b64encode(picture.getvalue()).decode(), "", "", (0.0, 0.0), width, height)
 
 
 # ---- the same content under two names
