@@ -56,6 +56,8 @@ from histossl.workspace import Workspace
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 LEDGER_EVERY_S = 10.0
+INDEX_PART = ".index.npy."
+INDEX_YOUNG_S = 3600.0  # an index that was written to within this time may still be in the making
 
 
 # ---- the stage
@@ -250,7 +252,7 @@ def _outcome(path: Path) -> SlideOutcome | StoreError:
     except StoreError as error:
         return error
     except OSError as error:
-        return StoreError(f"{path}: cannot be read ({error.strerror}).")
+        return StoreError(f"{path}: cannot be read ({error.strerror}); it is made anew")
 
 
 # ---- one content, one zip
@@ -376,7 +378,7 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     if outcome is None:
         return _State()
     if isinstance(outcome, StoreError):
-        console.warn(f"{outcome} Doing so now")
+        console.warn(f"{outcome}. Doing so now")
         return _State()
     facts = outcome.tiling["slide"]
     if job.slide_mpp is not None and not math.isclose(job.slide_mpp, facts["mpp_l0"], rel_tol=1e-6):
@@ -628,11 +630,19 @@ def _locked(descriptor: int) -> bool:
 
 
 def _sweep(tiles: Path) -> None:
-    """Remove what killed runs left half-written."""
+    """Remove what killed runs left half-written; of the index only what is old, since other commands write it, too."""
     for folder, _, names in os.walk(tiles):
         for name in names:
-            if name.startswith(".") and name.endswith(".part"):
-                Path(folder, name).unlink(missing_ok=True)
+            path = Path(folder, name)
+            if name.startswith(".") and name.endswith(".part") and not (name.startswith(INDEX_PART) and _young(path)):
+                path.unlink(missing_ok=True)
+
+
+def _young(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < INDEX_YOUNG_S
+    except OSError:
+        return False
 
 
 # ---- the store's own tile size, for --grid native

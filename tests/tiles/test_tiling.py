@@ -27,7 +27,7 @@ from histossl.errors import HistosslError, MismatchError, StoreError
 from histossl.slides import reader
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
-from histossl.tiles import one_slide, tiling
+from histossl.tiles import one_slide, store, tiling
 from histossl.tiles.index import TileIndex, find_zips
 from histossl.tiles.store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
@@ -794,6 +794,30 @@ def test_a_slide_that_hung_is_told_how_to_get_more_time(workspace, paint, monkey
     hung = Event(0, "failed", "hung: nothing came of it for 300 s, so it was stopped")
     monkeypatch.setattr(tiling, "run_jobs", lambda *_: iter([hung]))
     assert "--time-limit" in only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).reason
+
+
+def test_a_zip_of_another_format_is_refused_and_kept(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    monkeypatch.setattr(store, "FORMAT", 2)
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    monkeypatch.undo()
+    before = stamps(workspace)
+    with pytest.raises(MismatchError, match="format 2"):
+        tile_archive(painted.path.parent, workspace, everything(), 0)
+    assert stamps(workspace) == before
+
+
+def test_an_index_in_the_making_is_left_alone(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    young, old, zipped = (
+        workspace.tiles / name for name in (".index.npy.1-a.part", ".index.npy.2-b.part", ".A1.zip.3-c.part")
+    )
+    workspace.tiles.mkdir(parents=True)
+    for path in (young, old, zipped):
+        path.touch()
+    os.utime(old, (1e9, 1e9))
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    assert [path.exists() for path in (young, old, zipped)] == [True, False, False]
 
 
 # ---- anonymous stores
