@@ -32,6 +32,8 @@ CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wid
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
 MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: a PNG or JPEG is decoded whole, at 7 to 13 bytes per pixel
 PLAIN_BAND = 256  # rows of it turned into RGB at a time
+EXIF_ORIENTATION = 0x0112
+NOT_TURNED = "{} Orientation tag {} is not applied: pixels are read as stored"
 CHECK_PX = 256  # side of the boxes that two libraries are compared on
 CHECK_LIMIT = 8.0  # grey levels between the mean colours of a box: the same pixels, shifted, differ by less than 1
 GRID = 1 / 64  # a shift below this many pixels is not worth a resampling
@@ -343,7 +345,7 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     slide.compression = tiff.compression
     slide.native_tile = tiff.tile_size or slide.native_tile
     if tiff.orientation not in (0, 1):
-        slide.warnings.append(f"TIFF Orientation tag {tiff.orientation} is not applied: pixels are read as stored")
+        slide.warnings.append(NOT_TURNED.format("TIFF", tiff.orientation))
     damage = tiff.damage()
     if damage:
         raise SlideError(f"{slide.path.name}: {damage}")
@@ -351,7 +353,10 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
 
 
 def _plain(path: Path, kind: str) -> Slide:
-    slide = Slide(path, PlainLevels(path), kind.upper(), "")
+    levels = PlainLevels(path)
+    slide = Slide(path, levels, kind.upper(), "")
+    if levels.orientation not in (0, 1):
+        slide.warnings.append(NOT_TURNED.format("EXIF", levels.orientation))
     slide.compression = "deflate" if kind == "png" else "JPEG"
     return slide
 
@@ -480,6 +485,7 @@ class PlainLevels:
         self._pixels: NDArray[np.uint8] | None = None
         with blaming(path, "opening it as an image"), self._image() as image:
             width, height = int(image.width), int(image.height)
+            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
         if width * height > MAX_PLAIN_PX:
             raise SlideError(
