@@ -485,7 +485,8 @@ class PlainLevels:
         self._pixels: NDArray[np.uint8] | None = None
         with blaming(path, "opening it as an image"), self._image() as image:
             width, height = int(image.width), int(image.height)
-            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            # Of a JPEG only: asked for a PNG's, Pillow decodes the whole picture.
+            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
         self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
         if width * height > MAX_PLAIN_PX:
             raise SlideError(
