@@ -807,6 +807,14 @@ def test_a_zip_of_another_format_is_refused_and_kept(workspace, paint, monkeypat
     assert stamps(workspace) == before
 
 
+def test_a_damaged_zip_is_told_and_made_anew(workspace, paint, capsys):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    workspace.zip_of("A1").write_bytes(b"PK")
+    assert only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).num_tiles == 4
+    assert "which makes it anew. Doing so now" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_index_in_the_making_is_left_alone(workspace, paint):
     painted = paint("A1.tif", width_px=512, height_px=512)
     young, old, zipped = (
