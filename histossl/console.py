@@ -30,6 +30,8 @@ from rich.text import Text
 
 console = Console(stderr=True, highlight=False, soft_wrap=False)
 PLAIN_LINE_EVERY_S = 10.0
+SHORT = 16  # letters of a word that a table does not break
+RESUMED_S = 2.0  # what a bar counts this early was done before
 
 
 def say(text: str) -> None:
@@ -56,9 +58,17 @@ def panel(title: str, text: str) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
     """`right` names the columns to be set flush right (numbers)."""
     drawn = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    cells = [
+        [name, *("" if row[number] is None else str(row[number]) for row in rows)]
+        for number, name in enumerate(columns)
+    ]
+    # The first names the row: where it is one word it stays whole if there is room. Of the others no word or figure is
+    # broken; what has several words or is long is, where the terminal is narrow.
+    longest = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    room = console.width - 3 * len(columns) - sum(min(one, SHORT) for one in longest[1:])
     for number, name in enumerate(columns):
-        # The first names the row: where it is one word it stays whole, and the others share what is left.
-        whole = number == 0 and all(" " not in str(row[0]) and len(str(row[0])) <= 32 for row in rows)
+        one_word = all(" " not in cell for cell in cells[number][1:])
+        whole = one_word and longest[number] <= (min(32, room) if number == 0 else SHORT)
         justify: Literal["left", "right"] = "right" if name in right else "left"
         drawn.add_column(escape(name), justify=justify, overflow="fold", no_wrap=whole)
     for row in rows:
@@ -75,9 +85,12 @@ class Bar:
         self._said = -1
         self._task = live.add_task(escape(what), total=total, note="") if live else None
         self._started_s = self._printed_s = time.monotonic()
+        self._resumed_at = 0
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self.done += count
+        if time.monotonic() - self._started_s < RESUMED_S:
+            self._resumed_at = self.done
         if note is not None:
             self.note = note
         if self._live is not None and self._task is not None:
@@ -94,11 +107,21 @@ class Bar:
         self._printed_s = time.monotonic()
         self._said = self.done
         elapsed_s = self._printed_s - self._started_s
-        say(f"{self.what}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s  {self.note}".rstrip())
+        left = ""
+        if self._resumed_at < self.done < self.total:
+            left_s = elapsed_s * (self.total - self.done) / (self.done - self._resumed_at)
+            left = f", about {_duration(left_s)} left"
+        say(f"{self.what}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s{left}  {self.note}".rstrip())
 
     def finish(self) -> None:
         if self._live is None and self._said != self.done:
             self._line()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class _SilentBar(Bar):

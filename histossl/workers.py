@@ -37,6 +37,11 @@ class Event:
     error: HistosslError | None = None  # the error itself, if it was one of ours
 
 
+def num_cores() -> int:
+    """Of this process: a SLURM job or a container has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_jobs(function: Job, jobs: Sequence[Any], num_workers: int, silence_s: float) -> Iterator[Event]:
     """Run function(job, report) for all jobs in `num_workers` processes; 0: here, one after the other, unguarded.
 

@@ -148,8 +148,14 @@ def tile(
 ) -> None:
     """Cut one slide into tiles in each way it allows, and by the usual loop (openslide-python and Pillow) beside it."""
     from histossl.config import TileConfig
+    from histossl.slides.scale import PLAUSIBLE_MPP
     from histossl.tiles.measure import measure_tiling
 
+    if slide_mpp is not None and not PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1]:
+        raise UsageError(
+            f"--slide-mpp {slide_mpp:g}: must be microns per pixel between {PLAUSIBLE_MPP[0]:g} and "
+            f"{PLAUSIBLE_MPP[1]:g}"
+        )
     if not 1 <= tiles <= 100_000:
         raise UsageError(f"--tiles {tiles}: must be 1 to 100000")
     if not 1 <= repeats <= 50:

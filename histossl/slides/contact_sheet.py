@@ -73,7 +73,9 @@ def _card(row: LedgerRow, preview: Preview | None) -> str:
 
 
 def _figure(preview: Preview) -> str:
-    grid = ""
+    grid = mask = ""
+    if preview.mask_png:
+        mask = f'<img class="mask" alt="" src="data:image/png;base64,{preview.mask_png}">'
     if preview.grid_png:
         width, height = (f"{share:.3%}" for share in preview.grid_size)
         grid = (
@@ -82,6 +84,5 @@ def _figure(preview: Preview) -> str:
         )
     return (
         f'<figure style="--w:{preview.width_px};--h:{preview.height_px}">'
-        f'<img alt="" src="data:image/jpeg;base64,{preview.jpeg}">{grid}'
-        f'<img class="mask" alt="" src="data:image/png;base64,{preview.mask_png}"></figure>'
+        f'<img alt="" src="data:image/jpeg;base64,{preview.jpeg}">{grid}{mask}</figure>'
     )

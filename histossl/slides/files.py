@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +27,7 @@ SUFFIXES = frozenset(OPENSLIDE_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)
 VOLUME = "VOLUME"
 STALLED = "the disk gave no answer about it; try again when it is connected"
 NOT_REGULAR = "not a regular file (a named pipe, a socket or a device)"
+NOT_UTF8 = "its name, or that of a folder it lies in, is not UTF-8 (written here with backslashes); rename it"
 STALL_S = 60.0  # a file whose header, or a folder whose listing, takes longer is left out: a disk that does not answer
 MAX_STALLS = 3  # more of them, and it is the disk's fault
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -40,6 +41,7 @@ class SlideFile:
     slide: str
     problem: str = ""
     note: str = ""  # worth a warning, though it can be opened
+    parts: tuple[Path, ...] = ()  # of a DICOM series or a Hamamatsu VMS: all its files, `path` among them
 
 
 @dataclass
@@ -57,7 +59,12 @@ def find_slides(directory: Path) -> list[SlideFile]:
 
 
 def relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+    """A path in the archive with /; bytes of it that are not UTF-8 as backslash escapes, so that it can be written."""
+    return _writable(path.relative_to(root).as_posix())
+
+
+def _writable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def walk(directory: Path, stall_s: float = STALL_S) -> Walk:
@@ -116,18 +123,19 @@ def _walked(directory: Path, visit: _Visit) -> Walk:
         raise UsageError(f"{directory}: a file, not a folder; give the folder that holds the slides")
     result = Walk(directory)
     files: list[tuple[Path, str, str]] = []  # path, problem, note
+    parts: dict[Path, tuple[Path, ...]] = {}
     like_slides: list[Path] = []  # folders by their name
     for folder, names, problem in _folders(directory, visit):
         if problem:
             files.append((folder, problem, ""))
             continue
-        files += _slides_of(folder, names, result.ignored, visit)
+        files += _slides_of(folder, names, result.ignored, visit, parts)
         if folder != directory and folder.suffix.lower() in SUFFIXES - {".dcm"}:
             like_slides.append(folder)
     for folder in like_slides:
         if not any(path.is_relative_to(folder) for path, _, _ in files):
             files.append((folder, "a folder named like a slide, without a slide in it", ""))
-    result.found = _named(directory, files)
+    result.found = [replace(one, parts=parts.get(one.path, ())) for one in _named(directory, files)]
     return result
 
 
@@ -154,7 +162,12 @@ def _folders(root: Path, visit: _Visit) -> Iterator[tuple[Path, list[str], str]]
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:
+                yield folder / entry.name, [], f"a link that cannot be followed ({error.strerror})"
+                continue
+            if not is_folder:
                 files.append(entry.name)
             elif entry.is_symlink():
                 links.append(folder / entry.name)
@@ -163,9 +176,11 @@ def _folders(root: Path, visit: _Visit) -> Iterator[tuple[Path, list[str], str]]
         yield folder, files, ""
 
 
-def _slides_of(folder: Path, names: list[str], ignored: Counter[str], visit: _Visit) -> list[tuple[Path, str, str]]:
-    """The slides among a folder's files; companions of other files are left out, the rest is counted."""
-    companions = _companions(folder, names, visit)
+def _slides_of(
+    folder: Path, names: list[str], ignored: Counter[str], visit: _Visit, parts: dict[Path, tuple[Path, ...]]
+) -> list[tuple[Path, str, str]]:
+    """The slides among a folder's files; companions of other files are noted in `parts`, the rest is counted."""
+    companions = _companions(folder, names, visit, parts)
     files: list[tuple[Path, str, str]] = []
     series: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for name in names:
@@ -188,24 +203,25 @@ def _slides_of(folder: Path, names: list[str], ignored: Counter[str], visit: _Vi
             elif known:
                 files.append((path, "a DICOM file without a series; not a slide", ""))
             else:
-                ignored[suffix or "no suffix"] += 1
+                ignored[_writable(suffix) or "no suffix"] += 1
         elif known:
             files.append((path, "", ""))
         elif head[:4] in TIFF_MAGIC:
             files.append((path, "", f"its suffix {suffix or '(none)'} is no slide's, its content is a TIFF"))
         else:
-            ignored[suffix or "no suffix"] += 1
+            ignored[_writable(suffix) or "no suffix"] += 1
     for instances in series.values():
         # A label or an overview is an instance of the series like the levels are; it is never the one to open.
         volumes = [path for path, kind in instances if VOLUME in kind]
         if volumes:
             files.append((volumes[0], "", ""))
+            parts[volumes[0]] = tuple(path for path, _ in instances)
         else:
             files.append((instances[0][0], "a DICOM series without a volume image (no whole-slide levels)", ""))
     return files
 
 
-def _companions(folder: Path, names: list[str], visit: _Visit) -> set[str]:
+def _companions(folder: Path, names: list[str], visit: _Visit, parts: dict[Path, tuple[Path, ...]]) -> set[str]:
     """Files that belong to another file: JPEGs of a Hamamatsu VMS, data of a MIRAX folder."""
     if "Slidedat.ini" in names:
         return set(names)
@@ -218,8 +234,10 @@ def _companions(folder: Path, names: list[str], visit: _Visit) -> set[str]:
                 parser.read(folder / name, encoding="latin-1")
             except (configparser.Error, OSError):
                 continue
-            found |= {value for section in parser.sections() for _, value in parser.items(section)} & set(names)
-            found.discard(name)
+            values = {value for section in parser.sections() for _, value in parser.items(section)}
+            own = (values & set(names)) - {name}
+            parts[folder / name] = tuple(folder / each for each in sorted({*own, name}))
+            found |= own
     return found
 
 
@@ -237,10 +255,14 @@ def _named(root: Path, files: list[tuple[Path, str, str]]) -> list[SlideFile]:
     # A1.svs and a1.svs are two files here and one zip on a case-blind disk.
     counts = Counter(one.casefold() for one in ids)
     named = [
-        SlideFile(path, relative(path, root) if counts[one.casefold()] > 1 else one, problem, note)
+        SlideFile(path, relative(path, root) if counts[one.casefold()] > 1 else one, problem or _misnamed(path), note)
         for (path, problem, note), one in zip(files, ids, strict=True)
     ]
     return sorted(named, key=lambda one: (one.slide, one.path))
+
+
+def _misnamed(path: Path) -> str:
+    return "" if str(path) == _writable(str(path)) else NOT_UTF8
 
 
 def _irregular(path: Path) -> bool:

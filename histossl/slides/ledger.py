@@ -59,6 +59,7 @@ class LedgerRow:
     tile_settings: str = ""  # of file and settings behind tile_status
 
     settings: str = ""  # digest of the settings behind the figures above
+    archive: str = ""  # the folder that `file` lies in
     extra: dict[str, str] = field(default_factory=dict)  # columns that others added
 
     @property
@@ -66,6 +67,7 @@ class LedgerRow:
         return self.status != UNREADABLE
 
 
+ONE_LINE = ("reason", "tile_reason")  # what a library said may run over several lines
 KNOWN = tuple(one for one in fields(LedgerRow) if one.name != "extra")
 
 
@@ -91,7 +93,7 @@ def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*(one.name for one in KNOWN), *added])
         for row in rows:
-            known = [_text(getattr(row, one.name)) for one in KNOWN]
+            known = [_text(getattr(row, one.name), one.name in ONE_LINE) for one in KNOWN]
             table.writerow([*known, *(_text(row.extra.get(name, "")) for name in added)])
 
 
@@ -127,9 +129,10 @@ def _value(path: Path, line: int, column: Field[object], text: str) -> object:
     return text
 
 
-def _text(value: object) -> str:
+def _text(value: object, one_line: bool = False) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".")
-    return " ".join(str(value).split())  # a reason from a library may run over several lines
+    # Two blanks in a file's name are part of it; a carriage return csv would take for the end of a row.
+    return " ".join(str(value).split()) if one_line else str(value).replace("\r", " ")

@@ -12,6 +12,8 @@ import math
 import stat
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,10 @@ CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wid
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
 MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: a PNG or JPEG is decoded whole, at 7 to 13 bytes per pixel
 PLAIN_BAND = 256  # rows of it turned into RGB at a time
+EXIF_ORIENTATION = 0x0112
+NOT_TURNED = "{} Orientation tag {} is not applied: pixels are read as stored"
+CHECK_PX = 256  # side of the boxes that two libraries are compared on
+CHECK_LIMIT = 8.0  # grey levels between the mean colours of a box: the same pixels, shifted, differ by less than 1
 GRID = 1 / 64  # a shift below this many pixels is not worth a resampling
 
 FORMATS = {
@@ -75,6 +81,7 @@ class Slide:
         self.warnings: list[str] = []  # what a person should know, though the slide can be used
         self.compression = ""
         self.native_tile: tuple[int, int] | None = None
+        self.beat: Callable[[], None] = lambda: None  # called between the pieces of a large read: a sign of life
 
     def __enter__(self) -> Slide:
         return self
@@ -151,6 +158,7 @@ class Slide:
                 self._read(level, x, y, part, height, out[:, :half])
                 self._read(level, x + part, y, width - part, height, out[:, half:])
             return
+        self.beat()
         left, top = round(x), round(y)
         if (
             abs(width - out_width) < GRID
@@ -337,7 +345,7 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     slide.compression = tiff.compression
     slide.native_tile = tiff.tile_size or slide.native_tile
     if tiff.orientation not in (0, 1):
-        slide.warnings.append(f"TIFF Orientation tag {tiff.orientation} is not applied: pixels are read as stored")
+        slide.warnings.append(NOT_TURNED.format("TIFF", tiff.orientation))
     damage = tiff.damage()
     if damage:
         raise SlideError(f"{slide.path.name}: {damage}")
@@ -345,7 +353,10 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
 
 
 def _plain(path: Path, kind: str) -> Slide:
-    slide = Slide(path, PlainLevels(path), kind.upper(), "")
+    levels = PlainLevels(path)
+    slide = Slide(path, levels, kind.upper(), "")
+    if levels.orientation not in (0, 1):
+        slide.warnings.append(NOT_TURNED.format("EXIF", levels.orientation))
     slide.compression = "deflate" if kind == "png" else "JPEG"
     return slide
 
@@ -358,6 +369,7 @@ class OpenSlideLevels:
         self._closed = False
         self.tiff: TiffLevels | None = None  # the same file's pages, where they are OpenSlide's levels
         self._exact: dict[int, int] = {}  # levels that tifffile reads in OpenSlide's stead, and their number there
+        self._checked: set[int] = set()  # of these levels, those that were compared
         with blaming(path, "opening it with OpenSlide"):
             self._slide = openslide.OpenSlide(str(path))
             try:
@@ -391,6 +403,30 @@ class OpenSlideLevels:
             if snapped != its and self.sizes[level] in tiff.sizes:
                 self._exact[level] = tiff.sizes.index(self.sizes[level])
 
+    def _check(self, level: int) -> None:
+        """Before tifffile's first read of a level: whether it shows what OpenSlide shows; else OpenSlide reads it."""
+        if level not in self._exact or level in self._checked:
+            return
+        self._checked.add(level)
+        assert self.tiff is not None
+        width, height = (min(CHECK_PX, side) for side in self.sizes[level])
+        for part in (0.5, 0.25, 0.75):
+            x, y = (int((side - px) * part) for side, px in zip(self.sizes[level], (width, height), strict=True))
+            try:
+                # Through a handle of its own: after damage OpenSlide reads nothing any more.
+                with closing(OpenSlideLevels(self.path, self.vendor)) as other:
+                    theirs = other.read_level(level, x, y, width, height)
+            except SlideError:
+                continue
+            try:
+                ours = self.tiff.read_level(self._exact[level], x, y, width, height)
+            except SlideError:
+                del self._exact[level]
+                return
+            if np.abs(ours.mean(axis=(0, 1)) - theirs.mean(axis=(0, 1))).max() > CHECK_LIMIT:
+                del self._exact[level]
+                return
+
     def scale(self) -> Scale | None:
         if self.vendor == "generic-tiff" and self.tiff is not None:
             return self.tiff.scale()  # tells a measured resolution from 1 pixel per inch, which says nothing
@@ -400,6 +436,7 @@ class OpenSlideLevels:
         return scale_from(x_text, y_text, f"metadata ({self.vendor})", hint)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        self._check(level)
         if level in self._exact:
             assert self.tiff is not None
             return self.tiff.read_level(self._exact[level], x, y, width, height)
@@ -418,6 +455,7 @@ class OpenSlideLevels:
         paint = getattr(
             openslide.lowlevel, "_read_region", None
         )  # the C function under read_region, without its copies
+        self._check(level)
         if level in self._exact or paint is None or sys.byteorder != "little" or min(width, height) < 1:
             return None
         downsample = self._downsamples[level]
@@ -447,6 +485,8 @@ class PlainLevels:
         self._pixels: NDArray[np.uint8] | None = None
         with blaming(path, "opening it as an image"), self._image() as image:
             width, height = int(image.width), int(image.height)
+            # Of a JPEG only: asked for a PNG's, Pillow decodes the whole picture.
+            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
         self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
         if width * height > MAX_PLAIN_PX:
             raise SlideError(

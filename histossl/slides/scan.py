@@ -9,6 +9,7 @@ archive.csv, never the run.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import pickle
 import tempfile
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +41,7 @@ from histossl.slides.scale import MppTable, read_mpp_csv
 from histossl.slides.stain import OTHER, Stain, stain_of
 from histossl.slides.tissue import TissueMask, readable_thumbnail, tissue_mask
 from histossl.units import l0_from_px, um_from_l0
-from histossl.workers import Job, Report, run_jobs
+from histossl.workers import Job, Report, num_cores, run_jobs
 from histossl.workspace import Workspace
 
 __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
@@ -48,6 +50,8 @@ NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how la
 PREVIEW_PX = 360
 BLUE = (11, 95, 214)
 PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
+GONE = "not in the folder any more; its tiles are still in the workspace"
+LEDGER_EVERY_S = 10.0
 DIGEST_BYTES = 8 << 20  # read between two signs of life
 TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
 
@@ -57,7 +61,7 @@ class Preview:
     """What the contact sheet shows of a slide: pictures as base64, some 25 kB however many tiles the slide has."""
 
     jpeg: str
-    mask_png: str  # veils what is not tissue
+    mask_png: str  # veils what is not tissue; empty if that is not known
     grid_png: str  # one pixel per place of the grid, coloured if it has enough tissue; empty if there is no place
     grid_size: tuple[float, float]  # width and height that the grid covers, in shares of the picture's
     width_px: int
@@ -157,6 +161,7 @@ def scan(
     shown = Previews(workspace.make().root)
     # Slow files first would be better still, but a file's size says little about how long it takes to look at.
     all_seen = False
+    written_s = time.monotonic()
     try:
         with console.progress("scanning", len(jobs), "files") as bar:
             for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
@@ -164,14 +169,19 @@ def scan(
                 if preview is not None:
                     shown.add(row.file, preview)
                 bar.advance(note=row.file if row.status == UNREADABLE else "")
+                if time.monotonic() - written_s > LEDGER_EVERY_S:  # a killed process gets no chance to
+                    write_ledger(workspace.archive_csv, list({**known, **rows}.values()))
+                    written_s = time.monotonic()
+        found = [rows[relative(one.path, directory)] for one in walked.found]
+        found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
         all_seen = True
     finally:
         if not all_seen:  # Ctrl-C: what was looked at need not be opened again
             write_ledger(workspace.make().archive_csv, list({**known, **rows}.values()))
-    found = [rows[relative(one.path, directory)] for one in walked.found]
-    found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
-    gone = [_gone(row) for file, row in known.items() if file not in rows and row.tile_status]
-    write_ledger(workspace.make().archive_csv, [*found, *gone])
+    missing = [row for file, row in known.items() if file not in rows]
+    elsewhere = [row for row in missing if row.archive not in ("", resolved(directory))]
+    gone = [_gone(row) for row in missing if row not in elsewhere and row.tile_status]
+    write_ledger(workspace.make().archive_csv, [*found, *elsewhere, *gone])
     return Scanned(found, dict(walked.ignored.most_common()), shown)
 
 
@@ -188,12 +198,12 @@ def _job(
     mpp = table.mpp_of(file, one.slide) if table else None
     source = "--mpp-csv" if mpp is not None else "--slide-mpp"
     mpp = config.slide_mpp if mpp is None else mpp
-    size, modified_s = stamp(one.path)
+    size, modified_s = stamp(one.path, one.parts)
     told = plain([__version__, asdict(replace(config, slide_mpp=None, mpp_csv=None, time_limit_s=1.0)), mpp, source])
     told.append([str(region_file), *stamp(region_file)] if region_file else None)
     before = known.get(file, LedgerRow(file))
     row = replace(
-        LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s),
+        LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s, archive=resolved(directory)),
         settings=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12],
         extra=before.extra,
         **{name: getattr(before, name) for name in TILE_COLUMNS},
@@ -213,28 +223,32 @@ def _still_speaks(before: LedgerRow, now: LedgerRow) -> bool:
         before.readable
         and not before.tile_reason.startswith("damaged")
         and before.slide == now.slide
+        and before.archive == now.archive
+        and before.reason != GONE
         and before.settings == now.settings
         and before.bytes == now.bytes
         and before.modified_s == now.modified_s
     )
 
 
-def stamp(path: Path) -> tuple[int | None, float | None]:
+def stamp(path: Path, parts: Sequence[Path] = ()) -> tuple[int | None, float | None]:
     """Size and latest change of a slide: of all its files, where it is made of several."""
-    paths = [path]
-    if path.suffix.lower() == ".mrxs":
-        paths += [one for one in path.with_suffix("").glob("*") if one.is_file()]
-    elif path.suffix.lower() == ".dcm":
-        paths = [one for one in path.parent.glob("*.dcm") if one.is_file()]
+    paths = [*(parts or [path])]
     try:
+        if path.suffix.lower() == ".mrxs":
+            paths += [one for one in path.with_suffix("").glob("*") if one.is_file()]
         states = [one.stat() for one in paths]
     except OSError:
         return None, None
     return sum(one.st_size for one in states), round(max(one.st_mtime for one in states), 3)
 
 
+def resolved(directory: Path) -> str:
+    return str(directory.resolve()).encode("utf-8", "backslashreplace").decode()  # the ledger is UTF-8
+
+
 def _gone(row: LedgerRow) -> LedgerRow:
-    return replace(row, status=WARNING, reason="not in the folder any more; its tiles are still in the workspace")
+    return replace(row, status=WARNING, reason=GONE)
 
 
 def _told(walked: Walk) -> str:
@@ -268,7 +282,7 @@ def _looked_at(
 
 
 def _num_workers(jobs: Sequence[object], asked: int | None) -> int:
-    return max(1, min(len(jobs), asked if asked is not None else os.cpu_count() or 1))
+    return max(1, min(len(jobs), asked if asked is not None else num_cores()))
 
 
 # ---- one file, in a worker
@@ -280,7 +294,7 @@ def look_at(job: ScanJob, report: Report) -> tuple[LedgerRow, Preview | None]:
     try:
         preview = look.run()
     except SlideError as error:
-        return look.failed(_without_name(str(error), job.path)), None
+        return look.failed(_without_name(str(error), job.path)), look.picture
     except Exception as error:  # one slide's trouble, told in its row
         said = " ".join(str(error).split())[:200]
         return look.failed(f"unexpected {type(error).__name__} ({said})"), None
@@ -298,6 +312,7 @@ class _Look:
     def __init__(self, job: ScanJob) -> None:
         self.job, self.row = job, job.row
         self.warnings = [job.note] if job.note else []
+        self.picture: Preview | None = None  # of a slide that gets no further, having no scale
 
     def failed(self, reason: str) -> LedgerRow:
         return replace(self.row, status=UNREADABLE, reason=reason)
@@ -310,6 +325,9 @@ class _Look:
         with self._open() as slide:
             self._describe(slide)
             if slide.mpp_problem:
+                if job.preview:
+                    with contextlib.suppress(SlideError):
+                        self.picture = _picture(slide.thumbnail(PREVIEW_PX))
                 raise SlideError(slide.mpp_problem)
             found = readable_thumbnail(slide, self._open, config.tissue.tissue_um)
             thumbnail, downsample = found.pixels, found.downsample
@@ -438,10 +456,8 @@ def _preview(
     side_l0: float,
     size_l0: tuple[int, int],
 ) -> Preview:
-    shrink = min(1.0, PREVIEW_PX / max(thumbnail.shape[:2]))
-    size = (max(1, round(thumbnail.shape[1] * shrink)), max(1, round(thumbnail.shape[0] * shrink)))
-    picture = io.BytesIO()
-    Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX).save(picture, "JPEG", quality=80)
+    plain_picture = _picture(thumbnail)
+    size = (plain_picture.width_px, plain_picture.height_px)
     shrunk = Image.fromarray(tissue.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
     inside = np.asarray(shrunk) >= 128
     rim = inside & ~ndimage.binary_erosion(inside, border_value=1)
@@ -459,13 +475,21 @@ def _preview(
         squares.putpalette([0, 0, 0, *BLUE, *BLUE])
         squares.save(tiles, "PNG", transparency=bytes([0, 45, 95]), bits=2)
     covered_l0 = [side * tissue.downsample for side in (thumbnail.shape[1], thumbnail.shape[0])]
-    return Preview(
-        base64.b64encode(picture.getvalue()).decode(),
-        base64.b64encode(overlay.getvalue()).decode(),
-        base64.b64encode(tiles.getvalue()).decode(),
-        (columns * side_l0 / covered_l0[0], rows * side_l0 / covered_l0[1]),
-        *size,
+    return replace(
+        plain_picture,
+        mask_png=base64.b64encode(overlay.getvalue()).decode(),
+        grid_png=base64.b64encode(tiles.getvalue()).decode(),
+        grid_size=(columns * side_l0 / covered_l0[0], rows * side_l0 / covered_l0[1]),
     )
+
+
+def _picture(thumbnail: NDArray[np.uint8]) -> Preview:
+    """The slide alone, without mask and grid."""
+    shrink = min(1.0, PREVIEW_PX / max(thumbnail.shape[:2]))
+    width, height = (max(1, round(side * shrink)) for side in thumbnail.shape[1::-1])
+    picture = io.BytesIO()
+    Image.fromarray(thumbnail).resize((width, height), Image.Resampling.BOX).save(picture, "JPEG", quality=80)
+    return Preview(base64.b64encode(picture.getvalue()).decode(), "", "", (0.0, 0.0), width, height)
 
 
 # ---- the same content under two names

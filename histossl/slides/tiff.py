@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from PIL import Image
 
 from histossl.errors import SlideError
 from histossl.slides.scale import Scale, scale_from, scale_from_ome, scale_from_resolution
@@ -26,7 +27,8 @@ from histossl.slides.scale import Scale, scale_from, scale_from_ome, scale_from_
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 CACHE_BYTES = 64 << 20
-MAX_SEGMENT_BYTES = 256 << 20
+MAX_SEGMENT_BYTES = 400 << 20  # a tile or strip while it is decoded: twice as stored (the decoder copies), once as RGB
+BAND = 256  # rows of it turned into RGB at a time
 ASIDE = ("label", "macro", "overview", "thumbnail", "barcode")  # what a series of a slide may be besides the tissue
 
 COMPRESSIONS = {
@@ -52,6 +54,9 @@ COMPRESSIONS = {
     52546: "JPEG XL",
 }
 JPEG = "JPEG"
+APERIO_YCC = 33003  # JPEG 2000 of Aperio, its components luma and chroma, whatever the photometric tag says
+# Decoders that give the components as stored; a JPEG's or a WebP's gives RGB.
+VERBATIM = ("none", "LZW", "deflate", "PackBits", "LZMA", "Zstandard")
 
 
 @contextmanager
@@ -254,7 +259,11 @@ class TiffLevels:
             width, height = _segment_size(page)
             rgb = np.full((height, width, 3), 255, dtype=np.uint8)
         else:
-            rgb = _as_rgb(page, np.concatenate(known, axis=2) if len(known) > 1 else known[0])
+            height, width = known[0].shape[:2]
+            rgb = np.empty((height, width, 3), dtype=np.uint8)
+            for top in range(0, height, BAND):  # a copy on the way to RGB is as large as what it is made of
+                band = [part[top : top + BAND] for part in known]
+                rgb[top : top + BAND] = _as_rgb(page, np.concatenate(band, axis=2) if len(band) > 1 else band[0])
         self._cache[key] = rgb
         self._cached_bytes += rgb.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -340,8 +349,15 @@ def _pages(path: Path, level: Any) -> list[Any]:
         )
     if page.photometric.name not in ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE"):
         raise SlideError(f"{path.name}: {page.photometric.name} colour; convert it to RGB")
-    segment_bytes = int(np.prod(_segment_size(page), dtype=np.int64)) * samples * page.dtype.itemsize
-    if not _plain_rows(page) and segment_bytes > MAX_SEGMENT_BYTES:
+    if (
+        _in_ycc(page)
+        and getattr(page, "subsampling", None) not in (None, (1, 1))
+        and int(page.compression) != APERIO_YCC
+    ):
+        raise SlideError(f"{path.name}: YCbCr with thinned-out colours and no JPEG; convert it to RGB")
+    width, height = _segment_size(page)
+    segment_bytes = width * height * max(samples, channels) * page.dtype.itemsize
+    if not _plain_rows(page) and 2 * segment_bytes + 3 * width * height > MAX_SEGMENT_BYTES:
         raise SlideError(
             f"{path.name}: stored in pieces of {segment_bytes / 1e6:,.0f} MB, too large to read one by one; "
             "convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg --Q 90"
@@ -380,7 +396,17 @@ def _as_rgb(page: Any, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         pixels = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     if pixels.shape[2] == 1:
         pixels = np.repeat(pixels, 3, axis=2)
+    if _in_ycc(page):
+        image = Image.frombytes("YCbCr", pixels.shape[1::-1], np.ascontiguousarray(pixels).tobytes())
+        pixels = np.asarray(image.convert("RGB"))
     return np.ascontiguousarray(pixels)
+
+
+def _in_ycc(page: Any) -> bool:
+    """Whether decoded pixels are luma and chroma."""
+    compression = int(page.compression)
+    verbatim = COMPRESSIONS.get(compression) in VERBATIM
+    return compression == APERIO_YCC or (page.photometric.name == "YCBCR" and verbatim)
 
 
 def _subsampling(page: Any) -> tuple[int, int]:

@@ -54,6 +54,7 @@ def measure_tiling(
     """Figures of each way that the slide allows: copied, stitched, read. SlideError if OpenSlide cannot read it."""
     figures = []
     with open_slide(path, slide_mpp) as slide:
+        _refuse_without_openslide(path)
         for way in ("copied", "stitched", "read"):
             try:
                 cutter, settings = _cutter(slide, way, config)
@@ -67,6 +68,13 @@ def measure_tiling(
             finally:
                 cutter.source.close()
     return figures
+
+
+def _refuse_without_openslide(path: Path) -> None:
+    try:
+        openslide.OpenSlide(str(path)).close()
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{path.name}: OpenSlide cannot read it ({error}), so there is no usual loop") from error
 
 
 def _cutter(slide: Slide, way: str, config: TileConfig) -> tuple[Cutter, TileConfig]:

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -78,6 +78,7 @@ class TileJob:
     mpp_source: str = "--slide-mpp"
     key: bytes = b""  # of an anonymous store
     regions: Path | None = None  # a GeoJSON that restricts tiling
+    parts: tuple[Path, ...] = ()  # all files of a slide that is several
     verify: bool = False  # decode every tile that is copied, not only some
     version: str = __version__
 
@@ -114,10 +115,10 @@ class NotOpened(SlideError):
     """The slide cannot be opened at all; any other SlideError is of a slide that scan may well have praised."""
 
 
-def fingerprint(path: Path, key: bytes = b"", spots: int = 10) -> str:
+def fingerprint(path: Path, key: bytes = b"", spots: int = 10, parts: Sequence[Path] = ()) -> str:
     """Tells a slide from another, or from its replacement, by its size and samples of its bytes; not by its name.
 
-    Of a slide in several files (MIRAX, DICOM) the sizes of the others count too.
+    Of a slide in several files (MIRAX, the `parts` of DICOM or VMS) the sizes of the others count too.
     """
     digest = hmac.new(key, digestmod=hashlib.sha256)
     size = path.stat().st_size
@@ -126,11 +127,19 @@ def fingerprint(path: Path, key: bytes = b"", spots: int = 10) -> str:
         for sample in range(spots):
             file.seek((size - min(size, 16384)) * sample // (spots - 1))
             digest.update(file.read(16384))
-    others = {".mrxs": (path.with_suffix(""), "*"), ".dcm": (path.parent, "*.dcm")}.get(path.suffix.lower())
-    if others is not None and others[0].is_dir():
-        sizes = sorted((each.name, each.stat().st_size) for each in others[0].glob(others[1]) if each.is_file())
+    others = list(parts)
+    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
+        others = [each for each in path.with_suffix("").glob("*") if each.is_file()]
+    if others:
+        sizes = sorted((each.name, each.stat().st_size) for each in others)
         digest.update(json.dumps(sizes).encode())
     return digest.hexdigest()[:32]
+
+
+def prints_of(job: TileJob) -> tuple[str, str]:
+    """Of few samples, and of many."""
+    few, many = (fingerprint(job.path, job.key, spots, job.parts) for spots in (10, SPOTS))
+    return few, many
 
 
 def regions_fingerprint(job: TileJob) -> str | None:
@@ -143,9 +152,11 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
         raise StoreError(f"this worker runs histossl {__version__}, the command {job.version}; install the same")
 
     def open_again() -> Slide:
-        return open_slide(job.path, job.slide_mpp, mpp_source=job.mpp_source)
+        slide = open_slide(job.path, job.slide_mpp, mpp_source=job.mpp_source)
+        slide.beat = lambda: report(0)
+        return slide
 
-    before = stamp(job.path)
+    before = stamp(job.path, job.parts)
     if before == (None, None):
         link = "a link to a file that is not there" if job.path.is_symlink() else "not there any more"
         raise NotOpened(f"{job.path.name}: {link}")
@@ -157,11 +168,11 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
             raise NotOpened(str(error)) from error.__cause__
         with opened as slide:
             warnings = [*slide.warnings, *_too_coarse(slide, job.config)]
-            prints = fingerprint(job.path, job.key), fingerprint(job.path, job.key, SPOTS)
+            prints = prints_of(job)
             with new_store(job.zip_path, job.config.mpps) as store:
                 with _vanishing(job), closing(Making(job, slide, open_again, store, report)) as making:
                     tiling = making.tiling(warnings, *prints, own_mpp)
-                if stamp(job.path) != before:
+                if stamp(job.path, job.parts) != before:
                     raise SlideError(f"{job.path.name}: changed while it was tiled; run the command again")
                 store.finish(tiling)
     except FileNotFoundError as error:

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from histossl.errors import StoreError
+from histossl.errors import MismatchError, StoreError
 from histossl.workspace import written_aside
 
 # One tile of one zip. `scale` counts through the store's scales, `region` through its region classes (0: none).
@@ -149,12 +149,15 @@ def read_store(path: Path) -> Store:
             members = _own_members(file)
             if members is None:
                 return _read_by_directory(path)
-            table = in_order(np.load(io.BytesIO(members[0]), allow_pickle=False))
             tiling = json.loads(members[1])
+            _refuse_other_format(path, tiling.get("format"))
+            table = in_order(np.load(io.BytesIO(members[0]), allow_pickle=False))
+    except MismatchError:
+        raise  # a ValueError, too
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise _damaged(path, str(error)) from error
     if table.dtype != TILE or tiling.get("format") != FORMAT:
-        raise _damaged(path, f"format {tiling.get('format')}, this histossl writes {FORMAT}")
+        raise _damaged(path, "its table is not one of tiles")
     return Store(path, tiling, table, tiling["digest"])
 
 
@@ -234,6 +237,7 @@ def _own_members(file: BinaryIO) -> list[bytes] | None:
         directory, members = comment["directory"], comment["members"]
     except (ValueError, KeyError, TypeError):
         return None
+    _refuse_other_format(Path(file.name), comment.get("histossl"))
     if fields[6] != min(directory, _MAX_32):
         return None
     found = []
@@ -257,6 +261,7 @@ def _read_by_directory(path: Path) -> Store:
         if not {TILING_NAME, TABLE_NAME} <= names:
             raise ValueError(f"holds no {TILING_NAME} and {TABLE_NAME}")
         tiling = json.loads(archive.read(TILING_NAME))
+        _refuse_other_format(path, tiling.get("format"))
         before = np.load(io.BytesIO(archive.read(TABLE_NAME)), allow_pickle=False)
         known = {(int(row["scale"]), int(row["x_l0"]), int(row["y_l0"])): row for row in before}
         scales = {scale["name"]: number for number, scale in enumerate(tiling["scales"])}
@@ -277,6 +282,15 @@ def _read_by_directory(path: Path) -> Store:
             rows.append(row)
     table = in_order(np.array(rows, TILE))
     return Store(path, tiling, table, digest_of(table))
+
+
+def _refuse_other_format(path: Path, told: object) -> None:
+    """A zip of another histossl is whole, and hours of work: no damaged one, which `tile` would make anew."""
+    if isinstance(told, int) and told != FORMAT:
+        raise MismatchError(
+            f"{path}: a tile zip of format {told}, and this histossl knows {FORMAT}; use the histossl that made it, or "
+            "another --workspace"
+        )
 
 
 def _damaged(path: Path, reason: str) -> StoreError:

@@ -33,7 +33,7 @@ from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, r
 from histossl.slides.reader import open_slide
 from histossl.slides.regions import match_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
-from histossl.slides.scan import stamp
+from histossl.slides.scan import resolved, stamp
 from histossl.tiles.cutting import native_side_px
 from histossl.tiles.index import find_zips
 from histossl.tiles.names import Names
@@ -44,17 +44,20 @@ from histossl.tiles.one_slide import (
     StoreFull,
     TileJob,
     fingerprint,
+    prints_of,
     regions_fingerprint,
     tile_slide,
 )
 from histossl.tiles.store import new_store, read_store
 from histossl.units import um_from_l0
-from histossl.workers import Event, Report, run_jobs
+from histossl.workers import Event, Report, num_cores, run_jobs
 from histossl.workspace import Workspace
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 LEDGER_EVERY_S = 10.0
+INDEX_PART = ".index.npy."
+INDEX_YOUNG_S = 3600.0  # an index that was written to within this time may still be in the making
 
 
 # ---- the stage
@@ -174,7 +177,7 @@ def _plan(
     plan = _Plan(rows=[])
     for each in files:
         file = relative(each.path, directory)
-        row = replace(known.get(file, LedgerRow(file)), slide=each.slide)
+        row = replace(known.get(file, LedgerRow(file)), slide=each.slide, archive=resolved(directory))
         if each.problem:
             plan.rows.append(replace(row, status=UNREADABLE, reason=each.problem, tile_status=FAILED))
             continue
@@ -191,6 +194,7 @@ def _plan(
             mpp_source=source,
             key=names.key,
             regions=drawn[each.path],
+            parts=tuple(part.absolute() for part in each.parts),
             verify=verify,
         )
         plan.rows.append(row)
@@ -248,7 +252,7 @@ def _outcome(path: Path) -> SlideOutcome | StoreError:
     except StoreError as error:
         return error
     except OSError as error:
-        return StoreError(f"{path}: cannot be read ({error.strerror}).")
+        return StoreError(f"{path}: cannot be read ({error.strerror}); it is made anew")
 
 
 # ---- one content, one zip
@@ -313,7 +317,7 @@ def _size(path: Path) -> int | None:
 
 def _prints(job: TileJob) -> tuple[str, str] | None:
     try:
-        return fingerprint(job.path, job.key), fingerprint(job.path, job.key, SPOTS)
+        return prints_of(job)
     except OSError:
         return None
 
@@ -374,7 +378,7 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     if outcome is None:
         return _State()
     if isinstance(outcome, StoreError):
-        console.warn(f"{outcome} Doing so now")
+        console.warn(f"{outcome}. Doing so now")
         return _State()
     facts = outcome.tiling["slide"]
     if job.slide_mpp is not None and not math.isclose(job.slide_mpp, facts["mpp_l0"], rel_tol=1e-6):
@@ -386,9 +390,9 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     if row is not None and row.tile_status in (TILED, NO_TILES) and row.tile_settings == _identity(job):
         return _State(outcome)  # same size and time as then: its content need not be read
     try:
-        same = fingerprint(job.path, job.key) == facts["fingerprint"]
+        same = fingerprint(job.path, job.key, parts=job.parts) == facts["fingerprint"]
         if same and "spots" in facts:
-            same = fingerprint(job.path, job.key, SPOTS) == facts["spots"]
+            same = fingerprint(job.path, job.key, SPOTS, job.parts) == facts["spots"]
         if regions_fingerprint(job) != facts["regions"]:
             return _State(outcome, f"its regions {'changed' if job.regions and facts['regions'] else 'came or went'}")
         size = job.path.stat().st_size
@@ -410,7 +414,7 @@ def _refuse_same_zip(jobs: Mapping[str, TileJob]) -> None:
 
 def _identity(job: TileJob) -> str:
     """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
-    stamps = [stamp(path) if path else None for path in (job.path, job.regions)]
+    stamps = [stamp(job.path, job.parts), stamp(job.regions) if job.regions else None]
     parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -428,9 +432,7 @@ def _run(
     """All jobs, with a progress bar, each outcome into the ledger."""
     jobs = plan.jobs
     if num_workers is None:
-        num_workers = min(
-            len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        num_workers = min(len(jobs), num_cores())
     if dask is not None:
         from histossl.tiles.cluster import run_on_dask
 
@@ -454,6 +456,7 @@ def _run(
                     raise HistosslError(str(event.error))
                 else:
                     reason = str(event.value).removeprefix(f"{job.path.name}: ")
+                    reason += "; --time-limit gives it longer" if reason.startswith("hung") else ""
                     # Only what is the slide's own fault fails again for sure; the rest is tried again by itself.
                     identity = identity if isinstance(event.error, SlideError) else ""
                     opened = event.error is not None and not isinstance(event.error, NotOpened)
@@ -627,11 +630,19 @@ def _locked(descriptor: int) -> bool:
 
 
 def _sweep(tiles: Path) -> None:
-    """Remove what killed runs left half-written."""
+    """Remove what killed runs left half-written; of the index only what is old, since other commands write it, too."""
     for folder, _, names in os.walk(tiles):
         for name in names:
-            if name.startswith(".") and name.endswith(".part"):
-                Path(folder, name).unlink(missing_ok=True)
+            path = Path(folder, name)
+            if name.startswith(".") and name.endswith(".part") and not (name.startswith(INDEX_PART) and _young(path)):
+                path.unlink(missing_ok=True)
+
+
+def _young(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime < INDEX_YOUNG_S
+    except OSError:
+        return False
 
 
 # ---- the store's own tile size, for --grid native

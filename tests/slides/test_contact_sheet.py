@@ -67,6 +67,19 @@ def test_page_shows_thumbnail_mask_and_grid(tmp_path: Path, painted_slide: Paint
     assert 'class="grid" alt="" style="width:100.000%;height:100.000%"' in text
 
 
+def test_a_slide_without_a_scale_is_shown_without_mask_and_grid(tmp_path: Path) -> None:
+    Image.new("RGB", (900, 600), (200, 120, 170)).save(tmp_path / "region.png")
+    job = ScanJob(tmp_path / "region.png", LedgerRow("region.png"), ScanConfig(), None, "--slide-mpp", preview=True)
+    row, preview = look_at(job, lambda count: None)
+    assert row.status == "unreadable"
+    assert preview is not None
+    assert (preview.width_px, preview.height_px) == (360, 240)
+    write_contact_sheet(tmp_path / "sheet.html", "mine", [row], {"region.png": preview}, "1 file")
+    page = Page((tmp_path / "sheet.html").read_text())
+    assert page.tags.count("img") == 1
+    assert all(not source.endswith("base64,") for source in page.sources)
+
+
 def test_memory_does_not_grow_with_tiles_or_slides(tmp_path: Path) -> None:
     thumbnail = np.full((500, 1000, 3), 200, np.uint8)
     x, y = np.meshgrid(np.arange(400) * 256.0, np.arange(200) * 256.0)

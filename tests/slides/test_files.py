@@ -16,6 +16,8 @@ from histossl.errors import HistosslError, SlideError, UsageError
 from histossl.slides import files
 from histossl.slides.files import dicom_series, find_slides, walk
 from histossl.slides.reader import open_slide
+from histossl.slides.scan import stamp
+from histossl.tiles.one_slide import fingerprint
 
 TIFF = b"II*\0" + bytes(200)
 
@@ -94,6 +96,23 @@ def test_folder_that_cannot_be_listed_has_its_own_row(tmp_path: Path, monkeypatc
     assert "cannot be listed" in problems["closed"]
 
 
+def test_a_link_that_cannot_be_followed_has_its_own_row(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs")
+    (tmp_path / "loop.svs").symlink_to("loop.svs")
+    problems = {one.path.name: one.problem for one in walk(tmp_path).found}
+    assert not problems["A1.svs"]
+    assert "cannot be followed" in problems["loop.svs"]
+
+
+def test_a_name_that_is_not_utf8_is_told_and_can_be_written(tmp_path: Path) -> None:
+    touch(tmp_path, "A1.svs", os.fsdecode(b"M\xfcller.svs"), os.fsdecode(b"notes.\xfc"))
+    walked = walk(tmp_path)
+    problems = {one.slide: one.problem for one in walked.found}
+    assert not problems["A1"]
+    assert "rename it" in problems["M\\udcfcller"]
+    " ".join([*problems, *walked.ignored]).encode("utf-8")
+
+
 def test_folder_named_like_a_slide(tmp_path: Path) -> None:
     touch(tmp_path, "A1.svs/A1.svs")
     touch(tmp_path, "C1.svs/notes.txt", "D1.svs/.DS_Store", "E1.svs/deep/F1.svs")
@@ -151,6 +170,30 @@ def test_dicom_series_is_one_slide_and_its_label_is_not_opened(tmp_path: Path) -
     assert found["two/b"] == ("b.dcm", "")
     assert "without a volume image" in found["labels"][1]
     assert len(found) == 4
+
+
+def test_a_slide_is_known_by_all_its_files_and_no_other_s(tmp_path: Path) -> None:
+    """Also by those of a series without a suffix or with it in capitals, and by the JPEGs of a VMS."""
+    touch(tmp_path, "1.DCM", "2", content=dicom(b"1.2.1 "))
+    touch(tmp_path, "tile1.jpg")
+    (tmp_path / "V.vms").write_text("[Virtual Microscope Specimen]\nImageFile=tile1.jpg\n")
+
+    def known() -> dict[str, Any]:
+        slides = {one.slide: one for one in find_slides(tmp_path)}
+        return {
+            name: (stamp(one.path, one.parts), fingerprint(one.path, parts=one.parts)) for name, one in slides.items()
+        }
+
+    before = known()
+    assert set(before) == {"1", "V"}
+    touch(tmp_path, "3.dcm", content=dicom(b"1.2.2 "))
+    assert {name: known()[name] for name in before} == before
+    for part, name in (("2", "1"), ("tile1.jpg", "V")):
+        (tmp_path / part).write_bytes((tmp_path / part).read_bytes() + b"xx")
+        assert known()[name][0] != before[name][0]
+        assert known()[name][1] != before[name][1]
+    (tmp_path / "2").unlink()
+    assert known()["1"][1] != before["1"][1]
 
 
 def test_dicom_header_is_read_past_nested_sequences(tmp_path: Path) -> None:

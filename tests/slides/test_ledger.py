@@ -12,7 +12,7 @@ from histossl.slides.ledger import LedgerRow, merged, read_ledger, write_ledger
 
 ROWS = [
     LedgerRow("b.svs", "unreadable", 'a "quoted", reason\nover two lines', slide="b"),
-    LedgerRow("a/é.svs", slide="a/é", width_l0=10, mpp=0.2519, num_tiles=0, modified_s=1795400780.802),
+    LedgerRow("a/é  2.svs", slide="a/é  2", width_l0=10, mpp=0.2519, num_tiles=0, modified_s=1795400780.802),
 ]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import openslide
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from histossl.demo.paint import PaintedSlide
 from histossl.errors import SlideError
 from histossl.slides import reader
+from histossl.slides import tiff as tiff_module
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.tiff import TiffLevels
 
@@ -192,6 +194,72 @@ def test_grey_becomes_rgb(tmp_path: Path, options: dict[str, Any], wanted: Calla
     np.testing.assert_array_equal(seen, np.repeat(wanted(grey)[..., None], 3, axis=2))
 
 
+def ycc(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).convert("YCbCr"))
+
+
+def write_aperio_ycc(path: Path, image: np.ndarray) -> Path:
+    """As Aperio writes JPEG 2000 33003: luma and chroma, which nothing in the codestream tells. Levels 1 and 4.0008."""
+    told = "Aperio Image Library v10.2.24\r\n{0}x{1} [0,0 {0}x{1}] (256x256) J2K/YUV16 Q=30|AppMag = 20|MPP = 0.5"
+    height, width = image.shape[:2]
+    thumbnail = np.asarray(Image.fromarray(image).resize((60, 60)))
+    small = np.asarray(Image.fromarray(image).resize((width // 4, height // 4), Image.Resampling.BOX))
+
+    def tiles(level: np.ndarray) -> Iterator[bytes]:
+        for y in range(0, level.shape[0], 256):
+            for x in range(0, level.shape[1], 256):
+                tile = np.full((256, 256, 3), 255, np.uint8)
+                part = level[y : y + 256, x : x + 256]
+                tile[: part.shape[0], : part.shape[1]] = part
+                yield imagecodecs.jpeg2k_encode(ycc(tile), level=0, codecformat="j2k", mct=False, reversible=True)
+
+    options: dict[str, Any] = {"photometric": "rgb", "metadata": None, "description": told.format(width, height)}
+    with tifffile.TiffWriter(path) as tiff:
+        for number, level in enumerate((image, thumbnail, small)):
+            if number == 1:
+                tiff.write(level, rowsperstrip=16, compression="jpeg", **options)
+            else:
+                layout = {"shape": level.shape, "dtype": np.uint8, "tile": (256, 256), "compression": 33003}
+                tiff.write(tiles(level), **layout, **options)
+    return path
+
+
+def test_aperio_s_jpeg_2000_of_luma_and_chroma_has_its_colours(tmp_path: Path) -> None:
+    image = picture(1030, 1030)
+    path = write_aperio_ycc(tmp_path / "A1.svs", image)
+    small = np.asarray(Image.fromarray(image).resize((257, 257), Image.Resampling.BOX))
+    with open_slide(path) as slide, through_tifffile(path) as other:
+        assert slide.vendor == "aperio"
+        for one in (slide, other):
+            assert np.abs(one.read_level(0, 0, 0, 1030, 1030).astype(int) - image).mean() < 2
+            assert np.abs(one.read_level(1, 0, 0, 257, 257).astype(int) - small).mean() < 2
+
+
+def test_a_level_that_tifffile_shows_otherwise_is_read_through_openslide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(1030, 1030)
+    path = write_aperio_ycc(tmp_path / "A1.svs", image)
+    small = np.asarray(Image.fromarray(image).resize((257, 257), Image.Resampling.BOX))
+    monkeypatch.setattr(tiff_module, "_in_ycc", lambda page: False)
+    with open_slide(path) as slide:
+        assert np.abs(slide.read_level(1, 0, 0, 257, 257).astype(int) - small).mean() < 8
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_ycbcr_without_jpeg_becomes_rgb_or_is_refused(tmp_path: Path, compression: str | None) -> None:
+    image = picture()
+    path = write(tmp_path / "a.tif", ycc(image), compression=compression, extratags=[(530, "H", 2, (1, 1), True)])
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags[262].overwrite(6)
+    with open_slide(path) as slide:
+        assert np.abs(slide.read_level(0, 0, 0, 700, 500).astype(int) - image).mean() < 2
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags[530].overwrite((2, 2))
+    with pytest.raises(SlideError, match="convert it to RGB"):
+        open_slide(path)
+
+
 def test_transparency_is_shown_on_white(tmp_path: Path) -> None:
     rgba = np.dstack([picture(300, 200), np.full((200, 300), 255, np.uint8)])
     rgba[50:100, :, 3] = 0
@@ -299,6 +367,30 @@ def test_memory_stays_flat_on_an_image_without_levels(tmp_path: Path) -> None:
     assert peak < 200e6
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_a_tiff_in_one_compressed_piece_takes_little_memory_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = 3000
+    path = write(
+        tmp_path / "a.tif",
+        np.full((side, side, 4), 200, np.uint8),
+        compression="zlib",
+        rowsperstrip=side,
+        extrasamples=["unassalpha"],
+    )
+    code = (
+        "import sys; from histossl.slides.reader import open_slide\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "slide = open_slide(sys.argv[1]); before = peak(); slide.read_level(0, 0, 0, 9, 9); print(peak() - before)"
+    )
+    told = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True, text=True)
+    assert int(told.stdout) * 1024 < 13 * side * side, "4 bytes per pixel twice and 3 kept, not 25"
+    monkeypatch.setattr(tiff_module, "MAX_SEGMENT_BYTES", 11 * side * side - 1)
+    with pytest.raises(SlideError, match="stored in pieces of 36 MB, too large"):
+        open_slide(path)
+
+
 # ---- scale
 
 
@@ -377,6 +469,15 @@ def test_label_and_macro_are_never_opened(real_data: Path, monkeypatch: pytest.M
         slide.thumbnail(100)
     assert not opened
     assert set(decoded) == {0}, "page 0 is the tissue; thumbnail, label and macro come after it"
+
+
+def test_exif_orientation_is_told(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=exif)
+    with open_slide(tmp_path / "a.jpg", 0.5) as slide:
+        assert slide.size_l0 == (700, 500)
+        assert slide.warnings == ["EXIF Orientation tag 6 is not applied: pixels are read as stored"]
 
 
 def test_orientation_tag_is_told(tmp_path: Path) -> None:

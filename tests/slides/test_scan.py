@@ -180,6 +180,21 @@ def test_what_tiling_wrote_survives_a_scan(painted_slide: PaintedSlide, workspac
 
 
 @pytest.mark.usefixtures("here")
+def test_a_scan_of_another_folder_keeps_the_first_one_s_rows(
+    painted_slide: PaintedSlide, tmp_path: Path, workspace: Workspace
+) -> None:
+    for name in ("one/A1.tif", "two/B1.tif"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(painted_slide.path, tmp_path / name)
+    for folder in ("one", "two", "one"):
+        scan(tmp_path / folder, workspace, ScanConfig())
+    assert reasons(read_ledger(workspace.archive_csv)) == {"A1.tif": ("ok", ""), "B1.tif": ("ok", "")}
+    (tmp_path / "one" / "A1.tif").rename(tmp_path / "one" / "A2.tif")
+    scan(tmp_path / "one", workspace, ScanConfig())
+    assert [row.file for row in read_ledger(workspace.archive_csv)] == ["A2.tif", "B1.tif"]
+
+
+@pytest.mark.usefixtures("here")
 def test_duplicates_are_forgotten_when_the_twin_goes(
     tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace
 ) -> None:
@@ -437,6 +452,36 @@ def test_an_interrupted_scan_keeps_what_it_has_seen(
     )
     assert len(scan(tmp_path, workspace, ScanConfig(), num_workers=1).rows) == 3
     assert len(opened) == 1
+
+
+def test_no_more_processes_than_cores_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert scanning._num_workers(range(100), None) == 2
+
+
+@pytest.mark.usefixtures("here")
+def test_a_killed_scan_has_written_what_it_has_seen(
+    painted_slide: PaintedSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill gives no chance to write, so the ledger is written on the way; Ctrl-C among the twins loses no row."""
+    for name in ("A1.tif", "A2.tif"):
+        shutil.copy(painted_slide.path, tmp_path / name)
+    workspace = Workspace(tmp_path / "ws")
+    written: list[int] = []
+    monkeypatch.setattr(scanning, "LEDGER_EVERY_S", -1)
+    monkeypatch.setattr(
+        scanning, "write_ledger", lambda path, rows: (written.append(len(rows)), write_ledger(path, rows))
+    )
+
+    def interrupted(*given: Any) -> Any:
+        assert written == [1, 2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scanning, "_with_duplicates", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scan(tmp_path, workspace, ScanConfig())
+    assert written == [1, 2, 2]
 
 
 def test_a_level_that_is_damaged_does_not_cost_the_slide(paint: Callable[..., Any], workspace: Workspace) -> None:

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from synthetic_store import synthetic_tile, write_synthetic_store
 
-from histossl.errors import HistosslError, StoreError
+from histossl.errors import HistosslError, MismatchError, StoreError
+from histossl.tiles import store as store_module
 from histossl.tiles.store import StoreWriter, new_store, read_store
 
 TILING = {"tile_px": 8, "scales": [{"name": "0.5", "mpp": 0.5}], "regions": [], "slide": {}, "config": {"mpp": 0.5}}
@@ -138,6 +139,17 @@ def test_every_truncation_and_foreign_file_is_named(tmp_path):
         archive.writestr("holiday.jpg", b"beach")
     with pytest.raises(StoreError, match=r"a\.zip: damaged.*holds no"):
         read_store(path)
+
+
+def test_a_zip_of_another_format_is_refused_and_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "FORMAT", 2)
+    write(tmp_path / "a.zip", {(0, 0): bytes(50)})
+    repack_without(tmp_path / "a.zip", "none.jpg")
+    write(tmp_path / "b.zip", {(0, 0): bytes(50)})
+    monkeypatch.undo()
+    for name in ("a.zip", "b.zip"):
+        with pytest.raises(MismatchError, match=f"{name}: a tile zip of format 2"):
+            read_store(tmp_path / name)
 
 
 def test_a_flipped_bit_in_the_table_is_noticed(tmp_path):

@@ -24,12 +24,14 @@ from PIL import Image
 from histossl.config import TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
+from histossl.slides import reader
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
-from histossl.tiles import one_slide, tiling
+from histossl.tiles import one_slide, store, tiling
 from histossl.tiles.index import TileIndex, find_zips
 from histossl.tiles.store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
+from histossl.workers import Event
 from histossl.workspace import Workspace
 
 ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)  # no filter takes anything
@@ -768,6 +770,64 @@ def test_slides_that_differ_in_one_place_only_are_two(workspace, paint):
     assert [row.num_tiles for row in rows] == [16, 15]
 
 
+def test_a_large_thumbnail_gives_signs_of_life(tmp_path, paint, monkeypatch):
+    painted = paint("A1.tif", pyramid=False)
+    monkeypatch.setattr(reader, "MAX_READ_PX", 256 * 256)
+    job = one_slide.TileJob(painted.path, "A1", "A1.tif", tmp_path / "A1.zip", everything())
+    seen = []
+    real = one_slide.readable_thumbnail
+
+    def readable_thumbnail(*arguments):
+        before = len(reports)
+        found = real(*arguments)
+        seen.append(len(reports) - before)
+        return found
+
+    reports = []
+    monkeypatch.setattr(one_slide, "readable_thumbnail", readable_thumbnail)
+    one_slide.tile_slide(job, reports.append)
+    assert seen[0] >= 16
+
+
+def test_a_slide_that_hung_is_told_how_to_get_more_time(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    hung = Event(0, "failed", "hung: nothing came of it for 300 s, so it was stopped")
+    monkeypatch.setattr(tiling, "run_jobs", lambda *_: iter([hung]))
+    assert "--time-limit" in only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).reason
+
+
+def test_a_zip_of_another_format_is_refused_and_kept(workspace, paint, monkeypatch):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    monkeypatch.setattr(store, "FORMAT", 2)
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    monkeypatch.undo()
+    before = stamps(workspace)
+    with pytest.raises(MismatchError, match="format 2"):
+        tile_archive(painted.path.parent, workspace, everything(), 0)
+    assert stamps(workspace) == before
+
+
+def test_a_damaged_zip_is_told_and_made_anew(workspace, paint, capsys):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    workspace.zip_of("A1").write_bytes(b"PK")
+    assert only_row(tile_archive(painted.path.parent, workspace, everything(), 0)).num_tiles == 4
+    assert "which makes it anew. Doing so now" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_index_in_the_making_is_left_alone(workspace, paint):
+    painted = paint("A1.tif", width_px=512, height_px=512)
+    young, old, zipped = (
+        workspace.tiles / name for name in (".index.npy.1-a.part", ".index.npy.2-b.part", ".A1.zip.3-c.part")
+    )
+    workspace.tiles.mkdir(parents=True)
+    for path in (young, old, zipped):
+        path.touch()
+    os.utime(old, (1e9, 1e9))
+    tile_archive(painted.path.parent, workspace, everything(), 0)
+    assert [path.exists() for path in (young, old, zipped)] == [True, False, False]
+
+
 # ---- anonymous stores
 
 
@@ -854,6 +914,18 @@ def test_no_slides_and_no_tiles_are_exit_1(cli, workspace, tmp_path):
     told = cli("tile", "--slides", tmp_path / "slides", "-w", workspace.root, "--workers", 1)
     assert told.code == 1
     assert "broken.svs: not a slide" in told.err
+
+
+def test_bench_tile_refuses_in_one_line(cli, tmp_path):
+    path = tmp_path / "region.png"
+    Image.new("RGB", (600, 600), (200, 120, 170)).save(path)
+    told = cli("bench", "tile", path, "--slide-mpp", 0.5)
+    assert told.code == 1
+    assert "OpenSlide cannot read it" in told.err
+    for wrong in ("0", "-1"):
+        told = cli("bench", "tile", path, "--slide-mpp", wrong)
+        assert told.code == 2
+        assert f"--slide-mpp {wrong}: must be" in told.err
 
 
 def test_bench_tile_prints_each_way(cli, painted_slide):
