@@ -46,6 +46,7 @@ from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
+NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
 POOLED = ("mean", "knn", "simpleshot")  # heads that the colour floor may have too
 MISSING_SHOWN = 5
 DIGITS = 9  # of a probability in the journal
@@ -230,7 +231,7 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     slides = list(index.slides)
     if config.labels:
         rows = labelling.read_rows(Path(config.labels))
-        names = labelling.SlideNames(slides)
+        names = labelling.SlideNames.of(index)
         _show_missing([(row.slide, names.hint(row.slide)) for row in rows if not names.find(row.slide)])
         slides = sorted({slide for row in rows for slide in names.find(row.slide)})
         if not slides:
@@ -333,13 +334,13 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
             raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
         return _in_unit(table, index, config)
     reasons = {
-        row.slide: row.tile_reason or row.reason or "not tiled yet"
+        row.slide: row.tile_reason or row.reason or ("not tiled yet" if row.tile_status != "tiled" else NAMELESS)
         for row in read_ledger(workspace.archive_csv)
         if row.slide and row.slide not in index.slides
     }
     table = labelling.match_labels(
         labelling.read_rows(path),
-        index.slides,
+        labelling.SlideNames.of(index),
         reasons=reasons,
         classes=config.classes,
         mixed_patients=config.mixed_patients,
