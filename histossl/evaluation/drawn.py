@@ -63,7 +63,8 @@ def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), cla
             continue
         try:
             facts = index.facts(slide)
-            regions = read_regions(path, (facts.get("width_l0", 2**31), facts.get("height_l0", 2**31)))
+            size_l0 = (facts.get("width_l0", 2**31), facts.get("height_l0", 2**31))
+            regions = read_regions(path, size_l0, facts.get("bounds_l0", (0, 0)))
         except SlideError as error:
             unread.append((slide, str(error)))
             continue

@@ -1,8 +1,9 @@
 """Regions drawn by hand: a GeoJSON as QuPath exports it restricts tiling to its polygons, and names each tile's class.
 
-`A1.geojson` beside A1.svs, or in a folder given with --regions. Coordinates are level-0 pixels. Polygons, also with
-holes and in several parts; points and lines enclose nothing. A class whose name ends in * is QuPath's way of saying
-"ignore": it is cut out of the others.
+`A1.geojson` beside A1.svs, or in a folder given with --regions. Coordinates are level-0 pixels, counted as QuPath does:
+of a slide that tells its bounds (MIRAX, Leica), from their corner. Polygons, also with holes and in several parts;
+points and lines enclose nothing. A class whose name ends in * is QuPath's way of saying "ignore": it is cut out of the
+others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -158,9 +159,13 @@ def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path 
     return next((one for one in candidates if one.is_file()), None)
 
 
-def read_regions(path: Path, size_l0: tuple[int, int]) -> Regions:
-    """The regions of a slide of size_l0 (width, height). SlideError if there is nothing to restrict tiling to."""
-    regions = tuple(region for feature in _features(path) for region in _regions(path, feature))
+def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int] = (0, 0)) -> Regions:
+    """The regions of a slide of size_l0 (width, height), whose coordinates are counted from `bounds_l0`.
+
+    SlideError if there is nothing to restrict tiling to.
+    """
+    found = [region for feature in _features(path) for region in _regions(path, feature)]
+    regions = tuple(replace(one, rings=tuple(ring + bounds_l0 for ring in one.rings)) for one in found)
     drawn = [one for one in regions if not one.ignored]
     if not drawn:
         raise SlideError(f"{path.name}: holds no polygon; draw areas as annotations in QuPath and export them again")

@@ -321,7 +321,7 @@ class _Look:
             tissue = TissueMask(tissue_mask(thumbnail, um_per_px, config.tissue), downsample)
             drawn = None
             if job.regions is not None:
-                regions = read_regions(job.regions, slide.size_l0)
+                regions = read_regions(job.regions, slide.size_l0, slide.bounds_l0)
                 drawn = TissueMask(regions.mask(tissue.mask.shape, downsample), downsample)
             stain = stain_of(thumbnail, tissue.mask)
             self._warn_of(slide, tissue, stain)

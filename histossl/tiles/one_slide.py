@@ -281,7 +281,8 @@ class Making:
         self._region_names: list[str] = []
         self._regions: list[TissueMask] = []
         if job.regions is not None:
-            drawn = read_regions(job.regions, slide.size_l0).masks(mask.shape, downsample)
+            regions = read_regions(job.regions, slide.size_l0, slide.bounds_l0)
+            drawn = regions.masks(mask.shape, downsample)
             self._regions = [TissueMask(each, downsample) for each in drawn.values()]
             self._region_names = list(drawn)
         if found.handle_spent:
@@ -320,6 +321,7 @@ class Making:
                 "own_mpp": own_mpp,
                 "width_l0": slide.size_l0[0],
                 "height_l0": slide.size_l0[1],
+                "bounds_l0": list(slide.bounds_l0),
                 "vendor": slide.vendor,
                 "format": slide.format,
             },
