@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Example: histossl scan /data/slides   "
         "With pictures: histossl scan /data/slides --contact-sheet   "
-        "Scale missing: histossl scan /data/slides --slide-mpp 0.25"
+        "Scale missing: histossl scan /data/slides --mpp-csv mpp.csv"
     )(scan)
 
 

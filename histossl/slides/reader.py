@@ -206,6 +206,9 @@ def open_slide(
     try:
         if slide_mpp is not None:
             slide.mpp_l0, slide.mpp_source = slide_mpp, mpp_source
+            own = slide._levels.scale()
+            contradiction = own.contradiction(slide_mpp, mpp_source) if own else ""
+            slide.warnings += [contradiction] if contradiction else []
         else:
             _believe(slide, slide._levels.scale())
         if slide.mpp_problem and need_mpp:

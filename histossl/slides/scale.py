@@ -31,7 +31,11 @@ UM_PER_UNIT = {
     "inch": 25400.0,
     "in": 25400.0,
 }
-REMEDY = "pass --slide-mpp (0.25 is a 40x scan, 0.5 a 20x scan), or list the slide in a CSV with --mpp-csv"
+CONTRADICTION = 0.02
+REMEDY = (
+    "list the slide in a CSV (slide,mpp) with --mpp-csv, or where no slide of the folder says it, pass --slide-mpp, "
+    "which goes before what any says (0.25 is a 40x scan, 0.5 a 20x scan)"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,13 @@ class Scale:
                 f"{MAX_ANISOTROPY:.0%}; their mean is used, unless --slide-mpp or --mpp-csv says better"
             )
         return ""
+
+    def contradiction(self, mpp: float, source: str) -> str:
+        """What a person should know who says `mpp` of a slide that says something else."""
+        low, high = sorted((self.x_mpp, self.y_mpp))
+        if self.problem() or low * (1 - CONTRADICTION) <= mpp <= high * (1 + CONTRADICTION):
+            return ""
+        return f"its {self.source} says {self.mpp:.4g} microns per pixel, {source} says {mpp:.4g}, which is used"
 
 
 def missing(hint: str) -> str:

@@ -74,7 +74,7 @@ def test_each_file_has_one_row_that_says_what_is_wrong(archive: Path, workspace:
         "folder.svs": ("unreadable", "a folder named like a slide"),
         "garbage.scn": ("unreadable", "not a slide"),
         "glass.tif": ("warning", "no tissue found"),
-        "region.png": ("unreadable", "no microns-per-pixel in its metadata; pass --slide-mpp"),
+        "region.png": ("unreadable", "no microns-per-pixel in its metadata; list the slide"),
         "screen.tif": ("unreadable", "352.8 microns per pixel, which is implausible"),
         "twin.tif": ("warning", "same content as case1/A1.tif"),
         "zeros.ndpi": ("unreadable", "zeros"),
