@@ -82,9 +82,24 @@ def match_regions(slides: Iterable[SlideFile], directory: Path | None = None) ->
     """
     slides = [one for one in slides if not one.problem]
     if directory is None:
-        return {one.path: find_regions(one.path.absolute(), one.slide) for one in slides}
+        return _regions_beside(slides)
     matched = regions_in(directory.absolute(), slides)
     _tell_unmatched(directory.absolute(), slides, matched)
+    return matched
+
+
+def _regions_beside(slides: Sequence[SlideFile]) -> dict[Path, Path | None]:
+    matched = {one.path: find_regions(one.path.absolute(), one.slide) for one in slides}
+    claimants: dict[Path, list[str]] = defaultdict(list)
+    for path, file in matched.items():
+        if file is not None:
+            claimants[file].append(path.name)
+    for file, names in claimants.items():
+        if len(names) > 1:
+            raise UsageError(
+                f"{file}: could be of {_some(names, ' or ')} beside it; name it by the whole file name, "
+                f"like {names[0]}.geojson"
+            )
     return matched
 
 
@@ -155,7 +170,7 @@ def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path 
     """
     if directory is not None:
         return _first_file(directory, (*_own_names(path, slide), *_bare_names(path, slide)))
-    candidates = [path.with_suffix(".geojson"), path.with_name(f"{path.name}.geojson")]
+    candidates = [path.with_name(f"{path.name}.geojson"), path.with_suffix(".geojson")]
     return next((one for one in candidates if one.is_file()), None)
 
 

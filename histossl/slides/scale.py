@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -127,11 +128,23 @@ class MppTable:
     path: Path
     mpp: Mapping[str, float]
 
-    def mpp_of(self, file: str, slide: str) -> float | None:
-        for name in _names(file, slide):
-            if name in self.mpp:
-                return self.mpp[name]
-        return None
+    def among(self, slides: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """By file, of all (file, slide) of the archive. A name without its folder counts if one slide alone has it."""
+        owner = {name: file for file, slide in slides for name in (slide, file) if name in self.mpp}
+        found = {file: self.mpp[name] for name, file in owner.items()}
+        claims: dict[str, list[str]] = defaultdict(list)
+        for file, slide in slides:
+            bare = next((name for name in _names(file, slide) if name in self.mpp), None)
+            if file not in found and bare is not None and bare not in owner:
+                claims[bare].append(file)
+        for name, files in claims.items():
+            if len(files) > 1:
+                more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+                raise UsageError(
+                    f"--mpp-csv {self.path}: {name!r} could be {' or '.join(files[:5])}{more}; name each by its path"
+                )
+            found[files[0]] = self.mpp[name]
+        return found
 
     def unused(self, slides: list[tuple[str, str]]) -> list[str]:
         """Names of the CSV that no (file, slide) of the archive answers to."""

@@ -141,12 +141,13 @@ def scan(
     table = read_mpp_csv(Path(config.mpp_csv)) if config.mpp_csv else None
     if table:
         _tell_unused(table, walked)
+    given = table.among([(relative(one.path, directory), one.slide) for one in walked.found]) if table else {}
     drawn = match_regions(walked.found, regions)
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
     rows: dict[str, LedgerRow] = {}
     jobs: list[ScanJob] = []
     for one in walked.found:
-        job = _job(one, directory, config, table, drawn.get(one.path), previews, known)
+        job = _job(one, directory, config, given, drawn.get(one.path), previews, known)
         before = known.get(job.row.file)
         if one.problem:
             rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
@@ -179,13 +180,13 @@ def _job(
     one: SlideFile,
     directory: Path,
     config: ScanConfig,
-    table: MppTable | None,
+    given: Mapping[str, float],
     region_file: Path | None,
     preview: bool,
     known: dict[str, LedgerRow],
 ) -> ScanJob:
     file = relative(one.path, directory)
-    mpp = table.mpp_of(file, one.slide) if table else None
+    mpp = given.get(file)
     source = "--mpp-csv" if mpp is not None else "--slide-mpp"
     mpp = config.slide_mpp if mpp is None else mpp
     size, modified_s = stamp(one.path)

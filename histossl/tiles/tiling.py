@@ -164,8 +164,10 @@ def _plan(
     """Which slides are done, which are to do, and which failed before and are left alone."""
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
     table = read_mpp_csv(mpp_csv) if mpp_csv else None
+    given: dict[str, float] = {}
     if table:
-        unused = table.unused([(relative(each.path, directory), each.slide) for each in files])
+        pairs = [(relative(each.path, directory), each.slide) for each in files]
+        given, unused = table.among(pairs), table.unused(pairs)
         if unused:
             console.warn(f"--mpp-csv {mpp_csv}: no slide here answers to {', '.join(unused[:5])}")
     drawn = match_regions(files, regions)
@@ -178,7 +180,7 @@ def _plan(
         if each.problem:
             plan.rows.append(replace(row, status=UNREADABLE, reason=each.problem, tile_status=FAILED))
             continue
-        mpp = table.mpp_of(file, each.slide) if table else None
+        mpp = given.get(file)
         source = "--mpp-csv" if mpp is not None else "--slide-mpp"
         name = names.of(each.slide, file)
         jobs[file] = TileJob(
@@ -657,10 +659,12 @@ def common_native_px(
     silence_s: float = SILENCE_S,
 ) -> int:
     """The side that most slides' own JPEG tiles have at `mpp`. The first 50 slides are asked, in processes."""
-    table = read_mpp_csv(mpp_csv) if mpp_csv else None
+    found = walk(directory).found
+    files = [(relative(each.path, directory), each.slide) for each in found]
+    given = read_mpp_csv(mpp_csv).among(files) if mpp_csv else {}
     jobs = []
-    for each in walk(directory).found[:50]:
-        own = table.mpp_of(relative(each.path, directory), each.slide) if table else None
+    for each in found[:50]:
+        own = given.get(relative(each.path, directory))
         jobs.append((each.path, slide_mpp if own is None else own, mpp))
     sides: dict[int, int] = {}
     for event in run_jobs(_native_side_px, jobs, num_workers, silence_s):

@@ -193,3 +193,12 @@ def test_regions_and_slides_that_do_not_meet_are_told(tmp_path: Path, capsys: py
     with pytest.raises(UsageError, match=r"none of it is named after a slide here \(its a-1\.geojson, deep/C1"):
         match_regions(slides, folder)
     assert set(match_regions(slides).values()) == {None}, "beside the slides nothing was asked for"
+
+
+def test_a_file_beside_two_slides_of_its_name_is_refused(tmp_path: Path) -> None:
+    slides = [SlideFile(tmp_path / name, name) for name in ("A1.svs", "A1.tif")]
+    beside = write(tmp_path / "A1.geojson", feature([square(0, 0, 100)]))
+    with pytest.raises(UsageError, match=r"could be of A1\.svs or A1\.tif .*like A1\.svs\.geojson"):
+        match_regions(slides)
+    own = write(tmp_path / "A1.svs.geojson", feature([square(0, 0, 100)]))
+    assert match_regions(slides) == {slides[0].path: own, slides[1].path: beside}
