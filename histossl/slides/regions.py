@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,19 +27,20 @@ Ring = NDArray[np.float64]  # (n, 2): x, y in level-0 pixels
 NAMELESS = ""
 MAX_BYTES = 512 << 20
 MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
-NOT_DRAWN = ("detection", "cell", "tile", "TMACore", "root")  # what QuPath finds by itself; regions are annotations
+# What QuPath finds by itself; regions are annotations. Version 0.2 says it in the id: PathDetectionObject.
+NOT_DRAWN = ("detection", "cell", "tile", "tmacore", "root")
 
 
 @dataclass(frozen=True)
 class Region:
     """One area: all its rings, outer and inner; a point is inside if an odd number of rings surround it."""
 
-    name: str  # its class; empty if it has none
+    name: str  # its class, derived ones as QuPath shows them ("Tumor: Positive"); empty if it has none
     rings: tuple[Ring, ...]
 
     @property
     def ignored(self) -> bool:
-        return self.name.endswith("*")
+        return any(part.endswith("*") for part in self.name.split(": "))
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,23 @@ def _features(path: Path) -> list[dict[str, Any]]:
         content = [content]
     if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
         raise SlideError(f"{path.name}: JSON, but not a GeoJSON (no features); export it from QuPath again")
-    return [one for one in content if _properties(one).get("objectType") not in NOT_DRAWN]
+    return [one for top in content for one in _with_children(top) if _kind(one) not in NOT_DRAWN]
+
+
+def _with_children(feature: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An export of QuPath's hierarchy nests the objects that lie in others."""
+    yield feature
+    for children in (feature.get("childObjects"), _properties(feature).get("childObjects")):
+        for child in children if isinstance(children, list) else ():
+            if isinstance(child, dict):
+                yield from _with_children(child)
+
+
+def _kind(feature: dict[str, Any]) -> str:
+    kind, before = _properties(feature).get("objectType"), str(feature.get("id"))
+    if kind is None and before.endswith("Object"):
+        kind = before.removeprefix("Path").removesuffix("Object")
+    return str(kind).lower()
 
 
 def _properties(feature: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +239,12 @@ def _properties(feature: dict[str, Any]) -> dict[str, Any]:
 def _regions(path: Path, feature: dict[str, Any]) -> list[Region]:
     properties = _properties(feature)
     classification = properties.get("classification")
-    name = classification.get("name") if isinstance(classification, dict) else classification
+    name = classification
+    if isinstance(classification, dict):
+        name = classification.get("name")
+        names = classification.get("names")  # since 0.4, of a derived class
+        if name is None and isinstance(names, list):
+            name = ": ".join(str(one) for one in names)
     name = name if isinstance(name, str) else NAMELESS
     geometry = feature.get("geometry") if "geometry" in feature else feature
     return [Region(name, rings) for rings in _polygons(path, geometry)]

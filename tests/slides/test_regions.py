@@ -202,3 +202,27 @@ def test_a_file_beside_two_slides_of_its_name_is_refused(tmp_path: Path) -> None
         match_regions(slides)
     own = write(tmp_path / "A1.svs.geojson", feature([square(0, 0, 100)]))
     assert match_regions(slides) == {slides[0].path: own, slides[1].path: beside}
+
+
+def test_what_qupath_finds_by_itself_is_no_region_in_any_version(tmp_path: Path) -> None:
+    cores = [feature([square(0, 0, 100)], objectType=kind, isMissing=True) for kind in ("tmaCore", "TMACore")]
+    old = {**feature([square(0, 0, 100)]), "id": "PathDetectionObject", "properties": {}}
+    kept = {**feature([square(0, 0, 200)]), "id": "PathAnnotationObject", "properties": {}}
+    assert len(read_regions(write(tmp_path / "A1.geojson", *cores, old, kept), SIZE).regions) == 1
+
+
+def test_derived_classes_keep_their_name_and_may_be_ignored(tmp_path: Path) -> None:
+    derived = [
+        feature([square(0, 0, 100)], classification={"names": ["Tumor", "Positive"]}),
+        feature([square(0, 0, 50)], classification={"names": ["Ignore*", "Blood"]}),
+    ]
+    regions = read_regions(write(tmp_path / "A1.geojson", *derived), SIZE)
+    assert regions.classes == ("Tumor: Positive",)
+    assert regions.mask((80, 100), 10).sum() == 10 * 10 - 5 * 5
+
+
+@pytest.mark.parametrize("inside", ["feature", "properties"])
+def test_annotations_within_others_are_read_too(tmp_path: Path, inside: str) -> None:
+    child, core = feature([square(0, 0, 100)], "tumour"), feature([square(0, 0, 300)], objectType="tmaCore")
+    (core if inside == "feature" else core["properties"])["childObjects"] = [child]
+    assert read_regions(write(tmp_path / "A1.geojson", core), SIZE).mask((80, 100), 10).sum() == 10 * 10
