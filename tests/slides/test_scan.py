@@ -21,6 +21,7 @@ from histossl.errors import HistosslError, SlideError
 from histossl.slides import scan as scanning
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.scan import scan
+from histossl.tiles.tiling import tile_archive
 from histossl.workers import Event
 from histossl.workspace import Workspace
 
@@ -114,6 +115,20 @@ def test_expected_tiles_follow_the_scale(painted_slide: PaintedSlide, workspace:
 
     assert tiles(tile_px=64) > 3 * tiles(tile_px=128) > 0
     assert tiles(tile_px=64, coarser_mpp=(1.0,)) == tiles(tile_px=64) + tiles(tile_px=64, mpp=1.0)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("mpp", "count", "reason"), [(0.499, 4, ""), (1.1, 0, "too coarse for tiles at 0.5")])
+def test_scan_expects_the_tiles_that_tile_cuts(
+    paint: Callable[..., PaintedSlide], workspace: Workspace, mpp: float, count: int, reason: str
+) -> None:
+    directory = paint("A1.tif", mpp=mpp, width_px=512, height_px=512).path.parent
+    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+    scanned = scan(directory, workspace, ScanConfig(tissue=keep)).rows[0]
+    tiled = tile_archive(directory, workspace, TileConfig(tissue=keep), 0)[0]
+    assert (scanned.expected_tiles, tiled.num_tiles or 0) == (count, count)
+    assert reason in scanned.reason
+    assert reason in tiled.reason
 
 
 @pytest.mark.usefixtures("here")
