@@ -13,6 +13,7 @@ from histossl.units import l0_from_px
 
 Ints = npt.NDArray[np.int64]
 
+NATIVE_TOLERANCE = 0.05  # a native tile may be this far from the wanted scale; its real one is recorded
 SAME_SCALE = 0.005
 TOO_COARSE = 2.0  # enlarging a slide more than this invents most of its pixels: no tiles
 COARSE = 1.1  # enlarging it more than this is told

@@ -22,7 +22,7 @@ from PIL import Image
 
 from histossl.config import TileConfig
 from histossl.errors import SlideError
-from histossl.slides.grid import Grid, physical_grid
+from histossl.slides.grid import NATIVE_TOLERANCE, Grid, physical_grid
 from histossl.slides.reader import Slide
 from histossl.slides.tiff import NativeLevel, TiffLevels
 from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyable
@@ -30,7 +30,6 @@ from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyabl
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
-NATIVE_TOLERANCE = 0.05  # a native tile may be this far from the wanted scale; its real one is recorded
 STRIP_TILES = 16  # tiles across a strip: what one row has decoded is still cached when the next row needs it
 MAX_RUN_PX = 4 << 20  # of one read
 ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from histossl.cli.slides import copies_at_other_size
 from histossl.config import ScanConfig, TileConfig, TissueConfig
 from histossl.demo.paint import PaintedSlide
 from histossl.errors import HistosslError, SlideError
@@ -386,6 +388,18 @@ def test_command_prints_rows_reasons_and_totals(archive: Path, tmp_path: Path, c
         assert words in told.err
     page = (tmp_path / "ws" / "contact-sheet.html").read_text()
     assert page.count("<article") == 11
+
+
+def test_scan_says_at_which_size_tiles_could_be_copied() -> None:
+    svs = LedgerRow(
+        "A1.svs", vendor="aperio", levels="4000x4000 1000x1000", mpp=0.25, compression="JPEG", native_tile="240x240"
+    )
+    rows = [svs, replace(svs, native_tile="256x256", vendor="hamamatsu"), replace(svs, compression="JPEG 2000")]
+    told = copies_at_other_size(rows, ScanConfig(mpp=0.25))
+    assert told.startswith("1 of the slides have JPEG tiles of 240 px at this scale: tile --grid native --tile-px 240 ")
+    assert copies_at_other_size(rows, ScanConfig(mpp=1.01)) != ""
+    assert copies_at_other_size(rows, ScanConfig(mpp=0.5)) == "", "no level of that scale"
+    assert copies_at_other_size(rows, ScanConfig(mpp=0.25, tile_px=240)) == "", "they are copied as it is"
 
 
 def test_command_fails_when_nothing_can_be_read(archive: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
