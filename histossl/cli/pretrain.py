@@ -385,8 +385,8 @@ def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> Non
                 before = first.setdefault((slide, what), row) if said else row
                 if getattr(before, what) != said:
                     raise LabelsError(
-                        f"{path}: {before.slide} (line {before.line}) and {row.slide} (line {row.line}) are one slide, "
-                        f"with {what} {getattr(before, what)!r} and {said!r}; correct one of them"
+                        f"{path}: {before.slide} (line {before.line}) and {row.slide} (line {row.line}) name one "
+                        f"slide, with {what} {getattr(before, what)!r} and {said!r}; correct one of them"
                     )
 
 

@@ -78,7 +78,8 @@ def _legend(page: Image.Image, x: int, y: int, width: int, caption: str, low: fl
 
 def qupath_corners(index: TileIndex, slide: str, numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """(n, 2) tiles' corners in level-0 pixels, as QuPath counts them: from the corner of the slide's bounds."""
-    return index.coords_l0(numbers) - np.array(index.facts(slide).get("bounds_l0", (0, 0)))
+    corner: NDArray[np.int64] = np.array(index.facts(slide).get("bounds_l0", (0, 0)), dtype=np.int64)
+    return index.coords_l0(numbers) - corner
 
 
 def write_qupath(

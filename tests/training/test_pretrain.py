@@ -767,7 +767,7 @@ def test_a_test_slide_that_is_tiled_under_another_name_stays_out(tmp_path: Path)
     assert excluded_slides(tmp_path / "out.txt", index) == {"A1", "0f3a"}
     labels.write_text("slide,label,patient,split\nB1,x,P1,test\nA1,y,P1,train\n")
     with pytest.raises(
-        LabelsError, match=r"B1 \(line 2\) and A1 \(line 3\) are one slide, with split 'test' and 'train'"
+        LabelsError, match=r"B1 \(line 2\) and A1 \(line 3\) name one slide, with split 'test' and 'train'"
     ):
         slides_of_test_patients(labels, index)
 
