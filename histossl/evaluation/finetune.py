@@ -787,7 +787,7 @@ def _facts(
             "pool_patients_per_class": len({(item.label, item.patient) for item in pool}) / num_classes,
             "notes": list(splits.notes),
         },
-        "leak": leak_statement(table, splits, starts.chosen),
+        "leak": leak_statement(table, splits, starts.chosen, labelling.SlideNames.of(index)),
         "skipped_starts": starts.skipped,
         "pool_notes": list(starts.notes),
         "input_px": starts.input_px,
@@ -810,11 +810,12 @@ def _facts(
     }
 
 
-def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -> dict[str, Any]:
+def leak_statement(
+    table: LabelTable, splits: Splits, starts: Sequence[Start], here: labelling.SlideNames
+) -> dict[str, Any]:
     """Whether tested slides were in the pretraining pool of any start: in tested items per start, and in words."""
     items = [table.items[item].slide for item in splits.tested]
     tested = set(items)
-    here = labelling.SlideNames([*table.slides, *table.unlabelled])
     seen: dict[str, int | None] = {}
     words: dict[str, str] = {}
     for name in dict.fromkeys(start.name for start in starts if start.exported is not None):
