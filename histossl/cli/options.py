@@ -76,7 +76,10 @@ def archive_of(directory: Path | None, slides: Path | None) -> Path:
 
 SlideMppOption = Annotated[
     float | None,
-    typer.Option(help="Microns per pixel of all slides here, over what they say.", show_default=False),
+    typer.Option(
+        help="Microns per pixel of all slides here, over what they say; those that say otherwise get a warning.",
+        show_default=False,
+    ),
 ]
 MppCsvOption = Annotated[
     Path | None,

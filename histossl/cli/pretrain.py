@@ -20,7 +20,9 @@ from histossl.errors import LabelsError, UsageError
 from histossl.methods import self_supervised
 
 if TYPE_CHECKING:
-    from histossl.evaluation.labels import LabelTable
+    from collections.abc import Sequence
+
+    from histossl.evaluation.labels import LabelTable, Row, SlideNames
     from histossl.tiles.index import TileIndex
     from histossl.workspace import Workspace
 
@@ -345,9 +347,10 @@ def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
             "been seen here (without their labels), and the report will say so"
         )
     try:
-        return match_labels(rows, index.slides, source=str(path), mixed_patients=True)
+        return match_labels(rows, SlideNames.of(index), source=str(path), mixed_patients=True)
     except LabelsError as error:
-        if not any(SlideNames(index.slides).find(row.slide) for row in rows):
+        names = SlideNames.of(index)
+        if not any(names.find(row.slide) for row in rows):
             raise
         console.warn(f"no probe during the run: {error}")
         return None
@@ -355,21 +358,36 @@ def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
 
 def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
     """Every slide of every patient who has one marked `test`; by TCGA barcode also those that the file leaves out."""
-    from histossl.evaluation.labels import TCGA_CASE, SlideNames, read_rows
+    from histossl.evaluation.labels import TCGA_CASE, SlideNames, read_rows, refuse_two_cases
 
-    def case_of(name: str) -> str:
-        found = TCGA_CASE.search(name)
-        return found.group().upper() if found else ""
-
-    rows, names = read_rows(path), SlideNames(index.slides)
+    rows, names = read_rows(path), SlideNames.of(index)
+    _refuse_two_sides(path, rows, names)
     marked = [row for row in rows if row.split == "test"]
     patients = {row.patient for row in marked if row.patient}
-    cases = {case_of(row.slide) for row in marked} - {""}
+    cases = {case.upper() for row in marked for case in TCGA_CASE.findall(row.slide)}
     found = {slide for row in rows if row.split == "test" or row.patient in patients for slide in names.find(row.slide)}
+    for slide in found:
+        refuse_two_cases(slide, names.cases(slide))
+        cases |= names.cases(slide)
     missing = [row.slide for row in marked if not names.find(row.slide)]
     if missing:
         console.warn(f"{path}: {len(missing)} test slides have no tiles here ({', '.join(missing[:3])}, ...)")
-    return found | {slide for slide in index.slides if case_of(slide) in cases}
+    return found | {slide for slide in index.slides if names.cases(slide) & cases}
+
+
+def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> None:
+    """One content under two names, of which only one is of a test patient: nobody can say on which side it is."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        for slide in names.find(row.slide):
+            for what in ("split", "patient"):
+                said = getattr(row, what)
+                before = first.setdefault((slide, what), row) if said else row
+                if getattr(before, what) != said:
+                    raise LabelsError(
+                        f"{path}: {before.slide} (line {before.line}) and {row.slide} (line {row.line}) name one "
+                        f"slide, with {what} {getattr(before, what)!r} and {said!r}; correct one of them"
+                    )
 
 
 def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
@@ -382,8 +400,9 @@ def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
     from histossl.evaluation.labels import SlideNames
 
     slides: set[str] = set()
+    known = SlideNames.of(index)
     for name in names:
-        found = SlideNames(index.slides).find(name)
+        found = known.find(name)
         if not found:
             raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides{nearest(name, index.slides)}")
         slides.update(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
 DEFAULTS, TISSUE = ScanConfig(), TissueConfig()
 SHOWN_ROWS = 40
+OWN_PX = (224, 512)  # sides of tiles that --grid native takes
 
 
 def register(app: typer.Typer) -> None:
     app.command(
         epilog="Example: histossl scan /data/slides   "
         "With pictures: histossl scan /data/slides --contact-sheet   "
-        "Scale missing: histossl scan /data/slides --slide-mpp 0.25"
+        "Scale missing: histossl scan /data/slides --mpp-csv mpp.csv"
     )(scan)
 
 
@@ -122,6 +124,8 @@ def scan(
     scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
     _show(scanned)
     console.say(_totals(scanned, mpp, tile_px))
+    if copied := copies_at_other_size(scanned.rows, settings):
+        console.say(copied)
     console.say(f"one row per file: {place.archive_csv}")
     if contact_sheet:
         from histossl.slides.contact_sheet import write_contact_sheet
@@ -188,6 +192,34 @@ def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
         passed = ", ".join(f"{count} {suffix}" for suffix, count in list(scanned.ignored.items())[:6])
         lines.append(f"not slides, passed by: {passed}")
     return "\n".join(lines)
+
+
+def copies_at_other_size(rows: Sequence[LedgerRow], config: ScanConfig) -> str:
+    """Which --tile-px could let `tile` copy the slides' own JPEG tiles instead of encoding them anew; empty if none."""
+    sides = Counter(side for row in rows if (side := _copied_side_px(row, config.mpp)))
+    if config.coarser_mpp or not sides:
+        return ""
+    side, count = max(sides.items(), key=lambda item: (item[1], item[0]))
+    if side == config.tile_px:
+        return ""  # copied as it is
+    return (
+        f"{count} of the slides have JPEG tiles of {side} px at this scale: tile --grid native --tile-px {side} "
+        f"could copy them, unchanged and fastest; {config.tile_px} px are cut from them and encoded anew"
+    )
+
+
+def _copied_side_px(row: LedgerRow, mpp: float) -> int | None:
+    """Side of a slide's own tiles, where they are JPEG, square and of about this scale."""
+    from histossl.slides.grid import NATIVE_TOLERANCE
+    from histossl.slides.reader import NATIVE_VENDORS
+
+    vendors = (*NATIVE_VENDORS, "ome", "plain-tiff", "perkinelmer")
+    width, _, height = row.native_tile.partition("x")
+    if row.compression != "JPEG" or row.vendor not in vendors or width != height or not row.mpp:
+        return None
+    widths = [int(level.partition("x")[0]) for level in row.levels.split()]
+    near = any(abs(row.mpp * widths[0] / each / mpp - 1) <= NATIVE_TOLERANCE for each in widths)
+    return int(width) if near and OWN_PX[0] <= int(width) <= OWN_PX[1] else None
 
 
 def _size(num_bytes: float) -> str:

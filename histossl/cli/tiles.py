@@ -91,7 +91,8 @@ def tile(
         typer.Option(
             metavar="DIR",
             help="Folder with QuPath GeoJSON files (A1.geojson for A1.svs) that restrict tiling to their areas. "
-            "Default: those beside the slides.",
+            "Default: those beside the slides. Of MIRAX and Leica slides, coordinates count from the scanned area's "
+            "corner, as QuPath counts without its --no-crop.",
             show_default=False,
         ),
     ] = None,

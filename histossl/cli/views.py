@@ -132,9 +132,9 @@ def _cut(
 ) -> list[np.ndarray]:
     import numpy as np
 
+    from histossl.slides.grid import physical_grid
     from histossl.slides.reader import open_slide
     from histossl.slides.tissue import find_tissue
-    from histossl.tiles.cutting import physical_grid
 
     with open_slide(path, slide_mpp) as slide:
         grid = physical_grid(slide, config.tile_px, config.mpp)

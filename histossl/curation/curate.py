@@ -424,7 +424,7 @@ def example_slides(
     index: TileIndex, slides: Sequence[str], classes: Sequence[str], labels: Path | None, excluded: set[str]
 ) -> tuple[set[str], set[str]]:
     """(slides whose tiles are the examples, slides with a label). Test patients are neither: `excluded` holds them."""
-    names = SlideNames(index.slides)
+    names = SlideNames.of(index)
     examples: set[str] = set()
     for name in slides:
         found = names.find(name)

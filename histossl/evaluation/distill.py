@@ -27,7 +27,7 @@ from histossl.backbones import BackboneInfo, load_backbone
 from histossl.config import DistillConfig
 from histossl.errors import UsageError
 from histossl.evaluation.embed import slide_tiles
-from histossl.evaluation.labels import TCGA_CASE, SlideNames
+from histossl.evaluation.labels import SlideNames
 from histossl.evaluation.model import Model, save_model
 from histossl.evaluation.teacher import present_classes, student_head
 from histossl.methods.distillation import Teacher, entropy
@@ -55,9 +55,10 @@ def slides_held_out(model: Model, index: TileIndex) -> set[str]:
     names = model.info.provenance.get("tested_slides")
     if names is None:
         names = _tested_by_splits(model.folder.resolve().parent / "splits.json")
-    found = {slide for name in names for slide in SlideNames(index.slides).find(name)}
-    cases = {_case_of(slide) for slide in found} - {""}
-    return found | {slide for slide in index.slides if _case_of(slide) in cases}
+    here = SlideNames.of(index)
+    found = {slide for name in names for slide in here.find(name)}
+    cases = {case for slide in found for case in here.cases(slide)}
+    return found | {slide for slide in index.slides if here.cases(slide) & cases}
 
 
 def _tested_by_splits(path: Path) -> list[str]:
@@ -66,11 +67,6 @@ def _tested_by_splits(path: Path) -> list[str]:
         return [name for part in splits["parts"] for name in part["test"]] if splits["num_folds"] == 0 else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _case_of(slide: str) -> str:
-    found = TCGA_CASE.search(slide)
-    return found.group().upper() if found else ""
 
 
 # ---- what the teacher says, and whether the student says the same

@@ -37,26 +37,34 @@ def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), cla
     files = sorted(directory.rglob("*.geojson"))
     if not files:
         raise LabelsError(f"--regions {directory}: holds no .geojson file; export annotations from QuPath as GeoJSON")
-    about = _rows_of_slides(rows, index.slides)
+    names = SlideNames.of(index)
+    about = {slide: row for row in rows for slide in names.find(row.slide)}
     notes: list[str] = []
     unread: list[tuple[str, str]] = []
     found: list[Item] = []
     used: set[Path] = set()
     without_class = empty = 0
-    own_patient, patients_from = patients_by_name(index.slides)
-    files_of = [SlideFile(Path(str(index.facts(slide).get("file", slide))), slide) for slide in index.slides]
+    own_patient, patients_from = patients_by_name(index.slides, names)
+    files_of = [SlideFile(Path(str(index.facts(slide).get("file") or slide)), slide) for slide in index.slides]
+    files_of += [SlideFile(Path(name), name) for name in names.others]
     matched = regions_in(directory, files_of)
+    drawn: set[str] = set()
     for one in files_of:
-        slide, path = one.slide, matched[one.path]
+        slide, path = names.others.get(one.slide, one.slide), matched[one.path]
         if path is None:
             continue
         used.add(path)
+        if slide in drawn:
+            unread.append((one.slide, f"the same slide as {slide}, which has annotations under that name"))
+            continue
+        drawn.add(slide)
         if rows and slide not in about:
             unread.append((slide, "has annotations, but no line in the labels file"))
             continue
         try:
             facts = index.facts(slide)
-            regions = read_regions(path, (facts.get("width_l0", 2**31), facts.get("height_l0", 2**31)))
+            size_l0 = (facts.get("width_l0", 2**31), facts.get("height_l0", 2**31))
+            regions = read_regions(path, size_l0, facts.get("bounds_l0", (0, 0)))
         except SlideError as error:
             unread.append((slide, str(error)))
             continue
@@ -101,11 +109,6 @@ def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), cla
         patients_from="the patient column" if from_rows else patients_from,
         notes=tuple(notes),
     )
-
-
-def _rows_of_slides(rows: Sequence[Row], slides: Sequence[str]) -> dict[str, Row]:
-    names = SlideNames(slides)
-    return {slide: row for row in rows for slide in names.find(row.slide)}
 
 
 def _centres_l0(index: TileIndex, slide: str) -> NDArray[np.float64]:

@@ -46,6 +46,7 @@ from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
+NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
 POOLED = ("mean", "knn", "simpleshot")  # heads that the colour floor may have too
 MISSING_SHOWN = 5
 DIGITS = 9  # of a probability in the journal
@@ -230,7 +231,7 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     slides = list(index.slides)
     if config.labels:
         rows = labelling.read_rows(Path(config.labels))
-        names = labelling.SlideNames(slides)
+        names = labelling.SlideNames.of(index)
         _show_missing([(row.slide, names.hint(row.slide)) for row in rows if not names.find(row.slide)])
         slides = sorted({slide for row in rows for slide in names.find(row.slide)})
         if not slides:
@@ -333,13 +334,13 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
             raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
         return _in_unit(table, index, config)
     reasons = {
-        row.slide: row.tile_reason or row.reason or "not tiled yet"
+        row.slide: row.tile_reason or row.reason or ("not tiled yet" if row.tile_status != "tiled" else NAMELESS)
         for row in read_ledger(workspace.archive_csv)
         if row.slide and row.slide not in index.slides
     }
     table = labelling.match_labels(
         labelling.read_rows(path),
-        index.slides,
+        labelling.SlideNames.of(index),
         reasons=reasons,
         classes=config.classes,
         mixed_patients=config.mixed_patients,
@@ -786,7 +787,7 @@ def _facts(
             "pool_patients_per_class": len({(item.label, item.patient) for item in pool}) / num_classes,
             "notes": list(splits.notes),
         },
-        "leak": leak_statement(table, splits, starts.chosen),
+        "leak": leak_statement(table, splits, starts.chosen, labelling.SlideNames.of(index)),
         "skipped_starts": starts.skipped,
         "pool_notes": list(starts.notes),
         "input_px": starts.input_px,
@@ -809,11 +810,12 @@ def _facts(
     }
 
 
-def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start]) -> dict[str, Any]:
+def leak_statement(
+    table: LabelTable, splits: Splits, starts: Sequence[Start], here: labelling.SlideNames
+) -> dict[str, Any]:
     """Whether tested slides were in the pretraining pool of any start: in tested items per start, and in words."""
     items = [table.items[item].slide for item in splits.tested]
     tested = set(items)
-    here = labelling.SlideNames([*table.slides, *table.unlabelled])
     seen: dict[str, int | None] = {}
     words: dict[str, str] = {}
     for name in dict.fromkeys(start.name for start in starts if start.exported is not None):

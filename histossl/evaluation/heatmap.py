@@ -76,9 +76,15 @@ def _legend(page: Image.Image, x: int, y: int, width: int, caption: str, low: fl
     ImageDraw.Draw(page).text((x, y + BAR_PX + 4), f"{low:.2g} to {high:.2g}: {caption}", fill="black")
 
 
+def qupath_corners(index: TileIndex, slide: str, numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n, 2) tiles' corners in level-0 pixels, as QuPath counts them: from the corner of the slide's bounds."""
+    corner: NDArray[np.int64] = np.array(index.facts(slide).get("bounds_l0", (0, 0)), dtype=np.int64)
+    return index.coords_l0(numbers) - corner
+
+
 def write_qupath(
     path: Path,
-    coords_l0: NDArray[np.int64],
+    corners: NDArray[np.int64],
     side_l0: float,
     shares: NDArray[np.floating],
     classes: Sequence[str],
@@ -86,7 +92,7 @@ def write_qupath(
 ) -> None:
     """GeoJSON that QuPath imports: a square per tile with its most probable class and its measurements."""
     features = []
-    for number, ((x, y), row) in enumerate(zip(coords_l0.tolist(), shares, strict=True)):
+    for number, ((x, y), row) in enumerate(zip(corners.tolist(), shares, strict=True)):
         right, bottom = x + side_l0, y + side_l0
         best = int(row.argmax())
         measurements = {f"probability {name}": round(float(value), 4) for name, value in zip(classes, row, strict=True)}

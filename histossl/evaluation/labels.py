@@ -26,6 +26,9 @@ from numpy.typing import NDArray
 
 from histossl.config import nearest
 from histossl.errors import LabelsError
+from histossl.tiles.index import TileIndex
+from histossl.tiles.names import holders
+from histossl.workspace import Workspace
 
 TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
@@ -201,21 +204,38 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
 
 
 class SlideNames:
-    """Finds a slide by the name a person gave it."""
+    """Finds a slide by the name a person gave it. `others`: further names, and the slide that holds the tiles."""
 
-    def __init__(self, slides: Iterable[str]) -> None:
+    def __init__(self, slides: Iterable[str], others: Mapping[str, str] | None = None) -> None:
         self.slides = tuple(slides)
-        self._exact = set(self.slides)
-        self._last = [(slide, _parts(slide)[-1]) for slide in self.slides]
+        self.others = dict(others or {})
+        self._holder = {**self.others, **{slide: slide for slide in self.slides}}
+        self._cases: dict[str, set[str]] = defaultdict(set)
+        for slide, holder in self._holder.items():
+            barcode = TCGA_CASE.search(PurePosixPath(slide).name) or TCGA_CASE.search(slide)
+            self._cases[holder] |= {barcode.group().upper()} if barcode else set()
+        self._last = [(slide, _parts(slide)[-1]) for slide in self._holder]
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for slide in self.slides:
+        for slide in self._holder:
             for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
                 self._by_stem[stem].append(slide)
 
+    @classmethod
+    def of(cls, index: TileIndex) -> SlideNames:
+        """Of an archive's tiles: also by names that an anonymous store hides, or that the same content has twice."""
+        return cls(index.slides, holders(Workspace.holding(index.path), index.slides))
+
     def find(self, name: str) -> tuple[str, ...]:
         """The slides meant by `name`: none, one, or (a TCGA case barcode, an ambiguous file name) several."""
+        return tuple(sorted({self._holder[own] for own in self._named(name)}))
+
+    def cases(self, slide: str) -> set[str]:
+        """TCGA barcodes of the case that the slide's names tell: one, none, or where names contradict, several."""
+        return self._cases[slide]
+
+    def _named(self, name: str) -> tuple[str, ...]:
         name = name.replace("\\", "/").removeprefix("./")
-        if name in self._exact:
+        if name in self._holder:
             return (name,)
         for spelling in (name, _without_suffix(name)):
             found = self._same_ending(spelling)
@@ -225,10 +245,10 @@ class SlideNames:
 
     def labelled_by(self, name: str) -> tuple[str, ...]:
         """The slides whose label is that of `name`: a case's is its tumour's, not that of normal tissue beside it."""
-        found = self.find(name)
-        if not self.is_case_barcode(PurePosixPath(name).name):
-            return found
-        return tuple(slide for slide in found if not TCGA_NORMAL.match(PurePosixPath(slide).name)) or found
+        named = self._named(name)
+        if self.is_case_barcode(PurePosixPath(name).name):
+            named = tuple(own for own in named if not TCGA_NORMAL.match(PurePosixPath(own).name)) or named
+        return tuple(sorted({self._holder[own] for own in named}))
 
     def is_case_barcode(self, name: str) -> bool:
         return TCGA_CASE.fullmatch(name) is not None
@@ -272,7 +292,7 @@ def _without_suffix(name: str) -> str:
 
 def match_labels(
     rows: Sequence[Row],
-    slides: Iterable[str],
+    slides: Iterable[str] | SlideNames,
     *,
     reasons: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
@@ -284,7 +304,7 @@ def match_labels(
     `classes` keeps only these. Refuses contradictions: a slide with two labels, a patient in both splits, and,
     unless `mixed_patients` or labels of regions, a patient with slides of two classes.
     """
-    names = SlideNames(slides)
+    names = slides if isinstance(slides, SlideNames) else SlideNames(slides)
     without_tiles = SlideNames(reasons or {})
     named = [row for row in rows if row.label and (not classes or row.label in classes)]
     known_labels = sorted({row.label for row in rows if row.label})
@@ -312,7 +332,7 @@ def match_labels(
             found[slide].append(row)
     if not found:
         raise LabelsError(_none_found(source, named, missing))
-    patient_of, patients_from = _patients(found)
+    patient_of, patients_from = _patients(found, names)
     items = []
     for slide in sorted(found):
         items += _items_of(source, slide, found[slide], patient_of[slide], regions, notes)
@@ -358,19 +378,28 @@ def _none_found(source: str, named: Sequence[Row], missing: Mapping[str, str]) -
     )
 
 
-def _patients(found: Mapping[str, Sequence[Row]]) -> tuple[dict[str, str], str]:
+def _patients(found: Mapping[str, Sequence[Row]], names: SlideNames) -> tuple[dict[str, str], str]:
     """Each slide's patient, and where it comes from."""
     if any(row.patient for rows in found.values() for row in rows):
         return {slide: rows[0].patient for slide, rows in found.items()}, "the patient column"
-    return patients_by_name(found)
+    for slide, rows in found.items():
+        refuse_two_cases(rows[0].slide, names.cases(slide))
+    return patients_by_name(found, names)
 
 
-def patients_by_name(slides: Iterable[str]) -> tuple[dict[str, str], str]:
+def refuse_two_cases(name: str, cases: set[str]) -> None:
+    if len(cases) > 1:
+        raise LabelsError(
+            f"{name}: the same content is in the archive under names of several patients ({', '.join(sorted(cases))}); "
+            "find out whose it is, and remove the others"
+        )
+
+
+def patients_by_name(slides: Iterable[str], names: SlideNames | None = None) -> tuple[dict[str, str], str]:
     """Patients by TCGA barcode where slides have one, else each slide its own; and where that comes from, in words."""
-    patients = {}
-    for slide in slides:
-        barcode = TCGA_CASE.search(PurePosixPath(slide).name)
-        patients[slide] = barcode.group().upper() if barcode else slide
+    slides = list(slides)
+    names = names or SlideNames(slides)
+    patients = {slide: min(names.cases(slide), default=slide) for slide in slides}
     own = sum(patients[slide] == slide for slide in patients)
     if own == 0:
         return patients, "TCGA barcodes"
@@ -386,9 +415,10 @@ def _items_of(
     for row in rows[1:]:
         for what in ("patient", "site", "split") if regions else ("label", "patient", "site", "split"):
             if getattr(row, what) != getattr(first, what):
+                same = f": {row.slide}, the same slide" if row.slide != first.slide else ""
                 raise LabelsError(
-                    f"{source}: {slide} is listed twice with different {what}: {getattr(first, what)!r} "
-                    f"(line {first.line}) and {getattr(row, what)!r} (line {row.line})"
+                    f"{source}: {first.slide} is listed twice with different {what}: {getattr(first, what)!r} "
+                    f"(line {first.line}) and {getattr(row, what)!r} (line {row.line}{same})"
                 )
     if not regions:
         if len(rows) > 1:

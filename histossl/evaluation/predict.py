@@ -26,7 +26,7 @@ from histossl.errors import MismatchError, StoreError, UsageError
 from histossl.evaluation.abmil import FittedAbmil
 from histossl.evaluation.embed import Bags, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats
-from histossl.evaluation.heatmap import draw_heatmap, write_qupath
+from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
 from histossl.evaluation.model import Model, distances, load_model
 from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
@@ -219,9 +219,8 @@ def _draw(
     if attention is not None:
         values, high, caption = attention, float(attention.max()), f"attention (predicted: {label})"
     draw_heatmap(folder.heatmap(one.slide), index, numbers, side_l0, values, caption, low, high)
-    write_qupath(
-        folder.qupath(one.slide), index.coords_l0(numbers), side_l0, tile_shares, model.info.classes, attention
-    )
+    corners = qupath_corners(index, one.slide, numbers)
+    write_qupath(folder.qupath(one.slide), corners, side_l0, tile_shares, model.info.classes, attention)
 
 
 def _write(

@@ -57,6 +57,7 @@ class LedgerRow:
     rejected_saturation: int | None = None
     rejected_damaged: int | None = None
     tile_settings: str = ""  # of file and settings behind tile_status
+    tile_twin: str = ""  # the slide that holds the tiles, where it is another one of the same content
 
     settings: str = ""  # digest of the settings behind the figures above
     archive: str = ""  # the folder that `file` lies in

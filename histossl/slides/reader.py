@@ -12,7 +12,7 @@ import math
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,7 @@ class Slide:
         self.level_sizes = levels.sizes
         self.level_downsamples = levels.downsamples()
         self.size_l0 = levels.sizes[0]
+        self.bounds_l0 = _bounds_l0(getattr(levels, "properties", {}))
         self.mpp_l0 = math.nan
         self.mpp_source = ""
         self.mpp_problem = ""  # why mpp_l0 is not known
@@ -212,6 +213,9 @@ def open_slide(
     try:
         if slide_mpp is not None:
             slide.mpp_l0, slide.mpp_source = slide_mpp, mpp_source
+            own = slide._levels.scale()
+            contradiction = own.contradiction(slide_mpp, mpp_source) if own else ""
+            slide.warnings += [contradiction] if contradiction else []
         else:
             _believe(slide, slide._levels.scale())
         if slide.mpp_problem and need_mpp:
@@ -231,6 +235,18 @@ def _believe(slide: Slide, scale: Scale | None) -> None:
     if not slide.mpp_problem:
         slide.mpp_l0 = scale.mpp
         slide.warnings += [scale.warning()] if scale.warning() else []
+
+
+def _bounds_l0(properties: Mapping[str, str]) -> tuple[int, int]:
+    """The corner of what was scanned of a larger plane (MIRAX, Leica). QuPath crops to it: its coordinates begin there.
+
+    As QuPath does only if all four are told.
+    """
+    try:
+        x, y, _, _ = (int(properties[f"openslide.bounds-{name}"]) for name in ("x", "y", "width", "height"))
+    except (KeyError, ValueError):
+        return 0, 0
+    return x, y
 
 
 def _objective(slide: Slide) -> str:

@@ -1,8 +1,9 @@
 """Regions drawn by hand: a GeoJSON as QuPath exports it restricts tiling to its polygons, and names each tile's class.
 
-`A1.geojson` beside A1.svs, or in a folder given with --regions. Coordinates are level-0 pixels. Polygons, also with
-holes and in several parts; points and lines enclose nothing. A class whose name ends in * is QuPath's way of saying
-"ignore": it is cut out of the others.
+`A1.geojson` beside A1.svs, or in a folder given with --regions. Coordinates are level-0 pixels, counted as QuPath does:
+of a slide that tells its bounds (MIRAX, Leica), from their corner. Polygons, also with holes and in several parts;
+points and lines enclose nothing. A class whose name ends in * is QuPath's way of saying "ignore": it is cut out of the
+others.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,19 +27,20 @@ Ring = NDArray[np.float64]  # (n, 2): x, y in level-0 pixels
 NAMELESS = ""
 MAX_BYTES = 512 << 20
 MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
-NOT_DRAWN = ("detection", "cell", "tile", "TMACore", "root")  # what QuPath finds by itself; regions are annotations
+# What QuPath finds by itself; regions are annotations. Version 0.2 says it in the id: PathDetectionObject.
+NOT_DRAWN = ("detection", "cell", "tile", "tmacore", "root")
 
 
 @dataclass(frozen=True)
 class Region:
     """One area: all its rings, outer and inner; a point is inside if an odd number of rings surround it."""
 
-    name: str  # its class; empty if it has none
+    name: str  # its class, derived ones as QuPath shows them ("Tumor: Positive"); empty if it has none
     rings: tuple[Ring, ...]
 
     @property
     def ignored(self) -> bool:
-        return self.name.endswith("*")
+        return any(part.endswith("*") for part in self.name.split(": "))
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,24 @@ def match_regions(slides: Iterable[SlideFile], directory: Path | None = None) ->
     """
     slides = [one for one in slides if not one.problem]
     if directory is None:
-        return {one.path: find_regions(one.path.absolute(), one.slide) for one in slides}
+        return _regions_beside(slides)
     matched = regions_in(directory.absolute(), slides)
     _tell_unmatched(directory.absolute(), slides, matched)
+    return matched
+
+
+def _regions_beside(slides: Sequence[SlideFile]) -> dict[Path, Path | None]:
+    matched = {one.path: find_regions(one.path.absolute(), one.slide) for one in slides}
+    claimants: dict[Path, list[str]] = defaultdict(list)
+    for path, file in matched.items():
+        if file is not None:
+            claimants[file].append(path.name)
+    for file, names in claimants.items():
+        if len(names) > 1:
+            raise UsageError(
+                f"{file}: could be of {_some(names, ' or ')} beside it; name it by the whole file name, "
+                f"like {names[0]}.geojson"
+            )
     return matched
 
 
@@ -154,13 +171,17 @@ def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path 
     """
     if directory is not None:
         return _first_file(directory, (*_own_names(path, slide), *_bare_names(path, slide)))
-    candidates = [path.with_suffix(".geojson"), path.with_name(f"{path.name}.geojson")]
+    candidates = [path.with_name(f"{path.name}.geojson"), path.with_suffix(".geojson")]
     return next((one for one in candidates if one.is_file()), None)
 
 
-def read_regions(path: Path, size_l0: tuple[int, int]) -> Regions:
-    """The regions of a slide of size_l0 (width, height). SlideError if there is nothing to restrict tiling to."""
-    regions = tuple(region for feature in _features(path) for region in _regions(path, feature))
+def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int] = (0, 0)) -> Regions:
+    """The regions of a slide of size_l0 (width, height), whose coordinates are counted from `bounds_l0`.
+
+    SlideError if there is nothing to restrict tiling to.
+    """
+    found = [region for feature in _features(path) for region in _regions(path, feature)]
+    regions = tuple(replace(one, rings=tuple(ring + bounds_l0 for ring in one.rings)) for one in found)
     drawn = [one for one in regions if not one.ignored]
     if not drawn:
         raise SlideError(f"{path.name}: holds no polygon; draw areas as annotations in QuPath and export them again")
@@ -191,7 +212,23 @@ def _features(path: Path) -> list[dict[str, Any]]:
         content = [content]
     if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
         raise SlideError(f"{path.name}: JSON, but not a GeoJSON (no features); export it from QuPath again")
-    return [one for one in content if _properties(one).get("objectType") not in NOT_DRAWN]
+    return [one for top in content for one in _with_children(top) if _kind(one) not in NOT_DRAWN]
+
+
+def _with_children(feature: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An export of QuPath's hierarchy nests the objects that lie in others."""
+    yield feature
+    for children in (feature.get("childObjects"), _properties(feature).get("childObjects")):
+        for child in children if isinstance(children, list) else ():
+            if isinstance(child, dict):
+                yield from _with_children(child)
+
+
+def _kind(feature: dict[str, Any]) -> str:
+    kind, before = _properties(feature).get("objectType"), str(feature.get("id"))
+    if kind is None and before.endswith("Object"):
+        kind = before.removeprefix("Path").removesuffix("Object")
+    return str(kind).lower()
 
 
 def _properties(feature: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +239,12 @@ def _properties(feature: dict[str, Any]) -> dict[str, Any]:
 def _regions(path: Path, feature: dict[str, Any]) -> list[Region]:
     properties = _properties(feature)
     classification = properties.get("classification")
-    name = classification.get("name") if isinstance(classification, dict) else classification
+    name = classification
+    if isinstance(classification, dict):
+        name = classification.get("name")
+        names = classification.get("names")  # since 0.4, of a derived class
+        if name is None and isinstance(names, list):
+            name = ": ".join(str(one) for one in names)
     name = name if isinstance(name, str) else NAMELESS
     geometry = feature.get("geometry") if "geometry" in feature else feature
     return [Region(name, rings) for rings in _polygons(path, geometry)]

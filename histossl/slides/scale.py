@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,7 +32,11 @@ UM_PER_UNIT = {
     "inch": 25400.0,
     "in": 25400.0,
 }
-REMEDY = "pass --slide-mpp (0.25 is a 40x scan, 0.5 a 20x scan), or list the slide in a CSV with --mpp-csv"
+CONTRADICTION = 0.02
+REMEDY = (
+    "list the slide in a CSV (slide,mpp) with --mpp-csv, or where no slide of the folder says it, pass --slide-mpp, "
+    "which goes before what any says (0.25 is a 40x scan, 0.5 a 20x scan)"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,13 @@ class Scale:
                 f"{MAX_ANISOTROPY:.0%}; their mean is used, unless --slide-mpp or --mpp-csv says better"
             )
         return ""
+
+    def contradiction(self, mpp: float, source: str) -> str:
+        """What a person should know who says `mpp` of a slide that says something else."""
+        low, high = sorted((self.x_mpp, self.y_mpp))
+        if self.problem() or low * (1 - CONTRADICTION) <= mpp <= high * (1 + CONTRADICTION):
+            return ""
+        return f"its {self.source} says {self.mpp:.4g} microns per pixel, {source} says {mpp:.4g}, which is used"
 
 
 def missing(hint: str) -> str:
@@ -116,11 +128,23 @@ class MppTable:
     path: Path
     mpp: Mapping[str, float]
 
-    def mpp_of(self, file: str, slide: str) -> float | None:
-        for name in _names(file, slide):
-            if name in self.mpp:
-                return self.mpp[name]
-        return None
+    def among(self, slides: Sequence[tuple[str, str]]) -> dict[str, float]:
+        """By file, of all (file, slide) of the archive. A name without its folder counts if one slide alone has it."""
+        owner = {name: file for file, slide in slides for name in (slide, file) if name in self.mpp}
+        found = {file: self.mpp[name] for name, file in owner.items()}
+        claims: dict[str, list[str]] = defaultdict(list)
+        for file, slide in slides:
+            bare = next((name for name in _names(file, slide) if name in self.mpp), None)
+            if file not in found and bare is not None and bare not in owner:
+                claims[bare].append(file)
+        for name, files in claims.items():
+            if len(files) > 1:
+                more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+                raise UsageError(
+                    f"--mpp-csv {self.path}: {name!r} could be {' or '.join(files[:5])}{more}; name each by its path"
+                )
+            found[files[0]] = self.mpp[name]
+        return found
 
     def unused(self, slides: list[tuple[str, str]]) -> list[str]:
         """Names of the CSV that no (file, slide) of the archive answers to."""

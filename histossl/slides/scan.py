@@ -34,13 +34,14 @@ from histossl import __version__, console
 from histossl.config import ScanConfig, plain
 from histossl.errors import HistosslError, SlideError
 from histossl.slides.files import SlideFile, Walk, find_slides, relative, walk
+from histossl.slides.grid import Grid, enlargement, physical_grid
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import MIN_INSIDE, match_regions, read_regions
 from histossl.slides.scale import MppTable, read_mpp_csv
 from histossl.slides.stain import OTHER, Stain, stain_of
 from histossl.slides.tissue import TissueMask, readable_thumbnail, tissue_mask
-from histossl.units import l0_from_px, um_from_l0
+from histossl.units import um_from_l0
 from histossl.workers import Job, Report, num_cores, run_jobs
 from histossl.workspace import Workspace
 
@@ -53,7 +54,6 @@ PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
 GONE = "not in the folder any more; its tiles are still in the workspace"
 LEDGER_EVERY_S = 10.0
 DIGEST_BYTES = 8 << 20  # read between two signs of life
-TOO_COARSE = 1.5  # tiles enlarged by more than this show no more than the slide does
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,13 @@ def scan(
     table = read_mpp_csv(Path(config.mpp_csv)) if config.mpp_csv else None
     if table:
         _tell_unused(table, walked)
+    given = table.among([(relative(one.path, directory), one.slide) for one in walked.found]) if table else {}
     drawn = match_regions(walked.found, regions)
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
     rows: dict[str, LedgerRow] = {}
     jobs: list[ScanJob] = []
     for one in walked.found:
-        job = _job(one, directory, config, table, drawn.get(one.path), previews, known)
+        job = _job(one, directory, config, given, drawn.get(one.path), previews, known)
         before = known.get(job.row.file)
         if one.problem:
             rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
@@ -189,13 +190,13 @@ def _job(
     one: SlideFile,
     directory: Path,
     config: ScanConfig,
-    table: MppTable | None,
+    given: Mapping[str, float],
     region_file: Path | None,
     preview: bool,
     known: dict[str, LedgerRow],
 ) -> ScanJob:
     file = relative(one.path, directory)
-    mpp = table.mpp_of(file, one.slide) if table else None
+    mpp = given.get(file)
     source = "--mpp-csv" if mpp is not None else "--slide-mpp"
     mpp = config.slide_mpp if mpp is None else mpp
     size, modified_s = stamp(one.path, one.parts)
@@ -339,13 +340,13 @@ class _Look:
             tissue = TissueMask(tissue_mask(thumbnail, um_per_px, config.tissue), downsample)
             drawn = None
             if job.regions is not None:
-                regions = read_regions(job.regions, slide.size_l0)
+                regions = read_regions(job.regions, slide.size_l0, slide.bounds_l0)
                 drawn = TissueMask(regions.mask(tissue.mask.shape, downsample), downsample)
             stain = stain_of(thumbnail, tissue.mask)
             self._warn_of(slide, tissue, stain)
-            corners, side_l0 = self._places(slide, tissue, drawn)
+            corners, grid = self._places(slide, tissue, drawn)
             with self._open() as fresh:  # the first may have met damage, and then reads nothing any more
-                tile_bytes = self._probe(fresh, corners, side_l0)
+                tile_bytes = self._probe(fresh, corners, grid.side_l0)
             per_scale = [len(corners)] + [len(self._grid(slide, mpp, tissue, drawn)[0]) for mpp in config.coarser_mpp]
             self.row = replace(
                 self.row,
@@ -356,7 +357,7 @@ class _Look:
                 expected_mb=round(sum(per_scale) * tile_bytes / 1e6, 3),
             )
             shown = tissue if drawn is None else replace(tissue, mask=tissue.mask & drawn.mask)
-            preview = _preview(thumbnail, shown, corners, side_l0, slide.size_l0) if job.preview else None
+            preview = _preview(thumbnail, shown, corners, grid) if job.preview else None
         reason = "; ".join(self.warnings)
         self.row = replace(self.row, status=WARNING if reason else OK, reason=reason)
         return preview
@@ -379,11 +380,8 @@ class _Look:
 
     def _warn_of(self, slide: Slide, tissue: TissueMask, stain: Stain) -> None:
         config = self.job.config
-        if slide.mpp_l0 > TOO_COARSE * config.mpp:
-            self.warnings.append(
-                f"scanned at {slide.mpp_l0:.3g} microns per pixel, coarser than the tiles' {config.mpp:g}; "
-                f"tile it with --mpp {slide.mpp_l0:.2g}"
-            )
+        said, _ = enlargement(slide.mpp_l0, config.mpp)
+        self.warnings += [said] if said else []
         if stain.family == OTHER:
             self.warnings.append(
                 "bright on black: fluorescence, or an inverted image; histossl is made for stained slides"
@@ -391,31 +389,35 @@ class _Look:
         if not tissue.mask.any():
             self.warnings.append("no tissue found: blank glass, ink only, or tissue smaller than --min-speck-um")
 
-    def _places(self, slide: Slide, tissue: TissueMask, drawn: TissueMask | None) -> tuple[NDArray[np.float64], float]:
+    def _places(self, slide: Slide, tissue: TissueMask, drawn: TissueMask | None) -> tuple[NDArray[np.float64], Grid]:
         config = self.job.config
-        corners, side_l0 = self._grid(slide, config.mpp, tissue, drawn)
-        if min(slide.size_l0) < side_l0:
+        corners, grid = self._grid(slide, config.mpp, tissue, drawn)
+        if not grid.num_places:
             width_um, height_um = (um_from_l0(side, slide.mpp_l0) for side in slide.size_l0)
             self.warnings.append(
                 f"smaller than one tile: {width_um:.0f} x {height_um:.0f} microns, a tile of {config.tile_px} px at "
                 f"{config.mpp:g} covers {config.tile_px * config.mpp:.0f}"
             )
-        elif not len(corners) and tissue.mask.any():
+        elif not len(corners) and tissue.mask.any() and not enlargement(slide.mpp_l0, config.mpp)[1]:
             where = "in the drawn regions " if drawn else ""
             self.warnings.append(f"no place {where}has {config.tissue.min_tissue:.0%} tissue (--min-tissue)")
-        return corners, side_l0
+        return corners, grid
 
     def _grid(
         self, slide: Slide, mpp: float, tissue: TissueMask, drawn: TissueMask | None
-    ) -> tuple[NDArray[np.float64], float]:
-        """Corners (n, 2) of the tiles that tiling would cut, by tissue and regions, and their side; level-0 pixels."""
-        side_l0 = l0_from_px(self.job.config.tile_px, mpp, slide.mpp_l0)
-        columns, rows = (int(side // side_l0) for side in slide.size_l0)
-        y, x = np.mgrid[:rows, :columns].reshape(2, -1) * side_l0
-        kept = tissue.share(x, y, side_l0) >= self.job.config.tissue.min_tissue
+    ) -> tuple[NDArray[np.float64], Grid]:
+        """Corners (n, 2) of the tiles that tiling would cut, by tissue and regions, in level-0 pixels; and all places.
+
+        As with --grid auto, where no slide's own tiles are copied.
+        """
+        config = self.job.config
+        grid = physical_grid(slide, config.tile_px, mpp, exact=False)
+        x, y = grid.corners_l0(np.arange(grid.num_places))
+        kept = tissue.share(x, y, grid.side_l0) >= config.tissue.min_tissue
         if drawn is not None:
-            kept &= drawn.share(x, y, side_l0) >= MIN_INSIDE
-        return np.stack([x[kept], y[kept]], axis=1), side_l0
+            kept &= drawn.share(x, y, grid.side_l0) >= MIN_INSIDE
+        kept &= not enlargement(slide.mpp_l0, config.mpp)[1]
+        return np.stack([x[kept], y[kept]], axis=1).astype(np.float64), grid
 
     def _probe(self, slide: Slide, corners: NDArray[np.float64], side_l0: float) -> float:
         """Read a few tiles as tiling would. Bytes per tile; SlideError if none of them can be read."""
@@ -453,8 +455,7 @@ def _preview(
     thumbnail: NDArray[np.uint8],
     tissue: TissueMask,
     corners: NDArray[np.float64],
-    side_l0: float,
-    size_l0: tuple[int, int],
+    places: Grid,
 ) -> Preview:
     plain_picture = _picture(thumbnail)
     size = (plain_picture.width_px, plain_picture.height_px)
@@ -465,10 +466,9 @@ def _preview(
     painted.putpalette([0, 0, 0, 90, 90, 110, 0, 190, 80])  # tissue clear, all else veiled, a green line between
     overlay = io.BytesIO()
     painted.save(overlay, "PNG", transparency=bytes([0, 150, 255]), bits=2)
-    places = np.rint(corners / side_l0).astype(int)
-    columns, rows = (int(side // side_l0) for side in size_l0)
-    grid = np.zeros((rows, columns), np.uint8)
-    grid[places[:, 1], places[:, 0]] = 1 + places.sum(axis=1) % 2  # two blues by turns, one paler, to tell tiles apart
+    chosen = np.rint(corners / places.side_l0).astype(int)
+    grid = np.zeros((places.rows, places.columns), np.uint8)
+    grid[chosen[:, 1], chosen[:, 0]] = 1 + chosen.sum(axis=1) % 2  # two blues by turns, one paler, to tell tiles apart
     tiles = io.BytesIO()
     if grid.size:
         squares = Image.fromarray(grid, "P")
@@ -479,7 +479,7 @@ def _preview(
         plain_picture,
         mask_png=base64.b64encode(overlay.getvalue()).decode(),
         grid_png=base64.b64encode(tiles.getvalue()).decode(),
-        grid_size=(columns * side_l0 / covered_l0[0], rows * side_l0 / covered_l0[1]),
+        grid_size=(places.columns * places.side_l0 / covered_l0[0], places.rows * places.side_l0 / covered_l0[1]),
     )
 
 

@@ -22,16 +22,14 @@ from PIL import Image
 
 from histossl.config import TileConfig
 from histossl.errors import SlideError
+from histossl.slides.grid import NATIVE_TOLERANCE, Grid, physical_grid
 from histossl.slides.reader import Slide
 from histossl.slides.tiff import NativeLevel, TiffLevels
 from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyable
-from histossl.units import l0_from_px
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
-NATIVE_TOLERANCE = 0.05  # a native tile may be this far from the wanted scale; its real one is recorded
-SAME_SCALE = 0.005
 STRIP_TILES = 16  # tiles across a strip: what one row has decoded is still cached when the next row needs it
 MAX_RUN_PX = 4 << 20  # of one read
 ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling
@@ -40,40 +38,6 @@ MAX_ENLARGED = 2.0  # a coarser level stands in for a damaged one only up to her
 SUBSAMPLING = "420"  # as nearly all scanners store their tiles
 REFEREE_TILES = 3
 REFEREE_LIMIT = 3.0  # mean difference in grey levels; decoders of the same JPEG differ by less than 1
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Squares of `side_l0` level-0 pixels from the slide's upper left corner on; only those wholly on the slide."""
-
-    tile_px: int
-    side_l0: float
-    columns: int
-    rows: int
-    mpp: float  # real microns per pixel of its tiles
-
-    @property
-    def num_places(self) -> int:
-        return self.columns * self.rows
-
-    def corners_l0(self, places: Ints) -> tuple[Ints, Ints]:
-        """x and y of places (numbered row by row), to the nearest pixel."""
-        x, y = (np.rint(places % self.columns * self.side_l0), np.rint(places // self.columns * self.side_l0))
-        return x.astype(np.int64), y.astype(np.int64)
-
-
-def physical_grid(slide: Slide, tile_px: int, mpp: float, exact: bool = True) -> Grid:
-    """Tiles of `mpp`; unless `exact`, of the slide's own scale (or a whole multiple) where 0.5 % is all that differs.
-
-    A scanner states its scale no better than that, and pixels that need no resampling stay as sharp as they are.
-    """
-    whole = max(1, round(mpp / slide.mpp_l0))
-    if not exact and abs(slide.mpp_l0 * whole / mpp - 1) <= SAME_SCALE:
-        mpp = slide.mpp_l0 * whole
-    side_l0 = l0_from_px(tile_px, mpp, slide.mpp_l0)
-    # Half a pixel of grace: rounded corners keep every tile within it, and 2048.0001 still holds four of 512.
-    columns, rows = (max(0, math.floor((length + 0.5) / side_l0)) for length in slide.size_l0)
-    return Grid(tile_px, side_l0, columns, rows, mpp)
 
 
 class Source(Protocol):

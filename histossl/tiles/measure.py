@@ -23,9 +23,10 @@ import openslide
 
 from histossl.config import TileConfig
 from histossl.errors import SlideError
+from histossl.slides.grid import Grid
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.tissue import find_tissue
-from histossl.tiles.cutting import Cutter, Grid, Ints, agrees, cutter_for, native_side_px
+from histossl.tiles.cutting import Cutter, Ints, agrees, cutter_for, native_side_px
 from histossl.tiles.one_slide import Making, TileJob, Wanted
 from histossl.tiles.store import new_store
 

@@ -6,9 +6,11 @@ import csv
 import hashlib
 import hmac
 import secrets
+from collections.abc import Iterable, Mapping
 
 from histossl.config import TileConfig
 from histossl.errors import StoreError
+from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import find_zips
 from histossl.workspace import Workspace, written_aside
 
@@ -41,8 +43,7 @@ class Names:
     def _read(self) -> None:
         try:
             with self._path.open(encoding="utf-8", newline="") as text:
-                first = text.readline().split()
-                self.key = bytes.fromhex(first[-1])
+                self.key = bytes.fromhex(text.readline().split()[-1])
                 self._given = {row["name"]: (row["slide"], row["file"]) for row in csv.DictReader(text)}
         except FileNotFoundError as error:
             if find_zips(self._tiles):
@@ -68,3 +69,23 @@ class Names:
             table = csv.writer(text, lineterminator="\n")
             table.writerow(["name", "slide", "file"])
             table.writerows([name, *given] for name, given in sorted(self._given.items()))
+
+
+def holders(workspace: Workspace, slides: Iterable[str]) -> dict[str, str]:
+    """Names of slides that have tiles under another name, and the one of `slides` that holds these.
+
+    A slide of an anonymous store, and one whose content is tiled as another's.
+    """
+    given: Mapping[str, tuple[str, str]] = {}
+    if workspace.anonymous_names.exists():
+        given = Names(workspace, TileConfig(anonymize=True))._given
+    found = {slide: name for name, (slide, _) in given.items()}
+    found |= {row.slide: row.tile_twin for row in read_ledger(workspace.archive_csv) if row.slide and row.tile_twin}
+    known = set(slides)
+    for name, holder in found.items():
+        for _ in found:  # the twin of a slide that was renamed since
+            if holder in known or holder not in found:
+                break
+            holder = found[holder]
+        found[name] = holder
+    return {name: holder for name, holder in found.items() if holder in known and name not in known}

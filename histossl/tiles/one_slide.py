@@ -23,6 +23,7 @@ import numpy.typing as npt
 from histossl import __version__
 from histossl.config import TileConfig, plain
 from histossl.errors import HistosslError, SlideError, StoreError
+from histossl.slides.grid import enlargement
 from histossl.slides.quality import out_of_focus, surely_in_focus, without_colour
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import read_regions
@@ -55,8 +56,6 @@ Ints = npt.NDArray[np.int64]
 MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
 REPORT_EVERY_S = 0.5
 SPOTS = 256  # samples that tell a slide from its mended copy: 4 MB, so a smaller file is compared whole
-TOO_COARSE = 2.0  # enlarging a slide more than this invents most of its pixels
-COARSE = 1.1
 SAMPLE = 32  # native tiles looked at, to know how large a blurred one is, and whether the slide is damaged
 JUDGED_PX = 112  # a smaller one is too small to be judged for focus
 GLANCE_SHRINK = 8  # the smallest picture a decoder makes: it reads all of a tile's bytes for it
@@ -214,15 +213,10 @@ def _own_mpp(job: TileJob) -> float | None:
 
 
 def _too_coarse(slide: Slide, config: TileConfig) -> list[str]:
-    enlarged = slide.mpp_l0 / config.mpp
-    if enlarged > TOO_COARSE:
-        raise SlideError(
-            f"{slide.path.name}: scanned at {slide.mpp_l0:.4g} microns per pixel, too coarse for tiles at "
-            f"{config.mpp:g}; tile this archive with --mpp {slide.mpp_l0:.2g} or coarser"
-        )
-    if enlarged > COARSE:
-        return [f"scanned at {slide.mpp_l0:.4g} microns per pixel: its tiles at {config.mpp:g} are enlarged"]
-    return []
+    said, too_much = enlargement(slide.mpp_l0, config.mpp)
+    if too_much:
+        raise SlideError(f"{slide.path.name}: {said}")
+    return [said] if said else []
 
 
 @dataclass(frozen=True)
@@ -292,7 +286,8 @@ class Making:
         self._region_names: list[str] = []
         self._regions: list[TissueMask] = []
         if job.regions is not None:
-            drawn = read_regions(job.regions, slide.size_l0).masks(mask.shape, downsample)
+            regions = read_regions(job.regions, slide.size_l0, slide.bounds_l0)
+            drawn = regions.masks(mask.shape, downsample)
             self._regions = [TissueMask(each, downsample) for each in drawn.values()]
             self._region_names = list(drawn)
         if found.handle_spent:
@@ -331,6 +326,7 @@ class Making:
                 "own_mpp": own_mpp,
                 "width_l0": slide.size_l0[0],
                 "height_l0": slide.size_l0[1],
+                "bounds_l0": list(slide.bounds_l0),
                 "vendor": slide.vendor,
                 "format": slide.format,
             },

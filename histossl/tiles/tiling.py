@@ -167,8 +167,10 @@ def _plan(
     """Which slides are done, which are to do, and which failed before and are left alone."""
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
     table = read_mpp_csv(mpp_csv) if mpp_csv else None
+    given: dict[str, float] = {}
     if table:
-        unused = table.unused([(relative(each.path, directory), each.slide) for each in files])
+        pairs = [(relative(each.path, directory), each.slide) for each in files]
+        given, unused = table.among(pairs), table.unused(pairs)
         if unused:
             console.warn(f"--mpp-csv {mpp_csv}: no slide here answers to {', '.join(unused[:5])}")
     drawn = match_regions(files, regions)
@@ -181,7 +183,7 @@ def _plan(
         if each.problem:
             plan.rows.append(replace(row, status=UNREADABLE, reason=each.problem, tile_status=FAILED))
             continue
-        mpp = table.mpp_of(file, each.slide) if table else None
+        mpp = given.get(file)
         source = "--mpp-csv" if mpp is not None else "--slide-mpp"
         name = names.of(each.slide, file)
         jobs[file] = TileJob(
@@ -206,7 +208,7 @@ def _plan(
         arguments = [(job, known.get(file), stored.get(job.zip_path)) for file, job in jobs.items()]
         states = dict(zip(jobs, pool.map(lambda each: _state(*each), arguments), strict=True))
         files_of = {path: _file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
-        twins = _find_twins(directory, jobs, states, stored, files_of, pool)
+        twins = _find_twins(directory, workspace.tiles, jobs, states, stored, files_of, pool)
     for file, old in twins.moved.items():
         outcome = _move(old, jobs[file])
         if outcome is not None:
@@ -215,8 +217,8 @@ def _plan(
             stored.pop(old)
             before = known.get(files_of[old])
             if before is not None and before.file not in jobs:
-                gone = replace(_untiled(before), status=WARNING, reason=f"its content and its tiles are {file}'s now")
-                plan.rows.append(gone)
+                reason, holder = f"its content and its tiles are {file}'s now", jobs[file].slide
+                plan.rows.append(replace(_untiled(before), status=WARNING, reason=reason, tile_twin=holder))
     _tell_strays(workspace, directory, stored, jobs)
     replaced = [file for file, state in states.items() if state.replaced]
     if replaced and not retry:
@@ -234,7 +236,7 @@ def _plan(
         damaged = state.outcome is not None and state.outcome.tiling["counts"]["damaged"] > 0
         mended = damaged and (retry or (row.tile_status == TILED and row.tile_settings != identity))
         if row.file in twins.of:
-            plan.rows[position] = _twin_row(row, f"same content as {twins.of[row.file]}")
+            plan.rows[position] = _twin_row(row, *twins.of[row.file])
         elif state.outcome is not None and not state.replaced and not mended:
             plan.rows[position] = _tiled_row(row, state.outcome, identity)
         elif row.tile_status == FAILED and row.tile_settings == identity and not retry:
@@ -260,12 +262,14 @@ def _outcome(path: Path) -> SlideOutcome | StoreError:
 
 @dataclass
 class _Twins:
-    of: dict[str, str] = field(default_factory=dict)  # file: what has the same content, and has or gets the tiles
+    # file: what has the same content, in words, and the slide that has or gets the tiles
+    of: dict[str, tuple[str, str]] = field(default_factory=dict)
     moved: dict[str, Path] = field(default_factory=dict)  # file: the zip of its content, under the name of a gone file
 
 
 def _find_twins(
     directory: Path,
+    tiles: Path,
     jobs: Mapping[str, TileJob],
     states: Mapping[str, _State],
     stored: Mapping[Path, SlideOutcome | StoreError],
@@ -287,7 +291,7 @@ def _find_twins(
     size_of = dict(zip(new, pool.map(lambda file: _size(jobs[file].path), new), strict=True))
     sizes.update(size for size in size_of.values() if size is not None)
     alike = [file for file in new if sizes[size_of[file] or -1] > 1]
-    twins, taken = _Twins(), set[Path]()
+    twins, taken = _Twins(), dict[Path, str]()
     for file, prints in zip(alike, pool.map(lambda file: _prints(jobs[file]), alike), strict=True):
         if prints is None:
             continue
@@ -295,12 +299,13 @@ def _find_twins(
         for known_spots, path, owner in holders.get(sampled, ()):
             if known_spots not in (None, spots):
                 continue
+            owner = owner or taken.get(path, "")
             if owner:
-                twins.of[file] = owner
-            elif path in taken or _still_there(directory, files_of[path], jobs[file].path):
-                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}"
+                twins.of[file] = owner, jobs[owner].slide
+            elif _still_there(directory, files_of[path], jobs[file].path):
+                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}", _name_of(path, tiles)
             else:
-                taken.add(path)
+                taken[path] = file
                 twins.moved[file] = path
             break
         else:
@@ -324,9 +329,13 @@ def _prints(job: TileJob) -> tuple[str, str] | None:
 
 def _file_of(path: Path, outcome: SlideOutcome | StoreError, workspace: Workspace, names: Names) -> str:
     """The file that a zip was made of, relative to the archive of then."""
-    name = path.relative_to(workspace.tiles.absolute()).as_posix().removesuffix(".zip")
+    name = _name_of(path, workspace.tiles)
     told = outcome.tiling["slide"]["file"] if isinstance(outcome, SlideOutcome) else None
     return str(told or names.file_of(name) or name)
+
+
+def _name_of(path: Path, tiles: Path) -> str:
+    return path.relative_to(tiles.absolute()).as_posix().removesuffix(".zip")
 
 
 def _still_there(directory: Path, file: str, now: Path) -> bool:
@@ -509,6 +518,7 @@ def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRo
         tile_reason=reason,
         tile_way="+".join(dict.fromkeys(scale["way"] for scale in outcome.tiling["scales"])),
         tile_settings=identity,
+        tile_twin="",
         rejected_tissue=counts["tissue"],
         rejected_region=counts["region"],
         rejected_blur=counts["blur"],
@@ -528,8 +538,10 @@ def _verdict(row: LedgerRow, reason: str) -> dict[str, Any]:
     return {"status": WARNING if reason else OK, "reason": reason}
 
 
-def _twin_row(row: LedgerRow, reason: str) -> LedgerRow:
-    return replace(_untiled(row), tile_status=NO_TILES, tile_reason=reason, num_tiles=0, **_verdict(row, reason))
+def _twin_row(row: LedgerRow, twin: str, holder: str) -> LedgerRow:
+    reason = f"same content as {twin}"
+    told = _verdict(row, reason)
+    return replace(_untiled(row), tile_status=NO_TILES, tile_reason=reason, tile_twin=holder, num_tiles=0, **told)
 
 
 def _failed_row(row: LedgerRow, reason: str, identity: str, opened: bool) -> LedgerRow:
@@ -550,6 +562,7 @@ def _untiled(row: LedgerRow) -> LedgerRow:
         tile_reason="",
         tile_way="",
         tile_settings="",
+        tile_twin="",
         num_tiles=None,
         rejected_tissue=None,
         rejected_region=None,
@@ -657,10 +670,12 @@ def common_native_px(
     silence_s: float = SILENCE_S,
 ) -> int:
     """The side that most slides' own JPEG tiles have at `mpp`. The first 50 slides are asked, in processes."""
-    table = read_mpp_csv(mpp_csv) if mpp_csv else None
+    found = walk(directory).found
+    files = [(relative(each.path, directory), each.slide) for each in found]
+    given = read_mpp_csv(mpp_csv).among(files) if mpp_csv else {}
     jobs = []
-    for each in walk(directory).found[:50]:
-        own = table.mpp_of(relative(each.path, directory), each.slide) if table else None
+    for each in found[:50]:
+        own = given.get(relative(each.path, directory))
         jobs.append((each.path, slide_mpp if own is None else own, mpp))
     sides: dict[int, int] = {}
     for event in run_jobs(_native_side_px, jobs, num_workers, silence_s):

@@ -18,7 +18,7 @@ from histossl.evaluation.distill import compared, leave_model, look_at_teacher, 
 from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.finetune import finetune, leak_statement
 from histossl.evaluation.heads import HEADS, Fitted, head_named
-from histossl.evaluation.labels import match_labels, read_rows
+from histossl.evaluation.labels import SlideNames, match_labels, read_rows
 from histossl.evaluation.model import Model, load_model
 from histossl.evaluation.predict import Rows, predict_tiles
 from histossl.evaluation.splits import make_splits
@@ -299,8 +299,17 @@ def test_a_curve_says_so_when_the_teacher_knew_the_labels_it_tests(lab: Workspac
     labels = match_labels(read_rows(lab.root / "labels.csv"), index.slides)
     splits = make_splits(labels, num_draws=1)
     student = Start("small", exported=Path("x"), provenance={"pretraining_slides": [], "teacher": {"slides": SLIDES}})
-    told = leak_statement(labels, splits, [student])["statement"]
+    told = leak_statement(labels, splits, [student], SlideNames(SLIDES))["statement"]
     assert told.startswith("small: its teacher had learnt the labels of 4 of 4 tested slides")
+
+
+def test_a_tested_slide_is_found_in_a_pool_that_knew_it_by_its_twin_s_name(lab: Workspace, index: TileIndex) -> None:
+    labels = match_labels(read_rows(lab.root / "labels.csv"), index.slides)
+    splits = make_splits(labels, num_draws=1)
+    names = SlideNames(SLIDES, {"twin": labels.items[splits.tested[0]].slide})
+    student = Start("small", exported=Path("x"), provenance={"pretraining_slides": ["twin.svs"]})
+    told = leak_statement(labels, splits, [student], names)["statement"]
+    assert told.startswith("small: 1 of 4 tested slides were in its pretraining pool")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from histossl.errors import LabelsError
 from histossl.evaluation.drawn import drawn_items, surrounded
 from histossl.evaluation.finetune import labelled_items
 from histossl.evaluation.labels import read_rows
+from histossl.slides.ledger import LedgerRow, write_ledger
 
 SIDE = 64  # 32 px at 0.5 microns per pixel, of a slide at 0.25
 
@@ -54,6 +55,15 @@ def test_tiles_belong_to_the_annotation_around_their_centre(drawn):
     assert table.missing == (("C1.geojson", "no tiled slide of this name"),)
     assert any("1 annotations have no class" in note for note in table.notes)
     assert any("1 annotations hold no tile's centre" in note for note in table.notes)
+
+
+def test_annotations_find_a_slide_that_is_tiled_under_another_name(tmp_path, workspace):
+    index = write_synthetic_store(workspace, ("0f3a", "A1"), tiles_per_slide=2, tile_px=32)
+    write_ledger(workspace.archive_csv, [LedgerRow("B1.svs", slide="B1", tile_twin="A1")])
+    workspace.anonymous_names.write_text("# key 00\nname,slide,file\n0f3a,Doe,Doe.svs\n")
+    for name, label in (("Doe", "x"), ("B1", "y")):
+        (tmp_path / f"{name}.geojson").write_text(json.dumps([box(label, 0, 0, 2 * SIDE, SIDE)]))
+    assert {item.slide: item.label for item in drawn_items(index, tmp_path).items} == {"0f3a": "x", "A1": "y"}
 
 
 def test_patients_and_split_come_from_the_csv(drawn, tmp_path):

@@ -81,6 +81,24 @@ def test_a_barcode_is_not_the_beginning_of_a_longer_one(tmp_path):
     assert SlideNames(["TCGA-AA-00012-X"]).find("TCGA-AA-0001") == ()
 
 
+def test_a_name_whose_tiles_another_slide_holds_finds_that_one(tmp_path):
+    names = SlideNames(["A1", "A2", "x1"], {"case9/B1": "A1", "TCGA-AA-0001-01Z": "x1", "TCGA-AA-0001-11A": "A2"})
+    assert names.find("B1.svs") == ("A1",)
+    assert names.find("TCGA-AA-0001") == ("A2", "x1")
+    assert names.labelled_by("TCGA-AA-0001") == ("x1",)
+    assert names.cases("x1") == {"TCGA-AA-0001"}
+    table = match_labels(rows_of(tmp_path, "slide,label,patient\nB1,x,P1\nA1,x,P1\nA2,y,P2\n"), names)
+    assert {item.slide: item.label for item in table.items} == {"A1": "x", "A2": "y"}
+    with pytest.raises(LabelsError, match=r"B1 is listed twice with different patient: .*line 3: A1, the same slide"):
+        match_labels(rows_of(tmp_path, "slide,label,patient\nB1,x,P1\nA1,x,P2\nA2,y,P3\n"), names)
+
+
+def test_one_content_under_the_barcodes_of_two_patients_is_refused(tmp_path):
+    names = SlideNames(["TCGA-AA-0001-01Z", "A2"], {"TCGA-AA-0002-01Z": "TCGA-AA-0001-01Z"})
+    with pytest.raises(LabelsError, match=r"several patients \(TCGA-AA-0001, TCGA-AA-0002\)"):
+        match_labels(rows_of(tmp_path, "slide,label\nTCGA-AA-0001,x\nA2,y\n"), names)
+
+
 def test_labels_stay_text(tmp_path):
     table = table_of(tmp_path, "slide,label\nA1,1\nA2,01\ncase1/B1,1.0\n")
     assert [item.label for item in table.items] == ["1", "01", "1.0"]

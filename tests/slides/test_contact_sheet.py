@@ -19,6 +19,7 @@ from histossl.config import ScanConfig
 from histossl.demo.paint import PaintedSlide
 from histossl.slides import scan as scanning
 from histossl.slides.contact_sheet import write_contact_sheet
+from histossl.slides.grid import Grid
 from histossl.slides.ledger import LedgerRow
 from histossl.slides.scan import Previews, ScanJob, look_at
 from histossl.slides.tissue import TissueMask
@@ -85,7 +86,7 @@ def test_memory_does_not_grow_with_tiles_or_slides(tmp_path: Path) -> None:
     x, y = np.meshgrid(np.arange(400) * 256.0, np.arange(200) * 256.0)
     corners = np.stack([x.ravel(), y.ravel()], axis=1)
     tissue = TissueMask(np.ones((500, 1000), bool), 102.5)
-    preview = scanning._preview(thumbnail, tissue, corners, 256.0, (102500, 51250))
+    preview = scanning._preview(thumbnail, tissue, corners, Grid(256, 256.0, 400, 200, 0.25))
     assert len(pickle.dumps(preview)) < 30e3, "80,000 tiles"
     assert preview.grid_size == pytest.approx((400 * 256 / 102500, 200 * 256 / 51250))
 

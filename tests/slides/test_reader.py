@@ -406,13 +406,18 @@ def test_scale_comes_from_the_file_and_says_where(tmp_path: Path, painted_slide:
 def test_given_scale_goes_before_the_file_s(painted_slide: PaintedSlide) -> None:
     with open_slide(painted_slide.path, 0.3) as slide:
         assert (slide.mpp_l0, slide.mpp_source) == (0.3, "--slide-mpp")
+        assert slide.warnings == [
+            "its TIFF resolution tag says 0.5 microns per pixel, --slide-mpp says 0.3, which is used"
+        ]
+    with open_slide(painted_slide.path, 0.505) as slide:
+        assert not slide.warnings
 
 
 @pytest.mark.parametrize("resolution", [(1, 1), (0, 0), None])
 def test_missing_scale_is_asked_for(tmp_path: Path, resolution: tuple[int, int] | None) -> None:
     options = {} if resolution is None else {"resolution": resolution, "resolutionunit": "INCH"}
     tifffile.imwrite(tmp_path / "A1.tif", picture(), photometric="rgb", tile=(128, 128), metadata=None, **options)
-    with pytest.raises(SlideError, match=r"A1\.tif: no microns-per-pixel .*--slide-mpp .*--mpp-csv"):
+    with pytest.raises(SlideError, match=r"A1\.tif: no microns-per-pixel .*--mpp-csv.*--slide-mpp"):
         open_slide(tmp_path / "A1.tif")
     with open_slide(tmp_path / "A1.tif", need_mpp=False) as slide:
         assert math.isnan(slide.mpp_l0)

@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vendor_files import LEICA_GAP_PX, leica
 
+from histossl.config import TileConfig, TissueConfig
 from histossl.errors import SlideError, UsageError
+from histossl.evaluation.drawn import drawn_items
+from histossl.evaluation.heatmap import qupath_corners
 from histossl.slides.files import SlideFile
 from histossl.slides.regions import find_regions, match_regions, rasterised, read_regions
+from histossl.tiles.index import TileIndex
+from histossl.tiles.tiling import tile_archive
+from histossl.workspace import Workspace
 
 SIZE = (1000, 800)
 
@@ -37,6 +44,22 @@ def test_area_of_a_polygon_is_exact_for_whole_pixels(tmp_path: Path) -> None:
     mask = regions.mask((80, 100), 10)
     assert mask.sum() == 30 * 30
     assert mask[20:50, 10:40].all()
+
+
+def test_coordinates_count_from_the_corner_of_the_bounds_as_in_qupath(tmp_path: Path, workspace: Workspace) -> None:
+    (tmp_path / "slides").mkdir()
+    leica(tmp_path / "slides" / "A1.scn", np.full((256, 256, 3), 200, np.uint8), 0.5)
+    drawn = feature([square(0, 0, 128)], "tumour"), feature([square(128, 0, 128)], "stroma")
+    write(tmp_path / "slides" / "A1.geojson", *drawn)
+    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+    tile_archive(tmp_path / "slides", workspace, TileConfig(tile_px=32, tissue=keep, grid="physical"), 0)
+    index = TileIndex.open(workspace)
+    corners = index.coords_l0(range(len(index)))
+    assert LEICA_GAP_PX == 32
+    assert (corners.min(0).tolist(), corners.max(0).tolist()) == ([32, 32], [256, 128])
+    items = drawn_items(index, tmp_path / "slides").items
+    assert {item.label: len(item.tiles) for item in items} == {"tumour": 16, "stroma": 16}
+    assert qupath_corners(index, "A1", [0]).tolist() == [[0, 0]]
 
 
 def test_triangle_has_half_the_area() -> None:
@@ -170,3 +193,36 @@ def test_regions_and_slides_that_do_not_meet_are_told(tmp_path: Path, capsys: py
     with pytest.raises(UsageError, match=r"none of it is named after a slide here \(its a-1\.geojson, deep/C1"):
         match_regions(slides, folder)
     assert set(match_regions(slides).values()) == {None}, "beside the slides nothing was asked for"
+
+
+def test_a_file_beside_two_slides_of_its_name_is_refused(tmp_path: Path) -> None:
+    slides = [SlideFile(tmp_path / name, name) for name in ("A1.svs", "A1.tif")]
+    beside = write(tmp_path / "A1.geojson", feature([square(0, 0, 100)]))
+    with pytest.raises(UsageError, match=r"could be of A1\.svs or A1\.tif .*like A1\.svs\.geojson"):
+        match_regions(slides)
+    own = write(tmp_path / "A1.svs.geojson", feature([square(0, 0, 100)]))
+    assert match_regions(slides) == {slides[0].path: own, slides[1].path: beside}
+
+
+def test_what_qupath_finds_by_itself_is_no_region_in_any_version(tmp_path: Path) -> None:
+    cores = [feature([square(0, 0, 100)], objectType=kind, isMissing=True) for kind in ("tmaCore", "TMACore")]
+    old = {**feature([square(0, 0, 100)]), "id": "PathDetectionObject", "properties": {}}
+    kept = {**feature([square(0, 0, 200)]), "id": "PathAnnotationObject", "properties": {}}
+    assert len(read_regions(write(tmp_path / "A1.geojson", *cores, old, kept), SIZE).regions) == 1
+
+
+def test_derived_classes_keep_their_name_and_may_be_ignored(tmp_path: Path) -> None:
+    derived = [
+        feature([square(0, 0, 100)], classification={"names": ["Tumor", "Positive"]}),
+        feature([square(0, 0, 50)], classification={"names": ["Ignore*", "Blood"]}),
+    ]
+    regions = read_regions(write(tmp_path / "A1.geojson", *derived), SIZE)
+    assert regions.classes == ("Tumor: Positive",)
+    assert regions.mask((80, 100), 10).sum() == 10 * 10 - 5 * 5
+
+
+@pytest.mark.parametrize("inside", ["feature", "properties"])
+def test_annotations_within_others_are_read_too(tmp_path: Path, inside: str) -> None:
+    child, core = feature([square(0, 0, 100)], "tumour"), feature([square(0, 0, 300)], objectType="tmaCore")
+    (core if inside == "feature" else core["properties"])["childObjects"] = [child]
+    assert read_regions(write(tmp_path / "A1.geojson", core), SIZE).mask((80, 100), 10).sum() == 10 * 10

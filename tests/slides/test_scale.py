@@ -62,11 +62,17 @@ def test_two_per_cent_between_x_and_y_pass() -> None:
 def test_csv_names_a_slide_in_any_usual_way(tmp_path: Path) -> None:
     (tmp_path / "mpp.csv").write_text("slide,mpp\ncase1/A1,0.25\nB2.svs,0.5\nC3, 0.4\nnobody,0.3\n")
     table = read_mpp_csv(tmp_path / "mpp.csv")
-    assert table.mpp_of("case1/A1.svs", "case1/A1") == 0.25
-    assert table.mpp_of("case2/B2.svs", "case2/B2") == 0.5
-    assert table.mpp_of("C3.tif", "C3") == 0.4
-    assert table.mpp_of("D4.tif", "D4") is None
+    slides = [("case1/A1.svs", "case1/A1"), ("case2/B2.svs", "case2/B2"), ("C3.tif", "C3"), ("D4.tif", "D4")]
+    assert table.among(slides) == {"case1/A1.svs": 0.25, "case2/B2.svs": 0.5, "C3.tif": 0.4}
     assert table.unused([("case1/A1.svs", "case1/A1"), ("B2.svs", "B2"), ("C3.tif", "C3")]) == ["nobody"]
+
+
+def test_a_name_that_may_be_of_two_slides_gives_neither_a_scale(tmp_path: Path) -> None:
+    (tmp_path / "mpp.csv").write_text("slide,mpp\nA1,0.25\n")
+    table = read_mpp_csv(tmp_path / "mpp.csv")
+    with pytest.raises(UsageError, match=r"'A1' could be x/A1\.tif or y/A1\.tif; name each by its path"):
+        table.among([("x/A1.tif", "x/A1"), ("y/A1.tif", "y/A1")])
+    assert table.among([("A1.tif", "A1"), ("y/A1.tif", "y/A1")]) == {"A1.tif": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 import tifffile
 from PIL import Image
 
+from histossl.cli.slides import copies_at_other_size
 from histossl.config import ScanConfig, TileConfig, TissueConfig
 from histossl.demo.paint import PaintedSlide
 from histossl.errors import HistosslError, SlideError
 from histossl.slides import scan as scanning
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.scan import scan
+from histossl.tiles.tiling import tile_archive
 from histossl.workers import Event
 from histossl.workspace import Workspace
 
@@ -74,7 +77,7 @@ def test_each_file_has_one_row_that_says_what_is_wrong(archive: Path, workspace:
         "folder.svs": ("unreadable", "a folder named like a slide"),
         "garbage.scn": ("unreadable", "not a slide"),
         "glass.tif": ("warning", "no tissue found"),
-        "region.png": ("unreadable", "no microns-per-pixel in its metadata; pass --slide-mpp"),
+        "region.png": ("unreadable", "no microns-per-pixel in its metadata; list the slide"),
         "screen.tif": ("unreadable", "352.8 microns per pixel, which is implausible"),
         "twin.tif": ("warning", "same content as case1/A1.tif"),
         "zeros.ndpi": ("unreadable", "zeros"),
@@ -114,6 +117,20 @@ def test_expected_tiles_follow_the_scale(painted_slide: PaintedSlide, workspace:
 
     assert tiles(tile_px=64) > 3 * tiles(tile_px=128) > 0
     assert tiles(tile_px=64, coarser_mpp=(1.0,)) == tiles(tile_px=64) + tiles(tile_px=64, mpp=1.0)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("mpp", "count", "reason"), [(0.499, 4, ""), (1.1, 0, "too coarse for tiles at 0.5")])
+def test_scan_expects_the_tiles_that_tile_cuts(
+    paint: Callable[..., PaintedSlide], workspace: Workspace, mpp: float, count: int, reason: str
+) -> None:
+    directory = paint("A1.tif", mpp=mpp, width_px=512, height_px=512).path.parent
+    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+    scanned = scan(directory, workspace, ScanConfig(tissue=keep)).rows[0]
+    tiled = tile_archive(directory, workspace, TileConfig(tissue=keep), 0)[0]
+    assert (scanned.expected_tiles, tiled.num_tiles or 0) == (count, count)
+    assert reason in scanned.reason
+    assert reason in tiled.reason
 
 
 @pytest.mark.usefixtures("here")
@@ -386,6 +403,18 @@ def test_command_prints_rows_reasons_and_totals(archive: Path, tmp_path: Path, c
         assert words in told.err
     page = (tmp_path / "ws" / "contact-sheet.html").read_text()
     assert page.count("<article") == 11
+
+
+def test_scan_says_at_which_size_tiles_could_be_copied() -> None:
+    svs = LedgerRow(
+        "A1.svs", vendor="aperio", levels="4000x4000 1000x1000", mpp=0.25, compression="JPEG", native_tile="240x240"
+    )
+    rows = [svs, replace(svs, native_tile="256x256", vendor="hamamatsu"), replace(svs, compression="JPEG 2000")]
+    told = copies_at_other_size(rows, ScanConfig(mpp=0.25))
+    assert told.startswith("1 of the slides have JPEG tiles of 240 px at this scale: tile --grid native --tile-px 240 ")
+    assert copies_at_other_size(rows, ScanConfig(mpp=1.01)) != ""
+    assert copies_at_other_size(rows, ScanConfig(mpp=0.5)) == "", "no level of that scale"
+    assert copies_at_other_size(rows, ScanConfig(mpp=0.25, tile_px=240)) == "", "they are copied as it is"
 
 
 def test_command_fails_when_nothing_can_be_read(archive: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -24,11 +24,13 @@ from PIL import Image
 from histossl.config import TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
+from histossl.evaluation.labels import SlideNames
 from histossl.slides import reader
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
 from histossl.tiles import one_slide, store, tiling
 from histossl.tiles.index import TileIndex, find_zips
+from histossl.tiles.names import holders
 from histossl.tiles.store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
 from histossl.workers import Event
@@ -735,6 +737,8 @@ def test_a_renamed_slide_takes_its_tiles_along(workspace, paint, cli, anonymize)
     gone = next(row for row in read_ledger(workspace.archive_csv) if row.file == "A.tif")
     assert (gone.num_tiles, gone.tile_status) == (None, "")
     assert "B.tif" in gone.reason
+    if not anonymize:
+        assert holders(workspace, ["B"]) == {"A": "B"}
     again = only_row(tile_archive(old.parent, workspace, config, 0))
     assert again == row
 
@@ -758,6 +762,7 @@ def test_copies_and_links_are_tiled_once(workspace, paint):
         rows = {row.file: row for row in tile_archive(first.parent, workspace, everything(), 0)}
         assert {file: row.num_tiles for file, row in rows.items()} == {"A.tif": 0, "B.tif": 4, "C.tif": 0}
         assert {rows[file].reason for file in ("A.tif", "C.tif")} == {"same content as B.tif"}
+        assert holders(workspace, ["B"]) == {"A": "B", "C": "B"}
         assert [path.name for path in find_zips(workspace.tiles)] == ["B.zip"]
 
 
@@ -846,6 +851,8 @@ def test_an_anonymous_store_names_nobody(workspace, paint):
         names = {row["name"]: row["slide"] for row in csv.DictReader(text)}
     assert sorted(names) == index.slides
     assert sorted(names.values()) == ["Doe-John/Doe-John-A1", "Doe-John/Doe-John-A2"]
+    assert holders(workspace, index.slides) == {slide: name for name, slide in names.items()}
+    assert SlideNames.of(index).find("Doe-John-A2.svs") == (holders(workspace, index.slides)["Doe-John/Doe-John-A2"],)
     assert workspace.anonymous_names.stat().st_mode & 0o077 == 0
     before = stamps(workspace)
     tile_archive(directory, workspace, config, 0)

@@ -22,11 +22,12 @@ from synthetic_store import write_synthetic_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
-from histossl.cli.pretrain import slides_of_test_patients
+from histossl.cli.pretrain import excluded_slides, slides_of_test_patients
 from histossl.config import PretrainConfig
-from histossl.errors import MismatchError, StoreError, TrainingError
+from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
+from histossl.slides.ledger import LedgerRow, write_ledger
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
@@ -752,6 +753,23 @@ def test_every_slide_of_a_test_patient_stays_out(tmp_path: Path) -> None:
         "slide,label,patient,split\nA1,x,P1,test\nA2,,P1,\nB1,y,P2,train\nC1,x,P3,train\nTCGA-AA-0001-01Z-00-DX1,,,test\n"
     )
     assert slides_of_test_patients(labels, index) == {"A1", "A2", "TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2"}
+
+
+def test_a_test_slide_that_is_tiled_under_another_name_stays_out(tmp_path: Path) -> None:
+    at = Workspace(tmp_path)
+    index = write_synthetic_store(at, slides=("A1", "A2", "0f3a"), tiles_per_slide=4, tile_px=16)
+    write_ledger(at.archive_csv, [LedgerRow("case7/B1.svs", slide="case7/B1", tile_twin="A1")])
+    at.anonymous_names.write_text("# key 00\nname,slide,file\n0f3a,Doe,Doe.svs\n")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("slide,label,patient,split\nB1,x,P1,test\nDoe,y,P2,test\nA2,x,P3,train\n")
+    assert slides_of_test_patients(labels, index) == {"A1", "0f3a"}
+    (tmp_path / "out.txt").write_text("B1\nDoe.svs\n")
+    assert excluded_slides(tmp_path / "out.txt", index) == {"A1", "0f3a"}
+    labels.write_text("slide,label,patient,split\nB1,x,P1,test\nA1,y,P1,train\n")
+    with pytest.raises(
+        LabelsError, match=r"B1 \(line 2\) and A1 \(line 3\) name one slide, with split 'test' and 'train'"
+    ):
+        slides_of_test_patients(labels, index)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050", "lcnet_050", "convnext_atto", "test_vit"])
