@@ -184,11 +184,13 @@ def wilson(share: float, n: float, t: float) -> tuple[float, float]:
 
 
 def full_patients(measured: Measured, metric: str) -> float:
-    """How many patients of evenly filled classes would know the metric as well: rare classes set the limit."""
+    """How many patients of evenly filled classes would know the metric as well: rare classes set the limit.
+
+    Never more than there are: a patient with regions of three classes is one patient.
+    """
     counts = np.array([count for count in measured.patients_per_class.values() if count])
-    if metric == "auroc":
-        return float(len(counts) * counts.min())
-    return float(len(counts) ** 2 / (1 / counts).sum())
+    worth = len(counts) * counts.min() if metric == "auroc" else len(counts) ** 2 / (1 / counts).sum()
+    return float(min(worth, measured.num_patients))
 
 
 def chance_level(metric: str, num_classes: int) -> float | None:

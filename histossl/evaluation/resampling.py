@@ -101,7 +101,9 @@ class Measured:
     slides: Floats  # (B,) labelled slides per class; "all" in numbers
     draws: list[int]
     pool: Pool
-    patients_per_class: dict[str, int]
+    patients_per_class: dict[str, int]  # who has items of that class; with regions, a patient may be in several
+    num_patients: int
+    num_strata: int  # of the bootstrap: there every patient is in one
     num_tested: int
     values_SBD: dict[str, Floats]  # means over a start's seeds
     resampled_RSBD: dict[str, NDArray[np.float32]]
@@ -111,10 +113,6 @@ class Measured:
 
     def num_seeds(self, start: str, head: str | None = None) -> int:
         return len(self.backbones[self.number(start, head)])
-
-    @property
-    def num_patients(self) -> int:
-        return sum(self.patients_per_class.values())
 
     def number(self, start: str, head: str | None = None) -> int:
         for number, (name, its_head) in enumerate(self.series):
@@ -205,7 +203,11 @@ def measure(
         slides=np.array([_slides_at(budget, budgets, pool) for budget in budgets]),
         draws=draws,
         pool=pool,
-        patients_per_class={name: int((stratum_P == number).sum()) for number, name in enumerate(names)},
+        patients_per_class={
+            name: len(np.unique(patient_N[truth_N == number])) for number, name in enumerate(names)
+        },
+        num_patients=len(patients),
+        num_strata=len(np.unique(stratum_P)),
         num_tested=len(slides),
         values_SBD={name: np.stack([_nanmean(one, 0) for one in values[name]]) for name in wanted},
         resampled_RSBD={
@@ -393,8 +395,7 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
     if num_draws > 1:
         between = float(labelling_D[seen_D].var(ddof=1))
         labelling_variance = max(0.0, between - _overlap(labelling_RD[:, seen_D]))
-    occurring = sum(count > 0 for count in measured.patients_per_class.values())
-    df_patients = max(1, measured.num_patients - occurring)
+    df_patients = max(1, measured.num_patients - measured.num_strata)
     parts: list[tuple[float, int]] = [(patients_variance, df_patients), (labelling_variance, max(1, num_draws - 1))]
     seeds: list[float] = [_seeds_variance(measured, metric, s, weights_SB[s]) for s in range(len(measured.series))]
     parts += [(variance, len(names) - 1) for variance, names in zip(seeds, measured.backbones, strict=True) if variance]

@@ -229,6 +229,44 @@ def test_more_draws_of_a_small_pool_do_not_narrow_the_interval_to_nothing():
     assert Pool(1000, 1000).floor / Pool(1000, 1000).spread(1) == pytest.approx(0.001, rel=0.01)
 
 
+def regions_of_every_class(patients=16, only_in_one=()):
+    """Each patient has a region of each class, all found but for one start's misses; some classes in one patient."""
+    classes = ["normal", "stroma", "tumour"]
+    rows = []
+    for start in ("adapted", "imagenet"):
+        for draw in range(3):
+            for patient in range(patients):
+                for k, label in enumerate(classes):
+                    if label in only_in_one and patient:
+                        continue
+                    shares = tuple(0.9 if j == k else 0.05 for j in range(3))
+                    rows.append(
+                        Prediction(start, "mean", 1, draw, None, f"s{patient}#{k}", f"p{patient}", label, label, shares)
+                    )
+    return rows, classes
+
+
+def test_a_patient_with_regions_of_every_class_counts_in_every_class():
+    """Strata of the bootstrap put a patient into one class; what is told does not."""
+    rows, classes = regions_of_every_class()
+    measured = measure(rows, classes, 30)
+    assert measured.patients_per_class == {"normal": 16, "stroma": 16, "tumour": 16}
+    assert measured.num_patients == 16
+    found = verdict(measured, metric="balanced_accuracy", unit="region")
+    assert "16 tested patients; 16 of each class" in found.limits[0]
+    saved = labels_saved(measured, "balanced_accuracy", "adapted", "imagenet")
+    assert not saved[0].reason  # a score of 1.0 is above the chance of three classes
+    low = next(row.low for row in summarise(measured) if row.metric == "balanced_accuracy")
+    assert low == pytest.approx(wilson(1.0, 16, 2.13)[0], abs=0.01)  # 16 patients' worth, not 48
+
+
+def test_a_class_that_lives_in_one_patient_gives_no_verdict():
+    rows, classes = regions_of_every_class(only_in_one=("stroma",))
+    found = verdict(measure(rows, classes, 30), unit="region")
+    assert found.outcome == "too few patients"
+    assert "class stroma has one" in found.headline
+
+
 # ---- the verdict
 
 
