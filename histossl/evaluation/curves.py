@@ -76,6 +76,7 @@ __all__ = [
     "read_summary",
     "signed",
     "summarise",
+    "too_few_patients",
     "verdict",
     "write_points",
     "write_predictions",
@@ -419,19 +420,21 @@ def verdict(
     None where that is not known.
     """
     name = PLAIN_NAME.get(metric, metric)
-    fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
-    limits = _limits(measured, unit, fewest, seen_in_pretraining, site_statement)
+    limits = _limits(measured, unit, seen_in_pretraining, site_statement)
     limits[1:1] = _about_seeds(measured, adapted, head)
     found = compare(measured, metric, adapted, reference, head)
-    if measured.num_patients < FEWEST_PATIENTS or fewest < 2:
-        rare = [label for label, count in measured.patients_per_class.items() if count == 1]
+    if too_few_patients(measured):
+        rare = _in_one_patient(measured)
         why = f"{measured.num_patients} were tested"
         if rare:
             why += f", and {_classes(rare)} {'has one' if len(rare) == 1 else 'have one each'}"
         return Verdict(
             "too few patients",
             f"Too few patients to say whether adaptation helped: {why}.",
-            [f"At least {FEWEST_PATIENTS} patients, and two in each class, are needed to tell a difference from luck."],
+            [
+                f"At least {FEWEST_PATIENTS} patients, and two in each class, are needed to tell a difference from "
+                "luck; with fewer no p is given."
+            ],
             limits,
             found,
         )
@@ -471,6 +474,15 @@ def verdict(
     if outcome == "helped":
         sentences += _saved_in_words(labels_saved(measured, metric, adapted, reference, head), unit, adapted, reference)
     return Verdict(outcome, headline, sentences, limits, found)
+
+
+def too_few_patients(measured: Measured) -> bool:
+    """Whether nothing may be tested: of a class with one patient no resample shows how another would have scored."""
+    return measured.num_patients < FEWEST_PATIENTS or bool(_in_one_patient(measured))
+
+
+def _in_one_patient(measured: Measured) -> list[str]:
+    return [label for label, count in measured.patients_per_class.items() if count == 1]
 
 
 def _at_budgets(clear: Sequence[Difference], num_tests: int, unit: str, adapted: str, reference: str) -> str:
@@ -532,10 +544,10 @@ def most_telling(rows: Sequence[Saved]) -> Saved:
 def _limits(
     measured: Measured,
     unit: str,
-    fewest: int,
     seen_in_pretraining: int | None,
     site_statement: str,
 ) -> list[str]:
+    fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
     rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
     even = len(rare) == sum(count > 0 for count in measured.patients_per_class.values())
     if even:
@@ -543,6 +555,12 @@ def _limits(
     else:
         which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
+    if fewest == 1:
+        others, each = ("another patient", "") if len(rare) == 1 else ("other patients", "each ")
+        limits.append(
+            f"Every interval here leaves out how {_classes(rare)} would score with {others}: with one {each}there is "
+            "nothing to tell it by, so the intervals are too narrow."
+        )
     if seen_in_pretraining is None:
         limits.append(
             "Whether tested slides were in the pretraining pool is not known. If they were, the gain on slides from "

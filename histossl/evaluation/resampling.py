@@ -203,9 +203,7 @@ def measure(
         slides=np.array([_slides_at(budget, budgets, pool) for budget in budgets]),
         draws=draws,
         pool=pool,
-        patients_per_class={
-            name: len(np.unique(patient_N[truth_N == number])) for number, name in enumerate(names)
-        },
+        patients_per_class={name: len(np.unique(patient_N[truth_N == number])) for number, name in enumerate(names)},
         num_patients=len(patients),
         num_strata=len(np.unique(stratum_P)),
         num_tested=len(slides),

@@ -98,6 +98,7 @@ def sections(content: Content) -> dict[str, Any]:
         "saved_figures": _saved_figures(content),
         "seeds": _seeds(content),
         "comparison": comparison,
+        "testable": not curves.too_few_patients(found),
         "other_comparisons": _other_comparisons(content),
         "other_verdicts": _other_verdicts(content),
         "scores": _scores(content),
@@ -178,7 +179,7 @@ def _key_figures(
                     f"95 % interval {_slides(row.low)} to {_slides(row.high)}",
                 )
             )
-        else:
+        elif verdict.outcome != "too few patients":
             figures.append(
                 (
                     "smallest difference that would show",

@@ -14,7 +14,7 @@ import pytest
 from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
-from histossl.evaluation.curves import measure, read_predictions, summarise
+from histossl.evaluation.curves import measure, read_predictions, summarise, write_predictions
 from histossl.report.content import pretraining_log, read_content
 from histossl.report.html import render, write_report
 from histossl.workspace import Workspace
@@ -151,6 +151,29 @@ def test_every_pretraining_seed_and_every_adapted_start_is_shown(tmp_path):
     assert "dino: " in shown  # its own headline
     assert {"figure-saved", "figure-saved-1"} <= page.ids
     assert run.report.read_text(encoding="utf-8").count('<td class="name">s0</td>') == 2
+
+
+def test_without_a_verdict_nothing_on_the_page_reads_like_one(tmp_path):
+    """A class with one tested patient: no p, nothing in bold, no size "that would show", and why intervals say less."""
+    workspace = Workspace(tmp_path)
+    archive = Archive(
+        patients_per_class=8, separation={"imagenet": 0.6, "adapted": 3.0}, budgets=(1, 2, 4), num_draws=3,
+        num_folds=0, test_patients_per_class=5,
+    )  # fmt: skip
+    run = write_finetuning(workspace, "few", archive)
+    predictions, classes = read_predictions(run.predictions)
+    only = {one.patient for one in predictions if one.label == "carcinoma"}
+    kept = [one for one in predictions if one.label != "carcinoma" or one.patient == min(only)]
+    write_predictions(run.predictions, kept, classes)
+    write_report(run, workspace)
+    shown = words(page_of(run))
+    text = run.report.read_text(encoding="utf-8")
+    assert "Too few patients" in shown
+    assert "too few patients for a p" in shown
+    assert 'class="n clear"' not in text
+    assert "\N{MULTIPLICATION SIGN}" not in shown
+    assert "smallest difference that would show" not in shown
+    assert "leaves out how class carcinoma would score with another patient" in shown
 
 
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):
