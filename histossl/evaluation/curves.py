@@ -421,7 +421,7 @@ def verdict(
     """
     name = PLAIN_NAME.get(metric, metric)
     limits = _limits(measured, unit, seen_in_pretraining, site_statement)
-    limits[1:1] = _about_seeds(measured, adapted, head)
+    limits[1:1] = _floors(measured, adapted, metric, head) + _about_seeds(measured, adapted, head)
     found = compare(measured, metric, adapted, reference, head)
     if too_few_patients(measured):
         rare = _in_one_patient(measured)
@@ -446,7 +446,6 @@ def verdict(
     slides = measured.slides[[measured.budgets.index(row.budget) for row in found.budgets if row.budget is not None]]
     span = f"from {in_slides(slides.min())} to {in_slides(slides.max())} labelled {unit}s per class"
     size = f"{signed(whole.value)} (95 % interval {signed(whole.low)} to {signed(whole.high)})"
-    limits[1:1] = _floors(measured, adapted, metric, head)
     sentences = []
     if decided:
         outcome: Outcome = "helped" if sign > 0 else "hurt"

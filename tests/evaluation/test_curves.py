@@ -329,6 +329,16 @@ def test_limits_are_named():
     assert "entangled" in text
 
 
+def test_the_colour_floor_is_told_even_where_there_is_no_verdict():
+    archive = Archive(
+        separation={"imagenet": 1.5, "adapted": 1.5, "colour": 2.5}, patients_per_class=2, budgets=(1,), num_draws=2,
+        num_folds=2,
+    )  # fmt: skip
+    found = verdict(measure(predictions_of(archive, np.random.default_rng(0)), archive.classes))
+    assert found.outcome == "too few patients"
+    assert "the colour floor" in "\n".join(found.limits)
+
+
 def test_too_few_patients_get_no_verdict():
     archive = Archive(patients_per_class=2, budgets=(1,), num_draws=2, num_folds=2)
     measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)
