@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from synthetic_store import write_synthetic_store
 
+from histossl.evaluation.heads import DEFAULT_STRENGTH, _logistic
 from histossl.evaluation.tables import Budget, Prediction, read_predictions, write_predictions
 from histossl.workspace import FinetuneDir, Workspace
 
@@ -36,6 +37,7 @@ class Archive:
     num_folds: int = 5
     test_patients_per_class: int = 0  # of a fixed test set; then there are no folds
     permuted: bool = False  # labels say nothing
+    logistic: bool = False  # the head: logistic regression in place of the nearest mean
     seeds: Mapping[str, int] = field(default_factory=dict)  # starts that are several pretraining runs
     seed_spread: float = 0.0  # standard deviation of the separation between runs
 
@@ -69,8 +71,7 @@ def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Predictio
                 taken = [slides[: None if isinstance(budget, str) else budget] for slides in order]
                 for key, x_ND in features.items():
                     start, _, backbone = key.partition("+")
-                    means = np.stack([x_ND[slides].mean(0) for slides in taken])
-                    logits = -((x_ND[tested_N][:, None] - means[None]) ** 2).sum(-1) / 4
+                    logits = _logits(archive, [x_ND[slides] for slides in taken], x_ND[tested_N])
                     shares = np.exp(logits - logits.max(1, keepdims=True))
                     shares /= shares.sum(1, keepdims=True)
                     for slide, share in zip(tested_N, shares, strict=True):
@@ -84,26 +85,65 @@ def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Predictio
     return rows
 
 
+def _logits(archive: Archive, labelled: Sequence[np.ndarray], tested_ND: np.ndarray) -> np.ndarray:
+    """(N, classes) of a head that has learnt from `labelled`, the features of each class."""
+    if not archive.logistic:
+        means = np.stack([x_ND.mean(0) for x_ND in labelled])
+        return -((tested_ND[:, None] - means[None]) ** 2).sum(-1) / 4
+    labels = np.repeat(np.arange(len(labelled)), [len(x_ND) for x_ND in labelled])
+    weight, bias, _ = _logistic(np.concatenate(labelled) / np.sqrt(DIMENSIONS), labels, DEFAULT_STRENGTH)
+    return tested_ND / np.sqrt(DIMENSIONS) @ weight.T + bias
+
+
 def true_balanced_accuracy(archive: Archive, start: str, budget: int) -> float:
-    """Of heads trained on new patients (one slide of each), tested on new patients: what the intervals should hold."""
+    """Of heads trained on new patients, tested on new patients: what the intervals should hold."""
     separation, num_classes = archive.separation[start], len(archive.classes)
+    if archive.permuted:
+        return 1 / num_classes
+    if archive.logistic:
+        assert budget <= archive.patients_per_class, "patients of one slide each"
+        return _true_logistic(archive.classes, separation, budget)
+    noise = _noise_of_means(archive, budget)
     if start not in archive.seeds or not archive.seed_spread:
-        return _true_accuracy(num_classes, separation, budget)
+        return _true_accuracy(num_classes, separation, noise)
     places, weights = np.polynomial.hermite_e.hermegauss(7)  # of the normal distribution that runs are drawn from
-    found = [_true_accuracy(num_classes, separation + archive.seed_spread * z, budget) for z in places.tolist()]
+    found = [_true_accuracy(num_classes, separation + archive.seed_spread * z, noise) for z in places.tolist()]
     return float(np.average(found, weights=weights))
 
 
+def _noise_of_means(archive: Archive, budget: int) -> float:
+    """Variance of the mean of `budget` slides, those of one patient sharing `patient_share` of theirs."""
+    patients = archive.patients_per_class
+    if not archive.test_patients_per_class:
+        patients = round(patients * (1 - 1 / archive.num_folds))
+    turns, over = divmod(budget, patients)
+    of_patients = (over * (turns + 1) ** 2 + (patients - over) * turns**2) / budget**2
+    return archive.patient_share * of_patients + (1 - archive.patient_share) / budget
+
+
 @functools.cache
-def _true_accuracy(num_classes: int, separation: float, budget: int, num_heads: int = 1000) -> float:
+def _true_accuracy(num_classes: int, separation: float, noise: float, num_heads: int = 1000) -> float:
     rng = np.random.default_rng(0)
     centres = _centres(num_classes, separation)
     labels = np.repeat(np.arange(num_classes), 120)
     right = 0.0
     for _ in range(num_heads):
-        means = centres + rng.standard_normal(centres.shape) / np.sqrt(budget)
+        means = centres + rng.standard_normal(centres.shape) * np.sqrt(noise)
         x = centres[labels] + rng.standard_normal((len(labels), DIMENSIONS))
         right += float((((x[:, None] - means[None]) ** 2).sum(-1).argmin(1) == labels).mean())
+    return right / num_heads
+
+
+@functools.cache
+def _true_logistic(classes: tuple[str, ...], separation: float, budget: int, num_heads: int = 600) -> float:
+    rng = np.random.default_rng(0)
+    archive, centres = Archive(classes=classes, logistic=True), _centres(len(classes), separation)
+    labels = np.repeat(np.arange(len(classes)), 120)
+    right = 0.0
+    for _ in range(num_heads):
+        labelled = [centre + rng.standard_normal((budget, DIMENSIONS)) for centre in centres]
+        x = centres[labels] + rng.standard_normal((len(labels), DIMENSIONS))
+        right += float((_logits(archive, labelled, x).argmax(1) == labels).mean())
     return right / num_heads
 
 
@@ -149,7 +189,10 @@ def _folds(label_P: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.
 def _order(patients: np.ndarray, slides_per_patient: int, rng: np.random.Generator) -> np.ndarray:
     """One slide of each patient before a second of any."""
     shuffled = rng.permutation(patients)
-    return np.concatenate([shuffled * slides_per_patient + number for number in range(slides_per_patient)])
+    if slides_per_patient == 1:
+        return shuffled
+    own_PT = rng.permuted(np.tile(np.arange(slides_per_patient), (len(patients), 1)), axis=1)
+    return (shuffled[:, None] * slides_per_patient + own_PT).T.reshape(-1)
 
 
 # ---- a finetuning's directory

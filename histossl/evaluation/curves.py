@@ -170,11 +170,11 @@ def interval(measured: Measured, metric: str, found: Estimate, level: float = LE
         half = t * math.sqrt(found.variance)
         most = 1.0 if metric == "calibration_error" else math.inf  # a difference of shares; log-loss has no end
         return float(max(0.0, found.value - half)), float(min(most, found.value + half))
-    n = full_patients(measured, metric)
-    # How many patients the estimate is worth: n divided by (its variance / that of n independent right-or-wrongs).
-    # The half patient keeps the ratio defined, and at 1, where everybody is right and both variances are 0.
-    half_patient = 0.5 / n**2
-    ratio = (found.variance + half_patient) / (found.value * (1 - found.value) / n + half_patient)
+    n = full_patients(measured, metric) * found.worth
+    # How many right-or-wrongs the estimate is worth: n divided by (its variance / that of n independent ones).
+    # Half of one keeps the ratio defined, and at 1, where everybody is right and both variances are 0.
+    half_item = 0.5 / n**2
+    ratio = (found.variance + half_item) / (found.value * (1 - found.value) / n + half_item)
     return wilson(found.value, n / ratio, t)
 
 

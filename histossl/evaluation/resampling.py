@@ -11,17 +11,27 @@ all are taken from one pool. So the variance has two parts:
     labelling  the variance between draws, less what by the same bootstrap a draw owes to its finite test set (a
                draw's own luck with these patients would else count twice).
 
-A fixed test set: labelling is multiplied by (1 / D + f / (1 - f)), f being the share of the pool that a draw labels:
-the correction of Nadeau and Bengio (2003) for training sets that overlap. Above half the pool draws are too alike to
-tell; there the largest smaller budget stands in, its variance falling with one over the number of labels.
+A fixed test set: draws share their pool, so the variance between them is not all that labelling anew would bring. Take
+what one labelled item does to a score (to first order these add up) as a part of its patient and a part of its own; let
+`alike` be the patient's share of that variance, n the pool's patients and N its items per class. A draw takes b items,
+one of each patient before a second of any, so that patient p has the share w_p of them. In units of one item's variance
+
+    one labelling, pool and all     alike sum(w_p^2) + (1 - alike) / b      sum(w_p^2): 1/b up to b = n, then about 1/n
+    what all draws have in common   alike / n + (1 - alike) / N             the pool's own luck: `floor`
+    between draws of this pool      the difference of the two               `spread`
+
+and labelling is (floor + spread / D) / spread times the variance seen between draws. With one item a patient this is
+the correction of Nadeau and Bengio (2003) for training sets that overlap, 1 / D + f / (1 - f) for the share f of the
+pool that is labelled. `alike` is taken to be the intraclass correlation of the test items' log-odds (`patients_share`):
+an assumption, that items of a patient are as alike for a head that learns from them as for one that judges them. Where
+the draws' own spread is smaller than the floor they are too alike to tell; there the largest smaller budget stands in.
 
 Folds: patients are also what heads are trained on, and an archive whose patients are typical is easy to test *and* good
 to learn from. No resampling of predictions shows that, and draws do not either (each draw's folds between them use most
 of the pool), so labelling is only divided by D, and the patients' part is multiplied by TWICE_USED: measured, not
 derived. In simulated archives, where true variances are known, the ratio was 2.1 to 2.9 where up to half the pool is
 labelled and 1.4 to 2.0 near all of it, for 2 to 5 classes of 6 to 30 patients, for AUROC and balanced accuracy, for
-scores and differences; intervals then hold the truth in 92 to 99 of 100 archives, with nearest-mean and with logistic
-heads, with one and with ten slides a patient. tests/evaluation/test_curves.py holds them to it.
+scores and differences. Which cases intervals are held to is the list in tests/evaluation/test_curves.py.
 
 A start that is several pretraining runs (seeds of one recipe) scores the mean over them, and has a third part:
 
@@ -49,6 +59,8 @@ from histossl.evaluation.tables import Budget, Prediction, in_budget_order
 
 Floats = NDArray[np.float64]
 NUM_RESAMPLES = 1000
+SMALLEST_SHARE = 1e-6
+TOO_ALIKE = 1.0  # draws of a budget tell no more of the labelling once the pool's variance is this many times theirs
 Series = tuple[str, str]  # start, head
 
 
@@ -59,10 +71,11 @@ def twice_used(share: float) -> float:
 
 @dataclass(frozen=True)
 class Pool:
-    """What the draws are taken from: labelled slides and patients per class (means over classes).
+    """What the draws are taken from: labelled items and patients per class (means over classes).
 
     With `num_folds` it is everything, each fold being left out in turn; with 0 the test set is fixed and not in it.
-    None: unknown, and then intervals are about this very pool.
+    None: unknown, and then intervals are about this very pool. `alike`: how much of what one labelled item does to a
+    score, in variance, another item of its patient does too.
     """
 
     slides: float | None
@@ -78,14 +91,23 @@ class Pool:
         """How much of what one head may use it is given, in patients (a budget takes new patients first)."""
         return min(1.0, budget / (self.patients * self.kept)) if self.patients else 0.0
 
-    def spread(self, budget: float) -> float:
-        """Variance between draws of one pool, in units of one labelled patient's: 1/b - 1/pool."""
-        return (1 - self.labelled_share(budget)) / budget
+    def spread(self, budget: float, alike: float = 1.0) -> float:
+        """Variance between draws of one pool, in units of one labelled item's."""
+        whole = alike * self._per_patient(budget) + (1 - alike) / budget
+        return max(0.0, whole - self.floor(alike))
 
-    @property
-    def floor(self) -> float:
+    def floor(self, alike: float = 1.0) -> float:
         """What no number of draws averages away: the variance of the pool itself, in the same units."""
-        return 1 / self.patients if self.patients else 0.0
+        if not self.patients:
+            return 0.0
+        return alike / self.patients + (1 - alike) / max(self.slides or 0.0, self.patients)
+
+    def _per_patient(self, budget: float) -> float:
+        """Sum over patients of the squared share that each has of the labels: 1/b while each has one, then 1/n."""
+        if not self.patients or budget <= self.patients:
+            return 1 / budget
+        turns, over = divmod(budget, self.patients)
+        return (over * (turns + 1) ** 2 + (self.patients - over) * turns**2) / budget**2
 
     def patients_factor(self, budget: float) -> float:
         return twice_used(self.labelled_share(budget)) if self.num_folds else 1.0
@@ -110,9 +132,15 @@ class Measured:
     backbones: list[list[str]]  # per series its seeds' names; [""] where there is but one
     seeds_SMBD: dict[str, list[Floats]]  # per series (M, B, D)
     resampled_seeds_SRMB: dict[str, list[NDArray[np.float32]]]  # per series (R, M, B), means over draws
+    alike_S: Floats  # how alike items of one patient are (see `patients_share`)
 
     def num_seeds(self, start: str, head: str | None = None) -> int:
         return len(self.backbones[self.number(start, head)])
+
+    @property
+    def several_items(self) -> bool:
+        """Whether patients have several tested items of a class, as tiles and regions have."""
+        return self.num_tested > sum(self.patients_per_class.values())
 
     def number(self, start: str, head: str | None = None) -> int:
         for number, (name, its_head) in enumerate(self.series):
@@ -185,11 +213,13 @@ def measure(
         name: [np.full((num_resamples, len(seeds), *shape), np.nan, dtype=np.float32) for seeds in backbones]
         for name in wanted
     }
+    alike: list[list[float]] = [[] for _ in all_series]
     weights_RP = patient_weights(stratum_P, num_resamples, np.random.default_rng(seed))
     for (key, backbone, its_budget, its_draw), rows in cells.items():
         s = all_series.index(key)
         m, b, d = backbones[s].index(backbone), budgets.index(its_budget), draws.index(its_draw)
         shares_NK = unit_rows(np.array([row.probabilities for row in rows], dtype=np.float64))
+        alike[s].append(patients_share(shares_NK, truth_N, patient_N))
         scores = metrics(labels, shares_NK, names, wanted)
         resampled = resampled_metrics(truth_N, shares_NK, patient_N, weights_RP, wanted)
         for name in wanted:
@@ -216,6 +246,7 @@ def measure(
         resampled_seeds_SRMB={
             name: [_nanmean(one, -1).astype(np.float32) for one in with_others[name]] for name in wanted
         },
+        alike_S=np.array([min(1.0, max(0.0, float(np.mean(one)))) for one in alike]),
     )
 
 
@@ -235,6 +266,37 @@ def _stratum_of(
     np.add.at(counts_PK, (patient_N, truth_N), 1)
     most: NDArray[np.int64] = counts_PK.argmax(1)
     return most
+
+
+def patients_share(shares_NK: Floats, truth_N: NDArray[np.int64], patient_N: NDArray[np.intp]) -> float:
+    """How alike what is said of one patient's items is: the intraclass correlation of log-odds, within classes.
+
+    By analysis of variance, summed over the classes' log-odds; may come out below 0. 1 where nobody has two items.
+    """
+    _, own_N = np.unique(truth_N * (patient_N.max() + 1) + patient_N, return_inverse=True)
+    logs_NK = np.log(np.clip(shares_NK, SMALLEST_SHARE, 1))
+    logs_NK = logs_NK - logs_NK.mean(1, keepdims=True)
+
+    def means(group_N: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        count = np.bincount(group_N).astype(np.float64)
+        total = np.stack([np.bincount(group_N, column) for column in logs_NK.T], 1)
+        return (total / np.maximum(count, 1)[:, None])[group_N], count
+
+    of_class_NK, class_sizes = means(truth_N)
+    of_patient_NK, sizes = means(own_N)
+    df_between = len(sizes) - int((class_sizes > 0).sum())
+    df_within = len(truth_N) - len(sizes)
+    if df_between < 1 or df_within < 1:
+        return 1.0
+    within = float(((logs_NK - of_patient_NK) ** 2).sum()) / df_within
+    between = float(((of_patient_NK - of_class_NK) ** 2).sum()) / df_between
+    # The size that unequal groups are worth (Searle 1971).
+    class_of = np.zeros(len(sizes), dtype=np.int64)
+    class_of[own_N] = truth_N
+    squares = float((sizes**2 / class_sizes[class_of]).sum())
+    size = (len(truth_N) - squares) / df_between
+    common = (between - within) / size
+    return common / (common + within) if common + within > 0 else 1.0
 
 
 def patient_weights(stratum_P: NDArray[np.int64], num_resamples: int, generator: np.random.Generator) -> Floats:
@@ -364,6 +426,7 @@ class Estimate:
     labelling_variance: float
     df: float
     seeds_variance: float = 0.0
+    worth: float = 1.0  # how many independent items a patient's tested items are worth
 
     @property
     def variance(self) -> float:
@@ -400,7 +463,10 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
     total = sum(variance for variance, _ in parts)
     squared = sum(variance**2 / num for variance, num in parts)
     df = float(total**2 / squared) if squared > 0 else float(df_patients)
-    return Estimate(value, patients_variance, labelling_variance, df, sum(seeds))
+    alike = float(measured.alike_S[used[:, 0]].max(initial=0.0))
+    each = measured.num_tested / sum(measured.patients_per_class.values())
+    worth = each / (1 + (each - 1) * alike)
+    return Estimate(value, patients_variance, labelling_variance, df, sum(seeds), worth)
 
 
 def _seeds_variance(measured: Measured, metric: str, s: int, weights_B: Floats) -> float:
@@ -432,25 +498,22 @@ def _patients_deviation(measured: Measured, metric: str, s: int, b: int) -> Floa
 def labelling_source(measured: Measured, metric: str, s: int, b: int) -> tuple[int | None, float]:
     """Which budget's draws tell how much budget b varies with the labelled slides, and the factor on their deviations.
 
-    Its own, while a draw labels at most half of what it may; else the largest smaller budget that does.
+    Its own, while draws differ among themselves at least as much as pools do; else the largest smaller budget's.
     """
-    pool = measured.pool
+    pool, alike = measured.pool, float(measured.alike_S[s])
     if pool.num_folds:
         num_draws = int(np.isfinite(measured.values_SBD[metric][s, b]).sum())
         return (b, num_draws**-0.5) if num_draws > 1 else (None, 0.0)
     draws_B = np.isfinite(measured.values_SBD[metric][s]).sum(1)
-    fit = [
-        candidate
-        for candidate in range(b + 1)
-        if draws_B[candidate] > 1 and pool.labelled_share(measured.slides[candidate]) <= 0.5 + 1e-9
-    ]
-    if not fit:
+    floor = pool.floor(alike)
+    spread_B = np.array([pool.spread(slides, alike) for slides in measured.slides])
+    fit = np.flatnonzero((draws_B[: b + 1] > 1) & (floor <= TOO_ALIKE * spread_B[: b + 1] * (1 + 1e-9)))
+    if not len(fit):
         if draws_B[b] < 2:
             return None, 0.0
         return b, float(draws_B[b]) ** -0.5
-    source = fit[-1]
-    here = pool.floor + pool.spread(measured.slides[b]) / max(1, draws_B[b])
-    return source, float(np.sqrt(here / pool.spread(measured.slides[source])))
+    here = floor + spread_B[b] / max(1, draws_B[b])
+    return int(fit[-1]), float(np.sqrt(here / spread_B[fit[-1]]))
 
 
 def resampled_curves(measured: Measured, metric: str, seed: int = 1) -> Floats:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulated import Archive, predictions_of, true_balanced_accuracy
+from simulated import Archive, _order, predictions_of, true_balanced_accuracy
 
 from histossl.errors import StoreError
 from histossl.evaluation import curves
@@ -225,8 +225,8 @@ def test_slides_of_one_patient_do_not_count_as_patients():
 def test_more_draws_of_a_small_pool_do_not_narrow_the_interval_to_nothing():
     """With half the pool labelled, a draw repeats the others: the pool's own luck stays."""
     pool = Pool(16, 16)
-    assert pool.floor / pool.spread(8) == pytest.approx(1)  # f / (1 - f) at f = 1/2
-    assert Pool(1000, 1000).floor / Pool(1000, 1000).spread(1) == pytest.approx(0.001, rel=0.01)
+    assert pool.floor() / pool.spread(8) == pytest.approx(1)  # f / (1 - f) at f = 1/2
+    assert Pool(1000, 1000).floor() / Pool(1000, 1000).spread(1) == pytest.approx(0.001, rel=0.01)
 
 
 def regions_of_every_class(patients=16, only_in_one=()):
@@ -265,6 +265,60 @@ def test_a_class_that_lives_in_one_patient_gives_no_verdict():
     found = verdict(measure(rows, classes, 30), unit="region")
     assert found.outcome == "too few patients"
     assert "class stroma has one" in found.headline
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("budget", [3, 8, 40])
+def test_what_draws_share_and_where_they_differ_is_that_of_labels_taken_by_turns(alike, budget):
+    """5 patients of 12 items: the variance of a mean of `budget` of them, between draws of a pool and between pools."""
+    rng = np.random.default_rng(0)
+    between, means = [], []
+    for _ in range(700):
+        items = np.sqrt(alike) * rng.standard_normal((5, 1)) + np.sqrt(1 - alike) * rng.standard_normal((5, 12))
+        draws = [items.reshape(-1)[_order(np.arange(5), 12, rng)[:budget]].mean() for _ in range(4)]
+        between.append(np.var(draws, ddof=1))
+        means.append(np.mean(draws))
+    pool = Pool(60, 5)
+    assert np.mean(between) == pytest.approx(pool.spread(budget, alike), rel=0.1, abs=1e-4)
+    assert np.var(means) == pytest.approx(pool.floor(alike) + pool.spread(budget, alike) / 4, rel=0.2)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_how_alike_a_patients_items_are_is_read_off_the_predictions(share):
+    archive = Archive(
+        patients_per_class=5, test_patients_per_class=60, slides_per_patient=8, patient_share=share, budgets=(40,),
+        num_draws=1,
+    )  # fmt: skip
+    measured = measure(predictions_of(archive, np.random.default_rng(0)), archive.classes, 40, 5, ("auroc",), 2)
+    assert measured.alike_S == pytest.approx([share, share], abs=0.08)
+    alone = replace(archive, slides_per_patient=1, budgets=(4,))
+    assert measure(predictions_of(alone, np.random.default_rng(0)), archive.classes, 5, 5).alike_S.tolist() == [1, 1]
+
+
+def test_many_tiles_of_few_patients_are_worth_more_than_the_patients_and_less_than_the_tiles():
+    """All right on 10 patients with 10 tiles each: Wilson's n is 10 to 100, as the tiles of a patient agree."""
+    rng = np.random.default_rng(0)
+
+    def low(share):
+        rows = []
+        for patient in range(10):
+            luck = rng.standard_normal()
+            for tile in range(10):
+                shift = np.sqrt(share) * luck + np.sqrt(1 - share) * rng.standard_normal()
+                right = 1 / (1 + np.exp(-4 - 0.5 * shift))
+                label = "ab"[patient % 2]
+                shares = (right, 1 - right) if label == "a" else (1 - right, right)
+                rows.append(
+                    Prediction(
+                        "imagenet", "mean", 1, 0, None, f"s{patient}@{tile}", f"p{patient}", label, label, shares
+                    )
+                )
+        measured = measure(rows, ["a", "b"], 40, 4)
+        return next(row.low for row in summarise(measured) if row.metric == "balanced_accuracy")
+
+    apart, together = low(0.0), low(1.0)
+    assert wilson(1.0, 10, 2.31)[0] - 0.03 < together < wilson(1.0, 14, 2.31)[0]
+    assert wilson(1.0, 60, 2.31)[0] < apart <= wilson(1.0, 100, 2.31)[0] + 0.01
 
 
 # ---- the verdict
@@ -405,10 +459,11 @@ def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str 
     rng = np.random.default_rng(seed)
     held = dict.fromkeys(truth, 0)
     alarms = 0
-    pool = archive.patients_per_class if archive.test_patients_per_class else None
+    fixed = archive.test_patients_per_class
+    pool = (archive.patients_per_class * archive.slides_per_patient, archive.patients_per_class) if fixed else ()
     for run in range(num_runs):
         rows = predictions_of(archive, rng)
-        measured = measure(rows, archive.classes, pool, wanted=(metric,), num_resamples=300, seed=run)
+        measured = measure(rows, archive.classes, *pool, wanted=(metric,), num_resamples=300, seed=run)
         for row in summarise(measured):
             held[(row.start, row.budget)] += row.low <= truth[(row.start, row.budget)] <= row.high
         alarms += verdict(measured, metric=metric).outcome != "no measurable difference"
@@ -432,8 +487,38 @@ def test_intervals_hold_the_truth_and_equal_starts_are_called_equal_quickly():
         Archive(patients_per_class=6, classes=("a", "b", "c", "d", "e"), separation={"imagenet": 2.0, "adapted": 2.0}),
         Archive(patients_per_class=15, test_patients_per_class=8),
         Archive(seeds={"adapted": 4}, seed_spread=0.4),
+        Archive(
+            patients_per_class=5,
+            test_patients_per_class=4,
+            slides_per_patient=20,
+            patient_share=0.1,
+            budgets=(1, 5, 20, 80),
+            num_draws=6,
+            separation={"imagenet": 2.0, "adapted": 2.0},
+        ),
+        Archive(
+            patients_per_class=5,
+            test_patients_per_class=4,
+            slides_per_patient=20,
+            patient_share=0.6,
+            budgets=(1, 5, 20, 80),
+            num_draws=6,
+            separation={"imagenet": 2.0, "adapted": 2.0},
+        ),
+        Archive(logistic=True, budgets=(1, 4, 8), num_draws=5),
+        Archive(logistic=True, budgets=(1, 4, 8), num_draws=5, patients_per_class=15, test_patients_per_class=8),
     ],
-    ids=["folds", "two classes", "six patients a class", "fixed test set", "four seeds"],
+    ids=[
+        "folds",
+        "two classes",
+        "six patients a class",
+        "fixed test set",
+        "four seeds",
+        "fixed, twenty unlike tiles a patient",
+        "fixed, twenty alike tiles a patient",
+        "folds, logistic head",
+        "fixed, logistic head",
+    ],
 )
 def test_intervals_hold_the_truth_at_their_nominal_rate(archive):
     """200 archives: 95 % intervals hold the true value in 92 to 98 of 100; one start and budget in 90 to 99.5."""
@@ -441,6 +526,23 @@ def test_intervals_hold_the_truth_at_their_nominal_rate(archive):
     assert 0.92 <= np.mean(list(held.values())) <= 0.98
     assert min(held.values()) >= 0.90
     assert max(held.values()) <= 0.995
+    assert alarms <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "archive",
+    [
+        Archive(permuted=True, num_draws=6),
+        Archive(patients_per_class=10, slides_per_patient=8, patient_share=0.3, budgets=(1, 8, 32), num_draws=6,
+                separation={"imagenet": 2.0, "adapted": 2.0}),
+    ],
+    ids=["folds, permuted", "folds, eight slides a patient"],
+)  # fmt: skip
+def test_intervals_that_are_wider_than_they_need_be_hold_the_truth_at_least_at_their_rate(archive):
+    held, alarms = coverage_and_alarms(archive, 200, seed=1)
+    assert 0.92 <= np.mean(list(held.values())) <= 0.997
+    assert min(held.values()) >= 0.90
     assert alarms <= 0.05
 
 

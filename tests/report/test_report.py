@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 from histossl import cli
 from histossl.evaluation.curves import measure, read_predictions, summarise, write_predictions
 from histossl.report.content import pretraining_log, read_content
-from histossl.report.html import render, write_report
+from histossl.report.html import render, simulated, write_report
 from histossl.workspace import Workspace
 
 FIGURES = {
@@ -174,6 +175,17 @@ def test_without_a_verdict_nothing_on_the_page_reads_like_one(tmp_path):
     assert "\N{MULTIPLICATION SIGN}" not in shown
     assert "smallest difference that would show" not in shown
     assert "leaves out how class carcinoma would score with another patient" in shown
+
+
+def test_the_page_says_which_cases_were_simulated_and_whether_this_is_one(tmp_path):
+    workspace = Workspace(tmp_path)
+    archive = Archive(patients_per_class=6, slides_per_patient=3, budgets=(1, 6), num_draws=2, num_folds=2)
+    said = " ".join(simulated(read_content(write_finetuning(workspace, "folds", archive), workspace)))
+    assert "Folds with several slides per patient, as here, were simulated with 8 per patient only" in said
+    fixed = replace(archive, test_patients_per_class=4)
+    said = " ".join(simulated(read_content(write_finetuning(workspace, "fixed", fixed), workspace)))
+    assert "one with 20 items per patient" in said
+    assert "Folds with several" not in said
 
 
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):
