@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl.errors import LabelsError, MismatchError, StoreError
+from histossl.evaluation.curves import FEWEST_PATIENTS
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.tables import ALL, Budget, in_budget_order
 from histossl.workspace import written_aside
@@ -102,7 +103,7 @@ def make_splits(
     least = min(min(len(one) for one in part.order) for part in parts)
     whole = max(max(len(one) for one in part.order) for part in parts)
     taken = _budgets(budgets, least, whole, table)
-    notes += _short_classes(taken, parts, table)
+    notes += _short_classes(taken, parts, table) + _no_verdict(table, parts) + _one_draw(num_draws, table)
     splits = Splits(group, folds, taken, parts, tuple(notes))
     check(splits, table)
     return splits
@@ -144,6 +145,34 @@ def _few_patients(table: LabelTable, groups: NDArray[np.int64], group: Group) ->
                 f"class {label!r} has {count} {group}{'s' * (count != 1)}: what is said of it rests on very few"
             )
     return notes
+
+
+def _no_verdict(table: LabelTable, parts: Sequence[Part]) -> list[str]:
+    """Said before hours of computing: with so few tested patients the report will not say whether adaptation helped."""
+    tested = {(table.items[item].label, table.items[item].patient) for part in parts for item in part.test}
+    num_patients = len({patient for _, patient in tested})
+    per_class = Counter(label for label, _ in tested)
+    rare = [label for label in table.classes if per_class[label] == 1]
+    if num_patients >= FEWEST_PATIENTS and not rare:
+        return []
+    why = f"{num_patients} patients are tested"
+    if rare:
+        why += f", of class {', '.join(map(repr, rare))} one{' each' * (len(rare) > 1)}"
+    return [
+        f"no verdict will be given: {why}; it takes {FEWEST_PATIENTS} tested patients, and two of each class "
+        "(label more patients, or test on all of them by leaving out the split column)"
+        if table.has_split
+        else f"no verdict will be given: {why}; it takes {FEWEST_PATIENTS} tested patients, and two of each class"
+    ]
+
+
+def _one_draw(num_draws: int, table: LabelTable) -> list[str]:
+    if num_draws > 1:
+        return []
+    return [
+        f"with one draw nothing shows how much hangs on which {table.unit}s are labelled, so no interval holds it; "
+        "--draws 5 or more does"
+    ]
 
 
 def groups_per_class(table: LabelTable, groups: NDArray[np.int64]) -> dict[str, int]:

@@ -53,6 +53,24 @@ def test_no_patient_is_on_both_sides_and_budgets_are_nested(seed, with_split):
             assert tested == list(range(len(table.items)))
 
 
+def test_that_no_verdict_will_be_given_is_said_before_anything_is_computed():
+    """Enough patients in all, but the test set holds one of a class: what counts is who is tested."""
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", "", "test" if n < 9 else "train") for n in range(40)]
+    said = "\n".join(make_splits(table_of(items), num_draws=2).notes)
+    assert "verdict" not in said
+    few = [item for item in items if not (item.split == "test" and item.label == "c1" and item.patient != "P1")]
+    said = "\n".join(make_splits(table_of(few), num_draws=2).notes)
+    assert "no verdict will be given: 6 patients are tested, of class 'c1' one;" in said
+    without = [Item(item.name, item.slide, item.label, item.patient, "", "") for item in items[:6]]
+    assert "no verdict will be given: 6 patients are tested;" in make_splits(table_of(without), num_draws=2).notes[-1]
+
+
+def test_one_draw_says_what_its_intervals_leave_out():
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", "", "") for n in range(40)]
+    assert "no interval holds it" in make_splits(table_of(items), num_draws=1).notes[0]
+    assert make_splits(table_of(items), num_draws=2).notes == ()
+
+
 def test_sites_stay_together_and_so_do_patients_seen_at_two():
     items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n // 2}", f"site{n // 4}") for n in range(40)]
     items.append(Item("t", "t", "c0", "P0", "site7"))  # ties site 0 to site 7
