@@ -560,6 +560,11 @@ def _limits(
             f"Every interval here leaves out how {_classes(rare)} would score with {others}: with one {each}there is "
             "nothing to tell it by, so the intervals are too narrow."
         )
+    if len(measured.draws) == 1:
+        limits.append(
+            f"With one draw nothing shows how much hangs on which {unit}s were labelled: no interval here holds it. "
+            "--draws 5 or more under another --name does."
+        )
     if seen_in_pretraining is None:
         limits.append(
             "Whether tested slides were in the pretraining pool is not known. If they were, the gain on slides from "

@@ -188,6 +188,17 @@ def test_the_page_says_which_cases_were_simulated_and_whether_this_is_one(tmp_pa
     assert "Folds with several" not in said
 
 
+def test_one_draw_is_not_called_an_interval_over_draws(tmp_path):
+    workspace = Workspace(tmp_path)
+    archive = Archive(patients_per_class=4, budgets=(1, 2), num_draws=1, num_folds=2)
+    run = write_finetuning(workspace, "one", archive)
+    shown = words(Page(render(read_content(run, workspace))))
+    assert "over patients only" in shown
+    assert "With one draw nothing shows how much hangs on which slides were labelled" in shown
+    assert "covers one source of chance" in shown
+    assert "the variance between draws" not in shown
+
+
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):
     _, workspace = reported
     copied = Workspace(shutil.copytree(workspace.root, tmp_path / "ws"))
