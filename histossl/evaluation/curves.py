@@ -78,6 +78,7 @@ __all__ = [
     "summarise",
     "too_few_patients",
     "verdict",
+    "where_saved",
     "write_points",
     "write_predictions",
     "write_summary",
@@ -499,7 +500,7 @@ def _at_budgets(clear: Sequence[Difference], num_tests: int, unit: str, adapted:
 
 
 def _saved_in_words(rows: Sequence[Saved], unit: str, adapted: str, reference: str) -> list[str]:
-    told = [row for row in rows if not row.reason and row.slides is not None and row.slides < row.reference_slides]
+    told = where_saved(rows)
     if not told:
         return []
     row = most_telling(told)
@@ -533,6 +534,10 @@ def _floors(measured: Measured, adapted: str, metric: str, head: str | None) -> 
     if chance is not None and metric in BOUNDED and low <= chance:
         said.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing.")
     return said
+
+
+def where_saved(rows: Sequence[Saved]) -> list[Saved]:
+    return [row for row in rows if not row.reason and row.slides is not None and row.slides < row.reference_slides]
 
 
 def most_telling(rows: Sequence[Saved]) -> Saved:

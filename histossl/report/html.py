@@ -88,7 +88,7 @@ def sections(content: Content) -> dict[str, Any]:
         "measured": found,
         "metric": METRIC,
         "verdict": verdict,
-        "key_figures": _key_figures(content, verdict, saved),
+        "key_figures": key_figures(content, verdict, saved),
         "curve": _drawn(_curve(content, METRIC), "curve", "Label-efficiency curve"),
         "curves_beside": [
             (metric, _drawn(_curve(content, metric, (4.3, 3.2)), f"curve-{metric}", PLAIN_NAME[metric]))
@@ -157,7 +157,7 @@ def _other_verdicts(content: Content) -> dict[str, str]:
     }
 
 
-def _key_figures(
+def key_figures(
     content: Content, verdict: curves.Verdict | None, saved: Sequence[curves.Saved]
 ) -> list[tuple[str, str, str]]:
     """(what, figure, beneath it): the four numbers a reader takes away."""
@@ -172,7 +172,7 @@ def _key_figures(
                 f"95 % interval {curves.signed(whole.low)} to {curves.signed(whole.high)}",
             )
         )
-        told = [row for row in saved if not row.reason and row.slides is not None]
+        told = curves.where_saved(saved)
         if told and verdict.outcome == "helped":
             row = curves.most_telling(told)
             figures.append(

@@ -15,9 +15,9 @@ import pytest
 from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
-from histossl.evaluation.curves import measure, read_predictions, summarise, write_predictions
+from histossl.evaluation.curves import Saved, measure, read_predictions, summarise, verdict, write_predictions
 from histossl.report.content import pretraining_log, read_content
-from histossl.report.html import render, simulated, write_report
+from histossl.report.html import key_figures, render, simulated, write_report
 from histossl.workspace import Workspace
 
 FIGURES = {
@@ -197,6 +197,21 @@ def test_one_draw_is_not_called_an_interval_over_draws(tmp_path):
     assert "With one draw nothing shows how much hangs on which slides were labelled" in shown
     assert "covers one source of chance" in shown
     assert "the variance between draws" not in shown
+
+
+def test_the_key_figure_quotes_the_same_row_as_the_sentence(reported):
+    """Where the largest budget saves nothing, "8 instead of 8" is no figure to take away."""
+    content = read_content(*reported)
+    found = verdict(content.measured)
+    assert found.outcome == "helped"
+    rows = [
+        Saved(4, 4, 0.8, 3.1, 2.0, 4.0, at_most=False),
+        Saved(8, 8, 0.9, 8.0, 4.0, None, at_most=False),
+        Saved(16, 16, 0.95, None, 9.0, None, at_most=False),
+    ]
+    figure = next(one for one in key_figures(content, found, rows) if "needed" in one[0])
+    assert figure[1] == "3.1 instead of 4"
+    assert not any("needed" in one[0] for one in key_figures(content, found, rows[1:]))
 
 
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):
