@@ -403,6 +403,29 @@ def write_run(path: Path, config: Any, **derived: Any) -> None:
         aside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
+def note_command(path: Path) -> None:
+    """Add this process's command to those that `path` remembers, for the page's "To reproduce"."""
+    before = noted_commands(path)
+    if sys.argv not in before:
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps([*before, sys.argv], indent=1) + "\n", encoding="utf-8")
+
+
+def commands_with(before: Mapping[str, Any]) -> list[list[str]]:
+    """The commands of an earlier run.json and this one."""
+    earlier = before.get("commands") or [before["command"]] if before else []
+    return [*[one for one in earlier if one != sys.argv], sys.argv]
+
+
+def noted_commands(path: Path) -> list[list[str]]:
+    """Empty where none was noted; the file is a convenience, so what cannot be read is begun anew."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [[str(word) for word in one] for one in noted] if isinstance(noted, list) else []
+
+
 def read_run(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))

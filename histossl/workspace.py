@@ -2,6 +2,7 @@
 
 WORKSPACE/
     archive.csv                 the ledger: one row per file of the archive
+    tile-commands.json          how `histossl tile` was called, for the report
     tiles/                      one zip per slide, and index.npy
     pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
     embeddings/BACKBONE/        one HDF5 file per slide
@@ -188,6 +189,10 @@ class Workspace:
     @property
     def archive_csv(self) -> Path:
         return self.root / "archive.csv"
+
+    @property
+    def tile_commands(self) -> Path:
+        return self.root / "tile-commands.json"
 
     @property
     def contact_sheet(self) -> Path:

@@ -25,7 +25,7 @@ from histossl.cli.options import (
     WorkspaceOption,
     archive_of,
 )
-from histossl.config import GRIDS, TileConfig, TissueConfig
+from histossl.config import GRIDS, TileConfig, TissueConfig, note_command
 from histossl.errors import HistosslError, UsageError
 from histossl.workspace import Workspace
 
@@ -192,6 +192,7 @@ def tile(
         silence_s=silence_s,
         verify=verify_copies,
     )
+    note_command(at.tile_commands)
     tell(rows)
     if not any(row.num_tiles for row in rows):
         raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from histossl import console
-from histossl.config import EmbedConfig, FinetuneConfig, plain, read_run, refuse_other_config, write_run
+from histossl.config import EmbedConfig, FinetuneConfig, commands_with, plain, read_run, refuse_other_config, write_run
 from histossl.errors import LabelsError, MismatchError, UsageError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
@@ -115,6 +115,7 @@ def _finetune(
     facts["pool_notes"] = list(dict.fromkeys([*before.get("pool_notes", []), *starts.notes]))
     facts["leak"] = _leaks_together(before.get("leak", {}), facts["leak"])
     facts |= {what: before[what] for what in ("site", "site_statement") if what in before}
+    facts["commands"] = commands_with(before)
     if team.leads:
         write_run(run.run_json, config, **facts)
     console.say(f"pretraining pool: {facts['leak']['statement']}")

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from histossl import __version__
-from histossl.config import read_run
+from histossl.config import noted_commands, read_run
 from histossl.evaluation import curves
 from histossl.evaluation.curves import PLAIN_NAME, VERDICT_P, Comparison, in_budget_order
 from histossl.report import content as contents
@@ -117,6 +117,7 @@ def sections(content: Content) -> dict[str, Any]:
         "settings": _settings(facts.get("config", {})),
         "versions": {"histossl": facts.get("histossl", __version__), **facts.get("versions", {})},
         "commands": _commands(content),
+        "remake": _remake(content),
         "measured_on": datetime.date.fromtimestamp(content.run.predictions.stat().st_mtime).isoformat(),
         "verdict_p": VERDICT_P,
         "level": f"{100 * curves.LEVEL:.0f} %",
@@ -306,17 +307,41 @@ def _plainly(value: Any) -> str:
 
 
 def _commands(content: Content) -> list[str]:
-    """How each stage was called (every pretraining run of a pooled start), and how to remake this page."""
-    runs = [run for run in content.pretrain_runs if run.run_json.exists()]
-    commands = [_command(read_run(run.run_json).get("command", [])) for run in runs]
-    commands.append(_command(content.facts.get("command", [])))
-    commands.append(f"histossl report --name {shlex.quote(content.run.root.name)}")
+    """How each stage was called (every finetuning of this name, every run of a pooled start), and the page's own."""
+    calls = noted_commands(_workspace_of(content).tile_commands)
+    calls += [read_run(run.run_json).get("command", []) for run in content.pretrain_runs if run.run_json.exists()]
+    calls += _finetunings(content)
+    commands = [*map(_command, calls), _remake(content)]
     return [command for command in dict.fromkeys(commands) if command]
+
+
+def _finetunings(content: Content) -> list[list[str]]:
+    """Every command that added to this curve: a start asked for later was measured by a command of its own."""
+    return list(content.facts.get("commands") or [content.facts.get("command", [])])
+
+
+def _remake(content: Content) -> str:
+    given = next(filter(None, map(_workspace_given, reversed(_finetunings(content)))), None)
+    where = given or str(_workspace_of(content).root)
+    return shlex.join(["histossl", "report", "--name", content.run.root.name, "-w", where])
+
+
+def _workspace_given(command: Sequence[str]) -> str | None:
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word in ("-w", "--workspace"):
+            return following
+        if word.startswith("--workspace="):
+            return word.partition("=")[2]
+    return None
+
+
+def _workspace_of(content: Content) -> Workspace:
+    return Workspace(content.run.root.parent.parent)
 
 
 def _sources(content: Content) -> dict[str, list[str]]:
     """Where each start's weights came from; files of this workspace by their place in it."""
-    workspace = content.run.root.parent.parent.resolve()
+    workspace = _workspace_of(content).root.resolve()
 
     def place(source: str) -> str:
         path = Path(source)

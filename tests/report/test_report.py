@@ -15,9 +15,10 @@ import pytest
 from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
+from histossl.config import commands_with, note_command
 from histossl.evaluation.curves import Saved, measure, read_predictions, summarise, verdict, write_predictions
 from histossl.report.content import pretraining_log, read_content
-from histossl.report.html import key_figures, render, simulated, write_report
+from histossl.report.html import key_figures, render, sections, simulated, write_report
 from histossl.workspace import Workspace
 
 FIGURES = {
@@ -212,6 +213,30 @@ def test_the_key_figure_quotes_the_same_row_as_the_sentence(reported):
     figure = next(one for one in key_figures(content, found, rows) if "needed" in one[0])
     assert figure[1] == "3.1 instead of 4"
     assert not any("needed" in one[0] for one in key_figures(content, found, rows[1:]))
+
+
+def test_the_commands_on_the_page_are_all_there_were_and_remake_it(tmp_path, monkeypatch):
+    """Tiling, pretraining, both finetunings of this name, and the page itself in the same workspace."""
+    workspace = Workspace(tmp_path)
+    first = ["/bin/histossl", "finetune", "--labels", "l.csv", "--workspace", "my ws", "--starts", "imagenet"]
+    second = [*first[:-1], "adapted"]
+    monkeypatch.setattr("sys.argv", second)
+    assert commands_with({"command": first}) == [first, second]
+    assert commands_with({"commands": [second, first]}) == [first, second]
+    run = write_finetuning(workspace, "both", commands=[first, second])
+    monkeypatch.setattr("sys.argv", ["/bin/histossl", "tile", "--slides", "archive", "-w", "my ws"])
+    for _ in range(2):
+        note_command(workspace.tile_commands)
+    called = sections(read_content(run, workspace))["commands"]
+    assert called == [
+        "histossl tile --slides archive -w 'my ws'",
+        "histossl pretrain",
+        "histossl finetune --labels l.csv --workspace 'my ws' --starts imagenet",
+        "histossl finetune --labels l.csv --workspace 'my ws' --starts adapted",
+        "histossl report --name both -w 'my ws'",
+    ]
+    run = write_finetuning(workspace, "without")
+    assert sections(read_content(run, workspace))["remake"] == f"histossl report --name without -w {tmp_path}"
 
 
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):

@@ -21,7 +21,7 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
-from histossl.config import TileConfig, TissueConfig
+from histossl.config import TileConfig, TissueConfig, noted_commands
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
 from histossl.evaluation.labels import SlideNames
@@ -101,6 +101,12 @@ def test_auto_does_not_resample_for_half_a_percent_and_says_so(workspace, paint,
             for number, (x_l0, y_l0) in enumerate(index.coords_l0(range(len(index))).tolist()):
                 seen = slide.read_level(0, x_l0, y_l0, 128, 128)
                 assert np.abs(pixels_of(index, number) - seen).mean() < 1.5
+
+
+def test_the_command_line_remembers_how_it_was_called(workspace, painted_slide, cli, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["histossl", "tile", "archive"])
+    assert cli("tile", "--slides", painted_slide.path.parent, "-w", workspace.root, "--workers", 1).code == 0
+    assert noted_commands(workspace.tile_commands) == [["histossl", "tile", "archive"]]
 
 
 def test_coordinates_agree_with_openslide(workspace, painted_slide):
