@@ -147,6 +147,7 @@ def test_tiles_that_decide_are_those_with_the_most_attention(content, monkeypatc
     found = look_at_features(page, workspace)
     shutil.rmtree(page.run.model)
     assert found.deciding_by == "attention"
+    assert "with folds it is trained on everything in the end" in render(page, found)
     assert [label for label, _ in found.deciding] == page.classes
     for label, pictures in found.deciding:
         assert len(pictures) == 7
