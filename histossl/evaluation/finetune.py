@@ -491,7 +491,7 @@ class Frozen:
         self.start, self.bags, self.num_classes, self.seed = start, bags, len(table.classes), config.seed
         self.table = table
         # The floor is colour alone, told as simply as can be: never attention over tiles, nothing end to end.
-        self.name = "mean" if start.name == COLOUR and head_label(config) not in POOLED else config.head
+        self.name = head_of(start.name, config) if start.name == COLOUR else config.head
         self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
 
     def fit(self, items: Ints, pool: Ints, seed: int) -> None:
@@ -569,8 +569,14 @@ class EndToEnd:
 
 
 def head_label(config: FinetuneConfig) -> str:
-    """What stands in the tables' column `head`."""
+    """The head of every start that has a network."""
     return config.head if config.train == "head" else f"end-to-end ({config.train})"
+
+
+def head_of(start: str, config: FinetuneConfig) -> str:
+    """What stands in the tables' column `head`: the colour floor's is a pooled one, whatever the others have."""
+    label = head_label(config)
+    return "mean" if start == COLOUR and label not in POOLED else label
 
 
 def _compute(
@@ -719,7 +725,7 @@ def _predictions(
                         one = table.items[item]
                         yield Prediction(
                             start,
-                            head_label(config),
+                            head_of(start, config),
                             budget,
                             part.draw,
                             part.fold,

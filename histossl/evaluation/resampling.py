@@ -113,6 +113,11 @@ class Pool:
         return twice_used(self.labelled_share(budget)) if self.num_folds else 1.0
 
 
+def beside(series: Series, head: str | None) -> bool:
+    """Whether a series belongs beside those with `head`: the colour floor does, by whatever head it was measured."""
+    return head in (None, series[1]) or series[0] == "colour"
+
+
 @dataclass(frozen=True)
 class Measured:
     """Every metric of every series, budget and draw; nan where a series lacks that budget or draw."""
@@ -143,13 +148,13 @@ class Measured:
         return self.num_tested > sum(self.patients_per_class.values())
 
     def number(self, start: str, head: str | None = None) -> int:
-        for number, (name, its_head) in enumerate(self.series):
-            if name == start and head in (None, its_head):
+        for number, series in enumerate(self.series):
+            if series[0] == start and beside(series, head):
                 return number
         raise KeyError(start)
 
     def has(self, start: str, head: str | None = None) -> bool:
-        return any(name == start and head in (None, its_head) for name, its_head in self.series)
+        return any(series[0] == start and beside(series, head) for series in self.series)
 
     def seed_curves_MB(self, metric: str, number: int) -> Floats:
         return _nanmean(self.seeds_SMBD[metric][number], -1)

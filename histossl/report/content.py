@@ -18,7 +18,7 @@ from histossl.errors import StoreError
 from histossl.evaluation import curves
 from histossl.evaluation.curves import Budget, Prediction, SummaryRow, in_budget_order
 from histossl.evaluation.metrics import auroc, confidence_bins, unit_rows
-from histossl.evaluation.resampling import Measured, measure
+from histossl.evaluation.resampling import Measured, beside, measure
 from histossl.report import plots
 from histossl.slides.ledger import LedgerRow, read_ledger
 from histossl.workspace import FinetuneDir, PretrainDir, Workspace
@@ -48,12 +48,14 @@ class Content:
 
     @property
     def head(self) -> str:
-        return self.measured.series[0][1]
+        """Of the starts that have a network; the colour floor may have a simpler one."""
+        heads = [head for start, head in self.measured.series if start != "colour"]
+        return heads[0] if heads else self.measured.series[0][1]
 
     @property
     def starts(self) -> list[str]:
         """With the report's head; what was adapted first, the colour floor last."""
-        names = [start for start, head in self.measured.series if head == self.head]
+        names = [series[0] for series in self.measured.series if beside(series, self.head)]
         others = [name for name in names if name not in IN_THIS_ORDER]
         known = [name for name in IN_THIS_ORDER if name in names]
         return known[:1] + others + known[1:] if "adapted" in names else others + known
@@ -86,7 +88,7 @@ class Content:
         """A start's predictions at the largest budget, a list per draw (and pretraining seed)."""
         by_draw: dict[tuple[int, str], list[Prediction]] = {}
         for one in self.predictions:
-            if one.start == start and one.head == self.head and one.budget == self.largest:
+            if one.start == start and beside((start, one.head), self.head) and one.budget == self.largest:
                 by_draw.setdefault((one.draw, one.backbone), []).append(one)
         return list(by_draw.values())
 
@@ -146,7 +148,9 @@ def lines(content: Content, metric: str) -> list[plots.Line]:
             (
                 row
                 for row in content.summary
-                if (row.start, row.head, row.metric) == (start, content.head, metric) and not math.isnan(row.mean)
+                if (row.start, row.metric) == (start, metric)
+                and beside((start, row.head), content.head)
+                and not math.isnan(row.mean)
             ),
             key=lambda row: in_budget_order(row.budget),
         )

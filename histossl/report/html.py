@@ -10,6 +10,7 @@ where a reader would miss it the page says why. Every name is escaped (jinja2's 
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from histossl import __version__
 from histossl.config import noted_commands, read_run
 from histossl.evaluation import curves
 from histossl.evaluation.curves import PLAIN_NAME, VERDICT_P, Comparison, in_budget_order
+from histossl.evaluation.resampling import beside
 from histossl.report import content as contents
 from histossl.report import plots
 from histossl.report.content import Content, read_content
@@ -249,7 +251,7 @@ def _scores(content: Content, metric: str = METRIC) -> list[tuple[str, list[curv
     by_cell = {
         (row.start, row.budget): row
         for row in content.summary
-        if row.head == content.head and row.metric == metric and not math.isnan(row.mean)
+        if beside((row.start, row.head), content.head) and row.metric == metric and not math.isnan(row.mean)
     }
     names = contents.ticks(content.measured)
     return [
@@ -263,7 +265,7 @@ def _all_metrics(content: Content) -> list[tuple[str, list[curves.SummaryRow | N
     by_cell = {
         (row.metric, row.start): row
         for row in content.summary
-        if row.head == content.head and row.budget == content.largest and not math.isnan(row.mean)
+        if beside((row.start, row.head), content.head) and row.budget == content.largest and not math.isnan(row.mean)
     }
     return [
         (PLAIN_NAME[metric], [by_cell.get((metric, start)) for start in content.starts])
@@ -327,7 +329,7 @@ def _remake(content: Content) -> str:
 
 
 def _workspace_given(command: Sequence[str]) -> str | None:
-    for word, following in zip(command, [*command[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*command, ""]):
         if word in ("-w", "--workspace"):
             return following
         if word.startswith("--workspace="):

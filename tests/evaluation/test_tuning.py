@@ -132,6 +132,22 @@ def test_the_loss_is_the_cross_entropy_of_bags(ready):
         torch.testing.assert_close(model(views).loss, expected)
 
 
+def test_the_weights_of_the_best_look_at_validation_are_the_ones_kept(ready, monkeypatch):
+    losses = iter([2.0, 1.0, 3.0, *[4.0] * 20])
+    seen = []
+
+    def looked(model, *_):
+        seen.append({name: value.clone() for name, value in model.backbone.state_dict().items()})
+        return next(losses)
+
+    monkeypatch.setattr("histossl.evaluation.tuning._validation_loss", looked)
+    _, fitted = tuned(ready)
+    assert len(seen) > 2
+    kept = fitted.backbone.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
+    assert any(not torch.equal(kept[name], value) for name, value in seen[-1].items())
+
+
 def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path):
     config = FinetuneConfig(
         labels=str(ready.root / "labels.csv"),
@@ -147,7 +163,7 @@ def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path
     points = read_points(ready.finetune("a").points)
     assert {(point.start, point.head) for point in points} == {
         ("random", "end-to-end (last)"),
-        ("colour", "end-to-end (last)"),
+        ("colour", "mean"),
     }
     page = ready.finetune("a").report.read_text()
     assert "no map of features" in page  # end to end no start was embedded

@@ -239,6 +239,25 @@ def test_the_commands_on_the_page_are_all_there_were_and_remake_it(tmp_path, mon
     assert sections(read_content(run, workspace))["remake"] == f"histossl report --name without -w {tmp_path}"
 
 
+def test_the_colour_floor_stands_beside_the_others_whatever_head_it_has(tmp_path):
+    workspace = Workspace(tmp_path)
+    archive = Archive(
+        patients_per_class=5, separation={"colour": 0.9, "imagenet": 1.4, "adapted": 2.3}, budgets=(1, 2), num_draws=2,
+        num_folds=2,
+    )  # fmt: skip
+    run = write_finetuning(workspace, "floor", archive)
+    predictions, classes = read_predictions(run.predictions)
+    write_predictions(
+        run.predictions, [replace(one, head="abmil") if one.start != "colour" else one for one in predictions], classes
+    )
+    content = read_content(run, workspace)
+    assert content.head == "abmil"
+    assert content.starts == ["adapted", "imagenet", "colour"]
+    found = sections(content)
+    assert all(None not in row for _, row in found["scores"] + found["all_metrics"])
+    assert ("adapted", "colour") in [(one.start[0], one.reference[0]) for one in found["other_comparisons"]]
+
+
 def test_a_missing_pretraining_log_is_said(reported, tmp_path):
     _, workspace = reported
     copied = Workspace(shutil.copytree(workspace.root, tmp_path / "ws"))
