@@ -251,7 +251,7 @@ class Bags:
     def __init__(self, files: Sequence[tuple[Path, NDArray[np.int64] | None]]) -> None:
         """`files`: per item its HDF5 file and which rows are its tiles (None: all)."""
         self._files = list(files)
-        self._tiles: dict[int, NDArray[np.float32]] = {}
+        self._mapped: dict[Path, NDArray[np.float32]] = {}
         self._pooled: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
@@ -266,12 +266,10 @@ class Bags:
 
     def tiles(self, item: int) -> NDArray[np.float32]:
         """(N, D) features of one item's tiles."""
-        if item not in self._tiles:
-            path, rows = self._files[item]
-            with h5py.File(path, "r") as file:
-                features = file["features"][:]
-            self._tiles[item] = features if rows is None else features[rows]
-        return self._tiles[item]
+        path, rows = self._files[item]
+        if path not in self._mapped:
+            self._mapped[path] = _mapped(path)
+        return self._mapped[path] if rows is None else self._mapped[path][rows]
 
     def _read_pooled(self) -> NDArray[np.float64]:
         """Each file is opened once, whatever the number of its items."""
@@ -290,3 +288,17 @@ class Bags:
                         whole = file["features"][:] if whole is None else whole
                         means[item] = whole[rows].mean(0, dtype=np.float64)
         return np.stack([means[item] for item in range(len(self._files))])
+
+
+def _mapped(path: Path) -> NDArray[np.float32]:
+    """A file's features where they lie: the system reads the rows that are asked for, and gives their memory back.
+
+    Held in memory, 200 slides of 10,000 tiles and 1,024 features are 8 GB for each start.
+    """
+    with h5py.File(path, "r") as file:
+        stored = file["features"]
+        offset, shape, dtype = stored.id.get_offset(), stored.shape, stored.dtype
+        if offset is None:  # in chunks, or empty
+            whole: NDArray[np.float32] = stored[:]
+            return whole
+    return np.memmap(path, dtype, "c", offset, shape)  # "c": writable for torch, and never written back

@@ -84,6 +84,20 @@ def test_embeddings_are_the_backbones_features_of_the_tiles_in_order(ready):
     np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
+def test_tiles_of_a_bag_are_mapped_and_not_held(ready):
+    """Of thousands of slides an attention head sees a few tiles at a time: memory must not grow with the archive."""
+    path = embed_slides(ready, TileIndex.open(ready), ["s03"], colour_embedder(32, CPU), EmbedConfig())["s03"]
+    with h5py.File(path) as file:
+        features = file["features"][:]
+    bags = Bags([(path, None), (path, np.array([4, 1])), (path, np.array([2]))])
+    assert isinstance(bags.tiles(0), np.memmap)
+    for item, rows in enumerate((slice(None), [4, 1], [2])):
+        np.testing.assert_array_equal(bags.tiles(item), features[rows])
+    bags.tiles(0)[:] = 0
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["features"][:], features)
+
+
 def test_embeddings_are_made_once_and_made_anew_when_tiles_or_weights_change(ready):
     index = TileIndex.open(ready)
     embedder = colour_embedder(32, CPU)
