@@ -18,6 +18,7 @@ from histossl import cli
 from histossl.config import commands_with, note_command
 from histossl.evaluation.curves import Saved, measure, read_predictions, summarise, verdict, write_predictions
 from histossl.report.content import pretraining_log, read_content
+from histossl.report.features import look_at_features
 from histossl.report.html import key_figures, render, sections, simulated, write_report
 from histossl.workspace import Workspace
 
@@ -370,6 +371,25 @@ def test_every_figure_is_drawn_in_a_browser(reported, tmp_path):
         assert figure["shapes"] >= 10 or figure["images"] >= 10, name
         assert figure["loaded"], name
         assert not figure["overflow"], f"{name}: text outside the figure: {figure['overflow']}"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine to open the report in")
+def test_tiles_that_decide_are_drawn_in_a_browser(reported, tmp_path):
+    content = read_content(*reported)
+    features = look_at_features(content, reported[1])
+    row = features.panels[0].neighbours[features.starts[0]]
+    shown = replace(
+        features, deciding=[(label, row) for label in content.classes], deciding_by="attention",
+        deciding_start="adapted", deciding_items=33,
+    )  # fmt: skip
+    page = tmp_path / "report.html"
+    page.write_text(render(content, shown), encoding="utf-8")
+    seen = looked_at(page, tmp_path)
+    figure = seen["found"]["figure-deciding"]
+    assert figure["images"] == 3 * len(row)
+    assert figure["loaded"]
+    assert figure["width"] > 200
+    assert not seen["wide"]
 
 
 def test_curve_files_are_pictures(reported):
