@@ -186,7 +186,7 @@ def test_the_page_says_which_cases_were_simulated_and_whether_this_is_one(tmp_pa
     assert "Folds with several slides per patient, as here, were simulated with 8 per patient only" in said
     fixed = replace(archive, test_patients_per_class=4)
     said = " ".join(simulated(read_content(write_finetuning(workspace, "fixed", fixed), workspace)))
-    assert "one with 20 items per patient" in said
+    assert "one with 20 unlike items per patient" in said
     assert "Folds with several" not in said
 
 
