@@ -235,7 +235,7 @@ def simulated(content: Content) -> list[str]:
     if found.pool.num_folds and found.several_items:
         said.append(
             f"Folds with several {content.unit}s per patient, as here, were simulated with 8 per patient only: the "
-            "intervals held 98 of 100, so they are wider than they need be."
+            "intervals held 97 to 98 of 100, a little wider than they need be."
         )
     if sum(found.patients_per_class.values()) > found.num_patients:
         said.append("Patients who are in several classes, as here, were not simulated.")
