@@ -33,6 +33,21 @@ def tell_launcher(error: HistosslError) -> bool:
     return True
 
 
+def tell_end() -> None:
+    """A worker has done all it should, or has saved and stopped: its launcher knows it by an empty file."""
+    path = os.environ.get(NOTE)
+    if path:
+        _ending(Path(path)).touch()
+
+
+def ended_well(path: Path) -> bool:
+    return _ending(path).exists()
+
+
+def _ending(path: Path) -> Path:
+    return path.with_name("ended")
+
+
 def read_note(path: Path) -> tuple[int, str] | None:
     if not path.exists():
         return None

@@ -14,7 +14,7 @@ import typer
 from histossl import __version__, console
 from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, slides, tiles, views
 from histossl.errors import HistosslError
-from histossl.launched import failed_before, tell_launcher
+from histossl.launched import failed_before, tell_end, tell_launcher
 
 # Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
 # own loader's threads, or anybody else on the machine, spinning costs several times what it saves (examples/LOG.md).
@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # how typer says Ctrl-C
             console.say(GOES_ON)
+        elif os.environ.get("RANK", "0") == "0" and not code:
+            tell_end()
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return int(stop.exit_code)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -25,6 +26,8 @@ from histossl.errors import TrainingError, UsageError
 
 # Longer than a checkpoint to a slow disk takes, short enough that a dead neighbour is noticed and all are restarted.
 TIMEOUT = timedelta(minutes=10)
+# What processes have to end their step, look and save in when they are asked to stop. torch's own is half a minute.
+STOP_S = 600
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
             max_restarts=max_restarts,
             monitor_interval=0.5,
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            **_patience(LaunchConfig),
         )
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "histossl", *arguments)
@@ -138,8 +142,14 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
                     f"process {rank} ended with {_how(failure.exitcode)} and {max_restarts} restarts did not help; its "
                     "own words are above. The same command goes on from the last checkpoint"
                 ) from error
-        except SignalException:
-            return 0  # handed on to the workers, which save and stop, and say so
+        except SignalException as error:  # handed on to the workers, which save and stop, and say so
+            if launched.ended_well(note):
+                return 0
+            if not note.exists():
+                raise TrainingError(
+                    f"{error.sigval.name} ended the processes before they had saved; "
+                    "the same command goes on from what was saved before"
+                ) from error
         finally:
             del os.environ[launched.NOTE]
         told = launched.read_note(note)
@@ -147,6 +157,11 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
         code, text = told
         console.fail(text)
     return code
+
+
+def _patience(config: type) -> dict[str, int]:
+    """Where torch can be told how long a process that was asked to stop may take (2.10 cannot everywhere)."""
+    return {"shutdown_timeout": STOP_S} if "shutdown_timeout" in inspect.signature(config).parameters else {}
 
 
 def _how(exitcode: int) -> str:
