@@ -106,6 +106,11 @@ def joined() -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether another process went away in the middle of an exchange. gloo says so in words alone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
     """Run `histossl ARGUMENTS` in `count` processes; a worker that dies is restarted with the others. The exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException

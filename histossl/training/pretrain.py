@@ -31,7 +31,7 @@ from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
 from histossl.tiles.subset import open_subset
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from histossl.training.distributed import Processes, joined
+from histossl.training.distributed import Processes, is_lost_process, joined
 from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
@@ -311,8 +311,8 @@ class _Pretraining:
         planned, pieces = self.plan, 2 * self.plan.micro_batches
         if planned.batch_size % (pieces * planned.num_processes):
             raise TrainingError(
-                f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass, which cannot be halved; "
-                "saved. Use a smaller --view-px or --backbone under another --name"
+                f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass, which cannot be halved"
+                f"{'; saved' if self.processes.writes else ''}. Use a smaller --view-px or --backbone under another --name"
             )
         self.plan = replace(planned, micro_batches=pieces, tiles_per_pass=planned.tiles_per_pass // 2)
         self._write_run()
@@ -417,13 +417,20 @@ class _Pretraining:
             if self.asked.batch_size == 0 and not self.operation.micro_batches:
                 raise _OutOfMemoryError(done) from error
             raise TrainingError(
-                f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass; saved. "
-                f"The same command with --accumulate {2 * self.plan.micro_batches} goes on from there"
+                f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass"
+                f"{'; saved' if self.processes.writes else ''}. The same command with --accumulate "
+                f"{2 * self.plan.micro_batches} goes on from {'there' if self.processes.writes else 'the last checkpoint'}"
             ) from error
         except HalfDoneError:
             raise
         except TrainingError:
             self._save(done)
+            raise
+        except RuntimeError as error:
+            if self.processes.count > 1 and is_lost_process(error):
+                if self.processes.writes:
+                    console.warn(f"step {done}: another process of this run is lost; this one ends too")
+                raise SystemExit(RESTART) from error
             raise
 
     def _finish(self) -> str:

@@ -31,6 +31,8 @@ from histossl.slides.ledger import LedgerRow, write_ledger
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
+from histossl.training.distributed import Processes
+from histossl.training.loop import Step
 from histossl.training.pretrain import Operation, _Pretraining, fewest_pieces, pretrain
 from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import PretrainDir, Workspace
@@ -590,6 +592,37 @@ def test_out_of_memory_keeps_the_run_and_says_what_to_change(
         pretrain(index, run, TINY, QUICK)
     assert pretrain(index, run, TINY, replace(QUICK, micro_batches=2)).finished
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 9))
+
+
+def broken_off(index: TileIndex, run: PretrainDir, rank: int, error: RuntimeError) -> None:
+    """A run on one of two processes whose second step ends in `error`."""
+
+    def steps():
+        yield Step(0, 0.1, torch.zeros(()), torch.zeros(()), {}, False)
+        raise error
+
+    processes = Processes(rank, rank, 2, torch.device("cpu"))
+    list(_Pretraining(index, run, TINY, QUICK, None, processes)._guarded(steps(), 0))
+
+
+def test_a_process_that_does_not_write_never_says_that_it_saved(index: TileIndex, tmp_path: Path) -> None:
+    run, error = run_dir(tmp_path), torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(TrainingError, match=r"tiles a pass\. .*--accumulate 2 goes on from the last checkpoint"):
+        broken_off(index, run, 1, error)
+    assert not run.checkpoint.exists()
+    with pytest.raises(TrainingError, match=r"tiles a pass; saved\. .*goes on from there"):
+        broken_off(index, run, 0, error)
+    assert run.checkpoint.exists()
+
+
+def test_a_lost_process_is_told_in_one_line(
+    index: TileIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]")
+    with pytest.raises(SystemExit) as ended:
+        broken_off(index, run_dir(tmp_path), 0, lost)
+    assert ended.value.code == 75
+    assert "another process of this run is lost" in capsys.readouterr().err
 
 
 def test_auto_batch_halves_the_pass_when_memory_runs_out_and_goes_on(
