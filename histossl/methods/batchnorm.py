@@ -17,11 +17,24 @@ from torch import Tensor, nn
 
 from histossl.methods import gather
 
+GROUP_LEAST = 4  # tiles: a statistic of fewer says nothing (a group asked for by hand may be smaller)
+
+
+def group_of(pass_tiles: int, group_tiles: int, num_processes: int) -> int:
+    """How many tiles share a statistic in a pass of one process: `group_tiles`, or the next smaller divisor.
+
+    One process needs two groups at least, or query and key share their statistics whatever is shuffled. 0 where no
+    such number divides the pass, which is then taken whole.
+    """
+    most = min(group_tiles, pass_tiles // 2 if num_processes == 1 else pass_tiles)
+    least = min(GROUP_LEAST, group_tiles)
+    return max((size for size in range(max(1, least), most + 1) if pass_tiles % size == 0), default=0)
+
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d with statistics over groups of `group_tiles` rows. Running statistics take the groups' mean.
 
-    In evaluation, and for a batch that groups do not divide, it is BatchNorm2d.
+    Of fewer rows where the batch is no two whole groups (`group_of`). In evaluation it is BatchNorm2d.
     """
 
     group_tiles: int = 0
@@ -29,8 +42,9 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     drop: nn.Module
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        num_groups = len(x_BCHW) // self.group_tiles if self.group_tiles else 1
-        if not self.training or num_groups < 2 or len(x_BCHW) % self.group_tiles:
+        group_tiles = group_of(len(x_BCHW), self.group_tiles, gather.world_size()) if self.training else 0
+        num_groups = len(x_BCHW) // group_tiles if group_tiles else 1
+        if num_groups < 2:
             y_BCHW = super().forward(x_BCHW)
         else:
             assert self.running_mean is not None
@@ -44,7 +58,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
                     nn.functional.batch_norm(
                         group, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps
                     )
-                    for i, group in enumerate(x_BCHW.split(self.group_tiles))
+                    for i, group in enumerate(x_BCHW.split(group_tiles))
                 ]
             )
             self.running_mean.copy_(means.mean(0))

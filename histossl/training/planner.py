@@ -13,6 +13,7 @@ from typing import Any
 
 from histossl.config import PretrainConfig
 from histossl.errors import UsageError
+from histossl.methods.batchnorm import group_of
 from histossl.methods.method import Rate, Training
 
 QUEUE_MOST = 65536  # MoCo's own, for 1.28 million images
@@ -95,11 +96,8 @@ def plan(
         reasons.append(of_the_pass_reason(training, batch, micro_batches))
     if training.in_batch:
         reasons.append(in_batch_reason(batch, micro_batches))
-    elif batchnorm and group and pieces > 1 and (batch // pieces) % group:
-        reasons.append(
-            f"warning: passes of {batch // pieces} tiles are no whole groups of {group}: BatchNorm takes each pass as "
-            "it comes, so another number of GPUs gives other statistics; --set batchnorm_group_tiles=N"
-        )
+    elif batchnorm and group:
+        reasons += _groups(batch // pieces, group, num_processes)
     return Plan(
         num_tiles=num_tiles,
         num_slides=num_slides,
@@ -150,6 +148,20 @@ def in_batch_reason(batch: int, micro_batches: int) -> str:
         f"warning: {told}. The batch of {batch} goes in {micro_batches} passes, which does not make up for one: "
         "use more GPUs, a smaller --view-px or --backbone, or --method mocov2, whose queue needs no large batch"
     )
+
+
+def _groups(pass_tiles: int, asked: int, num_processes: int) -> list[str]:
+    """What becomes of the groups of `asked` tiles where a pass is no whole number of them, two at least."""
+    group = group_of(pass_tiles, asked, num_processes)
+    if group == asked:
+        return []
+    if group:
+        return [f"BatchNorm takes groups of {group} tiles: a pass of {pass_tiles} is not two or more of {asked}"]
+    leak = ", and query and key share them, by which MoCo knows a tile without learning" if num_processes == 1 else ""
+    return [
+        f"warning: BatchNorm takes one statistic of each pass: {pass_tiles} tiles are no groups of {asked} or fewer"
+        f"{leak}; use a --batch-size with more factors of two"
+    ]
 
 
 def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str]) -> int:

@@ -190,6 +190,15 @@ def test_grouped_batchnorm_is_batchnorm_of_each_group() -> None:
     torch.testing.assert_close(grouped(x), F.batch_norm(x, grouped[0].running_mean, grouped[0].running_var, eps=1e-5))
 
 
+def test_one_group_is_split_so_that_shuffling_has_other_company_to_offer() -> None:
+    """32 tiles, groups of 32: with one statistic for all, shuffled keys would be the unshuffled ones, leak and all."""
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.BatchNorm2d(6))
+    group_batchnorms(norm, 32)
+    x, order = torch.randn(32, 6, 4, 4), torch.randperm(32)
+    assert (norm(x)[order] - norm(x[order])).abs().max() > 0.01
+
+
 def test_gradient_through_groups_equals_gradient_of_each() -> None:
     x = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     grouped = nn.Sequential(nn.BatchNorm2d(6))

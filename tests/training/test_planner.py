@@ -4,6 +4,7 @@ import pytest
 
 from histossl.config import PretrainConfig
 from histossl.errors import UsageError
+from histossl.methods.batchnorm import group_of
 from histossl.training.planner import batch_bounds, plan
 
 
@@ -79,3 +80,21 @@ def test_continuing_takes_a_third_of_the_rate_of_scratch() -> None:
     assert planned(20_000, weights="random").lr == pytest.approx(0.03)
     adamw = plan(PretrainConfig(batch_size=128), 20_000, 10, {}, batchnorm=False)
     assert (adamw.optimizer, adamw.lr, adamw.layer_decay) == ("adamw", pytest.approx(3e-4), 0.75)
+
+
+@pytest.mark.parametrize(("batch", "group"), [(32, 16), (100, 25), (96, 32)])
+def test_one_process_always_has_two_batchnorm_groups_and_the_plan_says_of_how_many(batch: int, group: int) -> None:
+    assert group_of(batch, 32, 1) == group
+    told = [line for line in planned(20_000, batch).reasons if "BatchNorm takes" in line]
+    assert told == (
+        [] if group == 32 else [f"BatchNorm takes groups of {group} tiles: a pass of {batch} is not two or more of 32"]
+    )
+
+
+def test_groups_fall_alike_on_one_process_and_on_two() -> None:
+    for batch in (16, 32, 48, 64, 100, 256):
+        assert group_of(batch, 32, 1) == group_of(batch // 2, 32, 2), batch
+
+
+def test_a_pass_that_no_group_divides_is_a_warning() -> None:
+    assert any("warning: BatchNorm takes one statistic" in line for line in planned(20_000, 97).reasons)
