@@ -129,7 +129,7 @@ def distill(
         _say_who(settings, model, taught, tested, index)
         if not run.run_json.exists():
             look_at_teacher(sample_of(index, settings), taught, student_info, settings)
-    judge = probe_of(index, table, settings.view_px) if table else None
+    judge = probe_of(index, pretraining.without(table, left_out), settings.view_px) if table else None
     if only_plan:
         show_plan(index, run, settings, operation, num_processes, judge, teacher=taught)
         return 0

@@ -300,7 +300,7 @@ def pretrain(
         stop_on_collapse=stop_on_collapse,
     )
     run = at.pretrain(name or method)
-    judge = probe_of(index, table, view_px) if table else None
+    judge = probe_of(index, without(table, left_out), view_px) if table else None
     if only_plan:
         show_plan(index, run, settings, operation, num_processes, judge)
         return 0
@@ -354,6 +354,11 @@ def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
             raise
         console.warn(f"no probe during the run: {error}")
         return None
+
+
+def without(table: LabelTable, left_out: set[str]) -> LabelTable:
+    """A slide that is left out of the run does not judge it either."""
+    return replace(table, items=tuple(item for item in table.items if item.slide not in left_out))
 
 
 def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:

@@ -22,9 +22,10 @@ from synthetic_store import write_synthetic_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
-from histossl.cli.pretrain import excluded_slides, slides_of_test_patients
+from histossl.cli.pretrain import excluded_slides, slides_of_test_patients, without
 from histossl.config import PretrainConfig
 from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError
+from histossl.evaluation.labels import Item, LabelTable
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.slides.ledger import LedgerRow, write_ledger
@@ -185,6 +186,13 @@ def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_pat
     torch.testing.assert_close(state["bn1.running_var"], before_norm.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_one_tile_more_than_a_batch_weighs_no_more_than_the_others(tmp_path: Path) -> None:
+    """65 tiles, 64 at a time: the last one by itself would be half of the statistics, and too few for a BatchNorm."""
+    index = write_synthetic_store(Workspace(tmp_path / "odd"), slides=("A1",), tiles_per_slide=65, tile_px=40)
+    stage = _Pretraining(index, run_dir(tmp_path), TINY, QUICK, None, Processes(0, 0, 1, torch.device("cpu")))
+    assert [len(batch) for batch in stage._clean_batches(2, 1000)] == [33, 32]
+
+
 def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
     """A LayerNorm backbone: the same keys, queue and gradients, whether 8 tiles come at once or in twice 4."""
     whole, parts = run_dir(tmp_path, "whole"), run_dir(tmp_path, "parts")
@@ -315,6 +323,11 @@ def test_a_damaged_checkpoint_in_a_run_goes_on_from_the_one_before(
 
 
 # ---- the command line
+
+
+def test_slides_left_out_do_not_judge_the_run() -> None:
+    items = tuple(Item(name, name, "ill", name) for name in "AB")
+    assert without(LabelTable(items, ("ill",)), {"A"}).slides == ("B",)
 
 
 def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
