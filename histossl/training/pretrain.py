@@ -312,7 +312,7 @@ class _Pretraining:
         if planned.batch_size % (pieces * planned.num_processes):
             raise TrainingError(
                 f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass, which cannot be halved"
-                f"{'; saved' if self.processes.writes else ''}. Use a smaller --view-px or --backbone under another --name"
+                f"{self._whether_saved()}. Use a smaller --view-px or --backbone under another --name"
             )
         self.plan = replace(planned, micro_batches=pieces, tiles_per_pass=planned.tiles_per_pass // 2)
         self._write_run()
@@ -418,8 +418,8 @@ class _Pretraining:
                 raise _OutOfMemoryError(done) from error
             raise TrainingError(
                 f"step {done}: out of GPU memory with {self.plan.tiles_per_pass} tiles a pass"
-                f"{'; saved' if self.processes.writes else ''}. The same command with --accumulate "
-                f"{2 * self.plan.micro_batches} goes on from {'there' if self.processes.writes else 'the last checkpoint'}"
+                f"{self._whether_saved()}. The same command with --accumulate {2 * self.plan.micro_batches} goes on "
+                f"from {'there' if self.processes.writes else 'the last checkpoint'}"
             ) from error
         except HalfDoneError:
             raise
@@ -432,6 +432,10 @@ class _Pretraining:
                     console.warn(f"step {done}: another process of this run is lost; this one ends too")
                 raise SystemExit(RESTART) from error
             raise
+
+    def _whether_saved(self) -> str:
+        """Only one of several processes writes checkpoints, and the others cannot ask it once one is in trouble."""
+        return "; saved" if self.processes.writes else ""
 
     def _finish(self) -> str:
         """Leave the backbone (its presence means finished), and say what came of it."""
@@ -556,8 +560,8 @@ class _Pretraining:
         """Tiles as they are, at the size of the views, normalised: the same ones whenever asked."""
         order = self._order(purpose)
         numbers = order.tile_numbers(0, min(num_tiles, order.num_tiles))
-        for first in range(0, len(numbers), size):
-            pixels, good = decode_good_tiles(self.index, numbers[first : first + size])
+        for some in np.array_split(numbers, math.ceil(len(numbers) / size)):  # alike: BatchNorm weighs them alike
+            pixels, good = decode_good_tiles(self.index, some)
             if len(good):
                 view = clean_view(pixels.to(self.device), self.config.view_px)
                 yield normalise(view, self.info.mean, self.info.std)
