@@ -14,6 +14,7 @@ WORKSPACE/
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -284,3 +285,16 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise HistosslError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def locked(descriptor: int) -> bool:
+    """Whether this process now holds the lock of an open file, until it closes it or ends."""
+    try:
+        import fcntl
+    except ImportError:
+        return True  # not on this system: nobody is kept out
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
+    return True

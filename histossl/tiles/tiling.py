@@ -8,7 +8,6 @@ A zip is whole or absent, so the same command again goes on with the slides that
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -51,7 +50,7 @@ from histossl.tiles.one_slide import (
 from histossl.tiles.store import new_store, read_store
 from histossl.units import um_from_l0
 from histossl.workers import Event, Report, num_cores, run_jobs
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, locked
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
@@ -611,7 +610,7 @@ def _alone_in(workspace: Workspace) -> Iterator[None]:
     except OSError as error:
         raise HistosslError(f"{workspace.tiles}: cannot be written ({error.strerror})") from error
     with lock:
-        if not _locked(lock.fileno()):
+        if not locked(lock.fileno()):
             lock.seek(0)
             raise StoreError(f"{workspace.root}: another `histossl tile` is at work in it ({lock.read().strip()})")
         try:
@@ -628,18 +627,6 @@ def _alone_in(workspace: Workspace) -> Iterator[None]:
                 path.unlink(missing_ok=True)
                 workspace.tiles.rmdir()
                 workspace.root.rmdir()
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        return True  # not on this system: two runs at once then do the work twice, and harm nothing
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
-    return True
 
 
 def _sweep(tiles: Path) -> None:

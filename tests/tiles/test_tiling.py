@@ -633,7 +633,7 @@ def test_a_full_disk_at_the_very_start_is_one_line(workspace, painted_slide, mon
         def fileno(self):
             return 0
 
-    monkeypatch.setattr(tiling, "_locked", lambda descriptor: True)
+    monkeypatch.setattr(tiling, "locked", lambda descriptor: True)
     monkeypatch.setattr(type(workspace.tiles), "open", lambda *_: Full())
     with (
         pytest.raises(HistosslError, match="cannot be written \\(No space left on device"),

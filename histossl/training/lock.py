@@ -1,0 +1,44 @@
+"""One run at a time in its directory: two would rename each other's checkpoints and write one log between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from histossl.errors import HistosslError, TrainingError
+from histossl.workspace import PretrainDir, locked
+
+
+@contextmanager
+def alone_in(run: PretrainDir) -> Iterator[None]:
+    """Hold the run's directory, and remove what killed ones left half-written in it.
+
+    The kernel lets go of the lock however the process ends. A directory that is made here and left empty (the settings
+    were refused, say) goes again.
+    """
+    new = not run.root.exists()
+    path = run.root / ".lock"
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise HistosslError(f"{run.root}: cannot be written ({error.strerror}); use another --workspace") from error
+    with lock:
+        if not locked(lock.fileno()):
+            lock.seek(0)
+            raise TrainingError(
+                f"{run.root}: another process is at work on this run ({lock.read().strip()}); wait for it, or use "
+                "another --name"
+            )
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}\n")
+        lock.flush()
+        for left in run.root.rglob(".*.part"):
+            left.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if new and {*run.root.iterdir()} <= {path}:
+                path.unlink(missing_ok=True)
+                run.root.rmdir()
