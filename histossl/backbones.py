@@ -7,6 +7,7 @@ Weights are read as safetensors or with `weights_only=True`: a file with pickled
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -162,9 +163,20 @@ def save_backbone(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
 
 
 def _save_weights(path: Path, module: nn.Module) -> None:
-    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    save_tensors(path, module.state_dict())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A .safetensors file that whoever may read the folder's other files may read."""
+    state = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with written_aside(path) as aside:
-        save_file(state, str(aside), metadata={"format": "pt"})  # one entry: their order in the file is not fixed
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask has it; safetensors makes its files anew, for their owner alone
+        try:
+            save_file(state, str(aside), metadata={"format": "pt"})  # one entry: their order in the file is not fixed
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        aside.chmod(mode)
 
 
 def weights_digest(backbone: nn.Module) -> str:

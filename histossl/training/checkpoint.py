@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +21,19 @@ DAMAGED = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.Unpickl
 def save_checkpoint(run: PretrainDir, state: Mapping[str, Any]) -> None:
     """Whole or absent at any instant: written aside, the present one becomes the previous one, then renamed."""
     with written_aside(run.checkpoint) as aside:
-        torch.save(dict(state), aside)
+        _write(state, aside)
         if run.checkpoint.exists():
             run.checkpoint.replace(run.previous_checkpoint)
+
+
+def _write(state: Mapping[str, Any], path: Path) -> None:
+    """torch says in a RuntimeError of its own that the disk is full."""
+    try:
+        torch.save(dict(state), path)
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error) or "unexpected pos" in str(error):
+            raise OSError(errno.ENOSPC, "is the disk full?") from error
+        raise
 
 
 def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
