@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from histossl.errors import TrainingError
+from histossl.errors import StoreError, TrainingError
 from histossl.methods import gather
 from histossl.methods.batchnorm import batchnorm_buffers
 from histossl.methods.method import Method, Outcome, Views
@@ -197,10 +197,10 @@ class Answer:
 
 @contextmanager
 def put_back_if_broken(statistics: list[Tensor], before: list[Tensor]) -> Iterator[None]:
-    """A pass that breaks off (out of memory) leaves no trace: BatchNorm's statistics are all that it has changed."""
+    """A pass that breaks off leaves no trace: BatchNorm's statistics are all that it has changed."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, StoreError):  # memory ran out, or too many tiles are damaged
         if statistics:
             torch._foreach_copy_(statistics, before)
         raise

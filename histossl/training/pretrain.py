@@ -8,19 +8,25 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from histossl import console
-from histossl.backbones import BackboneInfo, Projected, create_backbone, recorded_with, save_backbone
+from histossl.backbones import (
+    BackboneInfo,
+    Projected,
+    create_backbone,
+    recorded_with,
+    save_backbone,
+    save_tensors,
+)
 from histossl.config import PretrainConfig, read_run, refuse_other_config, with_overrides, write_run
-from histossl.errors import MismatchError, TrainingError, UsageError
+from histossl.errors import MismatchError, StoreError, TrainingError, UsageError
 from histossl.methods import TAUGHT, classes_of, entry_of, gather, self_supervised
 from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.methods.gather import mean_over_processes
@@ -32,6 +38,7 @@ from histossl.tiles.sampling import TileOrder
 from histossl.tiles.subset import open_subset
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, is_lost_process, joined
+from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
@@ -41,7 +48,7 @@ from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, recompute_cheap, tune
 from histossl.training.signals import stop_on_signal
 from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
-from histossl.workspace import PretrainDir, written_aside
+from histossl.workspace import PretrainDir
 
 MONITOR_TILES, KEY_TILES = 512, 128
 BATCHNORM_TILES = 10_000
@@ -86,6 +93,15 @@ class Best:
     step: int = 0
     score: float = math.nan
     at_start: float = math.nan
+    last: float = math.nan
+    num_looks: int = 0  # after the start
+
+    def with_look(self, done: int, score: float) -> Best:
+        if done == 0:
+            return Best(0, score, score, score)
+        best = replace(self, last=score, num_looks=self.num_looks + 1)
+        # No score at all before it: the labels were given when the run went on.
+        return replace(best, step=done, score=score) if score > self.score or math.isnan(self.score) else best
 
 
 def pretrain(
@@ -105,7 +121,7 @@ def pretrain(
     _refuse_other_run(index, run, config)
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
-    with joined() as processes:
+    with joined() as processes, alone_in(run) if processes.writes else nullcontext():
         settled = settle_batch(index, run, config, operation, processes, teacher)
         return _Pretraining(index, run, settled, operation, probe, processes, teacher).carry_out(config)
 
@@ -257,7 +273,7 @@ class _Pretraining:
         self.ceiling = Ceiling()
         self.best = Best()
         self.last_look: list[str] = []
-        self.damaged: dict[int, str] = {}  # tile number -> what is wrong with it
+        self.met_damaged: list[dict[int, str]] = []  # of each loader, which goes on filling it
         self.told = ""
         self.key_drift = KeyDrift(self.plan.knobs.get("queue_size", 0) / self.plan.batch_size)
         self.asked = config
@@ -282,9 +298,11 @@ class _Pretraining:
             with self.pace.look():
                 self._look(0)
             first = 0
-        with stop_on_signal() as stop:
-            done = self._train_in_memory(first, stop)
-        self._tell_damaged()
+        try:
+            with stop_on_signal() as stop:
+                done = self._train_in_memory(first, stop)
+        finally:
+            self._tell_damaged()
         if done < self.plan.num_steps:
             return Result(
                 self.run,
@@ -330,6 +348,7 @@ class _Pretraining:
         """From step `first` to the end, or to a signal. Returns how many steps are done."""
         operation, num_steps = self.operation, self.plan.num_steps
         tiles = self._tile_batches(first)
+        self.met_damaged.append(tiles.damaged)
         steps = train(
             self.method,
             self.optimizer,
@@ -388,12 +407,18 @@ class _Pretraining:
                 if stopping:
                     break
                 self.pace.resumed()
-        self.damaged |= tiles.damaged
         return done
+
+    def _damaged(self) -> dict[int, str]:
+        """Tile number -> what is wrong with it, of all that this process and the run before it have met."""
+        damaged: dict[int, str] = {}
+        for met in self.met_damaged:
+            damaged |= met
+        return damaged
 
     def _tell_damaged(self) -> None:
         """Each process tells of the tiles that it has met."""
-        damaged = list(self.damaged.items())
+        damaged = list(self._damaged().items())
         if damaged:
             console.warn(
                 f"{len(damaged)} damaged tile{'s were' if len(damaged) > 1 else ' was'} left out, others shown:"
@@ -405,7 +430,7 @@ class _Pretraining:
             console.warn(f"... and {len(damaged) - DAMAGED_NAMED} more")
 
     def _guarded(self, steps: Iterator[Step], first: int) -> Iterator[Step]:
-        """Out of memory and too many NaN: the state before the step is whole, so keep it, and say what to change."""
+        """Out of memory, too many NaN, tiles that cannot be read: the state before the step is whole, so keep it."""
         done = first
         try:
             for step in steps:
@@ -423,7 +448,7 @@ class _Pretraining:
             ) from error
         except HalfDoneError:
             raise
-        except TrainingError:
+        except (TrainingError, StoreError):
             self._save(done)
             raise
         except RuntimeError as error:
@@ -443,10 +468,8 @@ class _Pretraining:
         if has_batchnorm(backbone):
             _reestimate_batchnorm(backbone, self._clean_batches(BATCHNORM, BATCHNORM_TILES))
         if self.processes.writes:
-            kept = {name: value.detach().cpu().contiguous() for name, value in self.method.kept().items()}
-            if kept:
-                with written_aside(self.run.head) as aside:
-                    save_file(kept, str(aside))
+            if kept := self.method.kept():
+                save_tensors(self.run.head, kept)
             save_backbone(self.run.backbone, backbone, self._adapted_info(self.plan.num_steps))
             remove_checkpoints(self.run)
         lines = [f"adapted backbone: {self.run.backbone}"]
@@ -487,6 +510,7 @@ class _Pretraining:
         self.watch.load_state_dict(state["watch"])
         self.key_drift.keys_of_step = state["keys_of_step"]
         self.best = Best(**state["best"])
+        self.met_damaged.append(state.get("damaged", {}))
         first = int(state["step"])
         if self.log:
             self.log.begin_at(first + 1)
@@ -503,6 +527,7 @@ class _Pretraining:
                 "watch": self.watch.state_dict(),
                 "keys_of_step": self.key_drift.keys_of_step,
                 "best": asdict(self.best),
+                "damaged": self._damaged(),
             }
             save_checkpoint(self.run, state)
 
@@ -574,6 +599,7 @@ class _Pretraining:
             return
         num_steps = math.ceil(wanted / self.plan.batch_size)
         tiles = self._tile_batches(0, self._order(PREFILL), num_steps)
+        self.met_damaged.append(tiles.damaged)
         with (
             tiles,
             console.progress("a first look at the tiles", num_steps, "batches", visible=self.processes.writes) as bar,
@@ -583,7 +609,6 @@ class _Pretraining:
                     self.method.prefill(views._replace(step=number))
                 if (number + 1) % self.plan.micro_batches == 0:
                     bar.advance()
-        self.damaged |= tiles.damaged
 
     # ---- trying out, before step 0
 
@@ -720,10 +745,8 @@ class _Pretraining:
         }
         if self.probe is not None:
             row["probe"] = score = self.probe(self._plain_backbone(), self.info)
-            if done == 0:
-                self.best = Best(0, score, score)
-            elif score > self.best.score:
-                self.best = replace(self.best, step=done, score=score)
+            self.best = self.best.with_look(done, score)
+            if done and self.best.step == done:
                 save_backbone(self.run.best_backbone, self._plain_backbone(), self._adapted_info(done))
         if self.log:
             self.log.write(row)
@@ -964,13 +987,21 @@ def _note(row: dict[str, float]) -> str:
 
 
 def _probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:
+    """What the labelled training slides say of the last look, whose backbone is left, and of the best one."""
+    if best.num_looks == 0:
+        return "The probe was never asked: the labels came after the last look"
+    last = f"the last look, whose backbone is what finetune takes, has {best.last:.3f}"
+    if math.isnan(best.at_start):
+        return f"The labels came when the run had begun, so there is no score of the start to compare with; {last}"
     if best.step == 0:
         return (
             f"Adaptation did not help on the labelled training slides: no look scored above the start "
-            f"({best.at_start:.3f})"
+            f"({best.at_start:.3f}); {last}"
         )
     kept = "" if best.step == num_steps else f"; the best look's backbone is {run.best_backbone}"
+    worse = "" if best.last > best.at_start else ", no more than the start"
+    chance = f". The highest of {best.num_looks} looks is partly luck: a small rise is no evidence"
     return (
         f"On the labelled training slides the probe rose from {best.at_start:.3f} to {best.score:.3f} "
-        f"(step {best.step} of {num_steps}){kept}"
+        f"(step {best.step} of {num_steps}){kept}; {last}{worse}{chance if best.num_looks > 1 else ''}"
     )

@@ -34,7 +34,7 @@ from histossl.tiles.loading import decode_tiles
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.distributed import Processes
 from histossl.training.loop import Step
-from histossl.training.pretrain import Operation, _Pretraining, fewest_pieces, pretrain
+from histossl.training.pretrain import Best, Operation, _Pretraining, _probe_verdict, fewest_pieces, pretrain
 from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import PretrainDir, Workspace
 
@@ -228,6 +228,24 @@ def test_best_look_is_kept_beside_the_last(index: TileIndex, tmp_path: Path) -> 
     assert load_backbone(run.best_backbone)[1].provenance["steps"] == 3
 
 
+def test_the_last_score_is_told_whatever_the_best_one_was(tmp_path: Path) -> None:
+    best = Best()
+    for step, score in ((0, 0.5), (3, 0.501), (6, 0.3), (9, 0.2)):
+        best = best.with_look(step, score)
+    said = _probe_verdict(best, 9, run_dir(tmp_path))
+    assert "rose from 0.500 to 0.501 (step 3 of 9)" in said
+    assert "what finetune takes, has 0.200, no more than the start" in said
+    assert "highest of 3 looks is partly luck" in said
+
+
+def test_labels_that_come_late_are_compared_with_no_start(tmp_path: Path) -> None:
+    best = Best().with_look(6, 0.4).with_look(9, 0.3)
+    assert (best.step, best.score) == (6, 0.4)
+    said = _probe_verdict(best, 9, run_dir(tmp_path))
+    assert "no score of the start to compare with" in said
+    assert "nan" not in said
+
+
 def test_forced_collapse_is_named_and_the_healthy_backbone_kept(index: TileIndex, tmp_path: Path) -> None:
     """Momentum 0 and a hundredfold learning rate without warm-up: the published way to fail."""
     run = run_dir(tmp_path)
@@ -295,7 +313,9 @@ def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
     assert "tile 5 of A1 was left out" in said
 
 
-def test_more_than_one_per_cent_of_damaged_tiles_stops_the_run(tmp_path: Path) -> None:
+def test_more_than_one_per_cent_of_damaged_tiles_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workspace = Workspace(tmp_path / "damaged")
     index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=600, tile_px=32)
     with workspace.zip_of("A1").open("r+b") as file:
@@ -303,8 +323,13 @@ def test_more_than_one_per_cent_of_damaged_tiles_stops_the_run(tmp_path: Path) -
             file.seek(int(row["offset"]) + 20)
             file.write(bytes(int(row["length"]) - 20))
     config = replace(TINY, batch_size=64, steps=20, set=("queue_size=64",))
+    run = run_dir(tmp_path)
     with pytest.raises(StoreError, match=r"of the .* tiles read so far are damaged \(more than 1%\)"):
-        pretrain(TileIndex.open(workspace), run_dir(tmp_path), config, QUICK)
+        pretrain(TileIndex.open(workspace), run, config, QUICK)
+    assert "of A1 was left out" in capsys.readouterr().err  # which, and not only how many
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["damaged"]
 
 
 def test_a_damaged_checkpoint_in_a_run_goes_on_from_the_one_before(
