@@ -84,6 +84,11 @@ class TileOrder:
     def num_slides(self) -> int:
         return len(self._slide)
 
+    def company(self) -> tuple[float, float]:
+        """How likely two draws are of one slide, and of one tile: sums of squared shares."""
+        share_S = np.diff(self._drawn_fixed) / self._drawn_fixed[-1]
+        return float((share_S**2).sum()), float((share_S**2 / self._counts).sum())
+
     def epoch_of(self, position: int) -> int:
         return position // self.num_tiles
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,7 +165,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
     return code
 
 
-def _patience(config: type) -> dict[str, int]:
+def _patience(config: type) -> dict[str, Any]:
     """Where torch can be told how long a process that was asked to stop may take (2.10 cannot everywhere)."""
     return {"shutdown_timeout": STOP_S} if "shutdown_timeout" in inspect.signature(config).parameters else {}
 

@@ -39,14 +39,17 @@ class Pace:
     num_steps: int
     look_every: int
     look_s: float = 0.0  # of the last look; 0: none was timed
+    stepped_s: float = 0.0  # in steps alone, without looks, logs and checkpoints
     _steps_s: list[float] = field(default_factory=list)
     _since_s: float = field(default_factory=time.monotonic)
     _told: bool = False
 
     def stepped(self) -> None:
         """A step has come: what it took is the time since the last `resumed`."""
+        took_s = time.monotonic() - self._since_s
+        self.stepped_s += took_s
         if not self._told:
-            self._steps_s.append(time.monotonic() - self._since_s)
+            self._steps_s.append(took_s)
 
     def resumed(self) -> None:
         """All that is not the step (log, look, checkpoint) is over."""
@@ -71,6 +74,11 @@ class Pace:
 
     def is_look(self, done: int) -> bool:
         return done % self.look_every == 0 or done == self.num_steps
+
+
+def steps_within(total_s: float, step_s: float, look_s: float, look_every: int, rest_s: float) -> int:
+    """How many steps there is time for beside the looks, one before the first step, and the rest; at least one."""
+    return max(1, int((total_s - look_s - rest_s) / (step_s + look_s / look_every)))
 
 
 def duration(seconds: float) -> str:

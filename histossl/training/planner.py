@@ -60,11 +60,15 @@ def plan(
     training: Training = Training(),
     to_fit: tuple[str, ...] = ("queue_size", "momentum"),
     batchnorm_group: int = BATCHNORM_GROUP,
+    num_steps: int = 0,
+    company: tuple[float, float] | None = None,
 ) -> Plan:
     """`knobs` are the method's own settings as given by hand (--set); `batchnorm`: whether the backbone has any.
 
     `training` is how the method is optimized, `to_fit` which of its knobs follow from tiles, slides and steps,
     `batchnorm_group` of how many tiles it takes one BatchNorm statistic (0: of all).
+    `num_steps` is what --hours came to, once a step was timed; `company` how likely two draws are of one slide, and of
+    one tile (all slides alike without it).
     """
     batch, pieces = config.batch_size, num_processes * micro_batches
     reasons: list[str] = []
@@ -77,12 +81,13 @@ def plan(
         raise UsageError(
             f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use {max(2, num_tiles // 8)} or so"
         )
-    num_steps = _steps(config, num_tiles, reasons)
+    num_steps = _steps(config, num_tiles, reasons, num_steps)
+    same_slide, same_tile = company or (1 / num_slides, 1 / num_tiles)
     fitted: dict[str, Any] = {}
     if "queue_size" not in to_fit and int(knobs.get("queue_size", 0)) >= num_tiles:
         raise UsageError(f"--set queue_size={knobs['queue_size']}: must be smaller than the {num_tiles} tiles")
     if "queue_size" in to_fit:
-        fitted["queue_size"] = _queue(config, num_tiles, num_slides, knobs, reasons)
+        fitted["queue_size"] = _queue(config, num_tiles, same_slide, same_tile, knobs, reasons)
     if "momentum" in to_fit:
         fitted["momentum"] = _momentum(num_tiles, num_steps, int(fitted.get("queue_size", 0)), batch, knobs, reasons)
     if "prototypes" in to_fit:
@@ -164,8 +169,10 @@ def _groups(pass_tiles: int, asked: int, num_processes: int) -> list[str]:
     ]
 
 
-def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str]) -> int:
-    if config.steps:
+def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str], fitted: int = 0) -> int:
+    if fitted:
+        num_steps, why = fitted, f"--hours {config.hours:g}"
+    elif config.steps:
         num_steps, why = config.steps, "--steps"
     elif config.epochs:
         num_steps, why = max(1, round(config.epochs * num_tiles / config.batch_size)), f"--epochs {config.epochs:g}"
@@ -181,7 +188,12 @@ def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str]) -> int:
 
 
 def _queue(
-    config: PretrainConfig, num_tiles: int, num_slides: int, knobs: Mapping[str, Any], reasons: list[str]
+    config: PretrainConfig,
+    num_tiles: int,
+    same_slide: float,
+    same_tile: float,
+    knobs: Mapping[str, Any],
+    reasons: list[str],
 ) -> int:
     batch = config.batch_size
     if "queue_size" in knobs:
@@ -199,8 +211,9 @@ def _queue(
         )
     share = queue / num_tiles
     reasons.append(
-        f"queue {queue:,} keys ({why}): a key is at most {queue / batch:.1f} steps old; {share:.1%} of the tiles "
-        f"are in it (their own keys are never negatives); about {1 / num_slides:.1%} of it is of the query's own slide"
+        f"queue {queue:,} keys ({why}): a key is at most {queue / batch:.1f} steps old; "
+        f"{min(1, queue * same_tile):.1%} of the tiles shown are in it (their own keys are never negatives); about "
+        f"{same_slide:.1%} of it is of the query's own slide"
     )
     if share > QUEUE_SHARE_WARN:
         reasons.append(f"warning: the queue holds {share:.0%} of the tiles, {num_tiles // 12} is usual")

@@ -7,10 +7,11 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from histossl.config import PretrainConfig, read_run, refuse_other_config, with_
 from histossl.errors import MismatchError, StoreError, TrainingError, UsageError
 from histossl.methods import TAUGHT, classes_of, entry_of, gather, self_supervised
 from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
-from histossl.methods.gather import mean_over_processes
+from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
@@ -42,7 +43,7 @@ from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
-from histossl.training.pace import Expected, Pace
+from histossl.training.pace import Expected, Pace, steps_within
 from histossl.training.planner import Plan, batch_bounds, in_batch_reason, of_the_pass_reason, plan
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, recompute_cheap, tune
@@ -56,6 +57,8 @@ BATCHNORM_TILES = 10_000
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
 
 DAMAGED_NAMED = 20  # of the damaged tiles, at the end
+RECOMPUTED = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
+CHECKPOINT_FORMAT = 1  # another one for each change that makes an older checkpoint useless
 RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 
 Probe = Callable[[nn.Module, BackboneInfo], float]
@@ -244,18 +247,20 @@ class _Pretraining:
         self.earlier = recorded_with(config.weights) or {}  # of weights that an earlier run left
         _refuse_view_size(backbone, config, config.view_px, "--view-px")
         by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
-        self.plan = plan(
+        self.plan_of = partial(
+            plan,
             config,
             self.order.num_tiles,
             self.order.num_slides,
             {name: value for name, value in asdict(knobs).items() if name in by_hand},
             processes.count,
-            operation.micro_batches or 1,
-            has_batchnorm(backbone),
-            method_class.trained_by,
-            method_class.planned,
-            getattr(knobs, "batchnorm_group_tiles", 0),
+            batchnorm=has_batchnorm(backbone),
+            training=method_class.trained_by,
+            to_fit=method_class.planned,
+            batchnorm_group=getattr(knobs, "batchnorm_group_tiles", 0),
+            company=self.order.company(),
         )
+        self.plan = self.plan_of(micro_batches=operation.micro_batches or 1)
         self.knobs = knobs = replace(knobs, **self.plan.knobs)
         self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
@@ -366,8 +371,8 @@ class _Pretraining:
             partial(_weight_decay_at, self.plan),
         )
         self.pace = Pace(first, num_steps, operation.monitor_every, self.pace.look_s)
-        saved_s = logged_s = time.monotonic()
-        waited_s, logged, done = 0.0, first, first
+        saved_s = time.monotonic()
+        stepped_s, waited_s, logged, done = 0.0, 0.0, first, first
         shown = console.progress("pretraining", num_steps, "steps", visible=self.processes.writes, framed=True)
         with tiles, shown as bar:
             bar.advance(first)
@@ -378,15 +383,15 @@ class _Pretraining:
                 if step.skipped and self.processes.writes:
                     console.warn(f"step {done}: loss or gradient not finite; the step was left out")
                 if done % operation.log_every == 0 or last:
-                    now_s = time.monotonic()
+                    took_s = max(self.pace.stepped_s - stepped_s, 1e-9)
                     speed = {
-                        "tiles_per_s": (done - logged) * self.plan.batch_size / max(now_s - logged_s, 1e-9),
-                        "data_wait": (tiles.wait_s - waited_s) / max(now_s - logged_s, 1e-9),
+                        "tiles_per_s": (done - logged) * self.plan.batch_size / took_s,
+                        "data_wait": (tiles.wait_s - waited_s) / took_s,
                     }
                     row = self._row(step, speed)
                     if self.log:
                         self.log.write(row)
-                    logged, logged_s, waited_s = done, now_s, tiles.wait_s
+                    logged, stepped_s, waited_s = done, self.pace.stepped_s, tiles.wait_s
                     bar.note = ", ".join((_note(row), *self.last_look))
                     stuck = self.ceiling.stuck(row["loss"], row.get("loss_ceiling"), done, num_steps)
                     if stuck and self.processes.writes:
@@ -503,6 +508,7 @@ class _Pretraining:
             if self.log:
                 self.log.begin_at(0)
             return None
+        _refuse_other_format(self.run, state)
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
@@ -520,6 +526,7 @@ class _Pretraining:
     def _save(self, done: int) -> None:
         if self.processes.writes:
             state = {
+                "format": CHECKPOINT_FORMAT,
                 "step": done,
                 "method": self.method.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -652,8 +659,7 @@ class _Pretraining:
             if asked:
                 raise UsageError(f"--recompute: {self.config.backbone} is no ViT, whose blocks it is for; leave it out")
             return
-        why = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
-        self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, why))
+        self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, RECOMPUTED))
 
     def _fits(self, tiles_per_pass: int) -> bool:
         failed = torch.zeros((), device=self.device)
@@ -682,12 +688,19 @@ class _Pretraining:
         if self.run.run_json.exists():
             num_steps = int(read_run(self.run.run_json)["plan"]["num_steps"])
         else:
-            step_s = float(mean_over_processes(torch.tensor(step_s or self.step_s(), device=self.device)))
-            num_steps = max(1, int(self.config.hours * 3600 / step_s))
-        why = f"steps {num_steps:,} (--hours {self.config.hours:g})"
-        reasons = (why, *(reason for reason in self.plan.reasons if not reason.startswith("steps")))
-        warmup_steps = round(self.plan.warmup_steps / self.plan.num_steps * num_steps)
-        self.plan = replace(self.plan, num_steps=num_steps, warmup_steps=warmup_steps, reasons=reasons)
+            step_s = self._slowest(step_s or self.step_s())
+            look_s, rest_s = (self._slowest(each) for each in self._beside_steps())
+            num_steps = steps_within(self.config.hours * 3600, step_s, look_s, self.operation.monitor_every, rest_s)
+        before = self.plan
+        self.plan = self.plan_of(micro_batches=before.micro_batches, num_steps=num_steps)
+        if before.recompute:
+            self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, RECOMPUTED))
+        self.knobs = replace(self.knobs, **self.plan.knobs)
+        vars(self.method).update(config=self.knobs)  # the momentum follows the length
+
+    def _slowest(self, seconds: float) -> float:
+        """Of all processes: the others wait for the one that asks the probe."""
+        return float(max_over_processes(torch.tensor(seconds, device=self.device)))
 
     def step_s(self, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
         """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it.
@@ -880,7 +893,13 @@ class _Pretraining:
         self._announce(f"{expected}, timed just now")
 
     def _expected(self, step_s: float) -> Expected:
-        """The whole run's time, with what is not steps: looks, filling the queue, BatchNorm's statistics at the end."""
+        """The whole run's time, with what is not steps."""
+        look_s, rest_s = self._beside_steps()
+        num_looks = 1 + math.ceil(self.plan.num_steps / self.operation.monitor_every)
+        return Expected(step_s, self.plan.num_steps, look_s, num_looks, rest_s)
+
+    def _beside_steps(self) -> tuple[float, float]:
+        """Seconds of a look, and of the rest: filling the queue, BatchNorm's statistics at the end."""
         num_tiles = min(64, self.order.num_tiles)
         self._monitor_features(num_tiles)  # warms up
         began_s = time.perf_counter()
@@ -894,8 +913,7 @@ class _Pretraining:
         other_tiles = self.method.num_prefill_tiles() / self.processes.count
         if has_batchnorm(self.method.backbone):
             other_tiles += min(BATCHNORM_TILES, self.order.num_tiles)
-        num_looks = 1 + math.ceil(self.plan.num_steps / self.operation.monitor_every)
-        return Expected(step_s, self.plan.num_steps, look_s, num_looks, other_tiles * tile_s)
+        return look_s, other_tiles * tile_s
 
     def _disk(self) -> str:
         state = self.method.state_dict().values()
@@ -947,6 +965,18 @@ def _weights_told(info: BackboneInfo) -> str:
     dropped = info.provenance["keys_dropped"]
     rest = f"; left out: {', '.join(dropped)}" if dropped else ""
     return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone loaded{rest}"
+
+
+def _refuse_other_format(run: PretrainDir, state: Mapping[str, Any]) -> None:
+    """Before anything of it is taken over."""
+    wanted = ("step", "method", "optimizer", "scaler", "watch", "keys_of_step", "best")
+    missing = [name for name in wanted if name not in state]
+    if missing or state.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        why = f"without {', '.join(missing)}" if missing else f"in format {state['format']}, not {CHECKPOINT_FORMAT}"
+        raise TrainingError(
+            f"{run.checkpoint}: was written by another version of histossl ({why}); go on with that one "
+            f"(run.json names it), or begin again under another --name"
+        )
 
 
 def _lr_at(planned: Plan, step: int) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from histossl.training.pace import Expected, Pace, duration
+from histossl.training.pace import Expected, Pace, duration, steps_within
 
 
 def paced(num_steps: int, step_s: float, monkeypatch: pytest.MonkeyPatch, first: int = 0) -> tuple[int, Expected]:
@@ -47,3 +47,23 @@ def test_a_run_that_goes_on_counts_from_where_it_is(monkeypatch: pytest.MonkeyPa
 
 def test_durations_read_as_people_say_them() -> None:
     assert [duration(s) for s in (0.25, 42, 90, 5400)] == ["0.25 s", "42 s", "1.5 min", "1 h 30 min"]
+
+
+def test_steps_of_a_number_of_hours_leave_time_for_looks_and_the_rest() -> None:
+    num_steps = steps_within(3600, 0.5, 20, 100, 60)
+    whole = Expected(0.5, num_steps, 20, 1 + num_steps // 100, 60)
+    assert 3600 - 25 < whole.total_s <= 3600
+    assert steps_within(10, 0.5, 20, 100, 60) == 1
+
+
+def test_speed_is_that_of_steps_without_looks_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    pace = Pace(0, 5, look_every=2)
+    pace.resumed()
+    for _ in range(5):
+        clock[0] += 0.5
+        pace.stepped()
+        clock[0] += 30
+        pace.resumed()
+    assert pace.stepped_s == pytest.approx(2.5)

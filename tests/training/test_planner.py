@@ -1,10 +1,13 @@
 """The queue rule, its reasons, and what is refused."""
 
+import itertools
+
 import pytest
 
 from histossl.config import PretrainConfig
 from histossl.errors import UsageError
 from histossl.methods.batchnorm import group_of
+from histossl.tiles.sampling import TileOrder
 from histossl.training.planner import batch_bounds, plan
 
 
@@ -98,3 +101,33 @@ def test_groups_fall_alike_on_one_process_and_on_two() -> None:
 
 def test_a_pass_that_no_group_divides_is_a_warning() -> None:
     assert any("warning: BatchNorm takes one statistic" in line for line in planned(20_000, 97).reasons)
+
+
+def test_own_slide_and_own_tile_are_counted_as_they_are_drawn() -> None:
+    """A slide of 900 tiles among five of 20: of it are four pairs of draws in five, or one in six."""
+    index = Archive({"large": 900, **{f"small{number}": 20 for number in range(5)}})
+    for balance, slide, tile in ((0.0, 0.812, 1 / 1000), (1.0, 1 / 6, (1 / 900 + 5 / 20) / 36)):
+        assert TileOrder(index, 0, balance).company() == pytest.approx((slide, tile), rel=1e-3)
+    config = PretrainConfig(batch_size=10)
+    (told,) = [line for line in plan(config, 1000, 6, {}, company=(0.812, 0.001)).reasons if line.startswith("queue")]
+    assert "81.2% of it is of the query's own slide" in told
+    assert "8.0% of the tiles shown are in it" in told
+
+
+def test_momentum_and_warm_up_are_planned_for_the_steps_that_hours_come_to() -> None:
+    config, same = PretrainConfig(hours=1.0), PretrainConfig(steps=400)
+    fitted, plain = plan(config, 500_000, 50, {}, num_steps=400), plan(same, 500_000, 50, {})
+    assert (fitted.num_steps, fitted.warmup_steps, fitted.knobs) == (400, plain.warmup_steps, plain.knobs)
+    assert fitted.reasons[0].startswith("steps 400 (--hours 1;")
+
+
+class Archive:
+    """Slides by their numbers of tiles."""
+
+    def __init__(self, counts: dict[str, int]) -> None:
+        self.slides = list(counts)
+        ends = list(itertools.accumulate(counts.values()))
+        self._ranges = {name: range(end - counts[name], end) for name, end in zip(counts, ends, strict=True)}
+
+    def tiles_of(self, slide: str) -> range:
+        return self._ranges[slide]

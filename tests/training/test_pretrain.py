@@ -34,7 +34,15 @@ from histossl.tiles.loading import decode_tiles
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.distributed import Processes
 from histossl.training.loop import Step
-from histossl.training.pretrain import Best, Operation, _Pretraining, _probe_verdict, fewest_pieces, pretrain
+from histossl.training.pretrain import (
+    Best,
+    Operation,
+    _Pretraining,
+    _probe_verdict,
+    _refuse_other_format,
+    fewest_pieces,
+    pretrain,
+)
 from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import PretrainDir, Workspace
 
@@ -270,6 +278,15 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, capsys: pytest.Cap
     run.previous_checkpoint.write_bytes(b"no zip")
     with pytest.raises(TrainingError, match=r"no whole checkpoint to go on from: checkpoint.pt .*previous"):
         load_checkpoint(run)  # never silently from step 0
+
+
+@pytest.mark.parametrize(("changed", "why"), [({"format": 99}, "in format 99"), ({}, "without best")])
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path, changed: dict[str, int], why: str) -> None:
+    state = dict.fromkeys(("step", "method", "optimizer", "scaler", "watch", "keys_of_step"), 0) | changed
+    if changed:
+        state["best"] = 0
+    with pytest.raises(TrainingError, match=f"checkpoint.pt: was written by another version of histossl .{why}"):
+        _refuse_other_format(run_dir(tmp_path), state)
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace(
@@ -581,8 +598,9 @@ def test_hours_become_steps_once_and_a_resumed_run_keeps_them(
     index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_dir(tmp_path)
-    config = replace(TINY, steps=0, hours=0.0004)  # a second and a half
+    config = replace(TINY, steps=0, hours=0.0004)  # 1.44 s: a look at the start, and four steps with a look each
     monkeypatch.setattr(_Pretraining, "step_s", lambda _: 0.3)  # whatever else this machine is doing
+    monkeypatch.setattr(_Pretraining, "_beside_steps", lambda _: (0.02, 0.0))
     with pytest.raises(Killed):
         pretrain(index, run, config, replace(QUICK, monitor_every=1, checkpoint_every_steps=1), probe=die_at_look(2))
     planned = json.loads(run.run_json.read_text())["plan"]["num_steps"]
