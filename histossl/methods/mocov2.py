@@ -8,6 +8,9 @@ Where this differs from facebookresearch/moco at 132aea9, all on purpose:
 the queue is a ring that takes any batch size; it starts full of real keys; it knows each key's tile and slide, so a
 tile is never its own negative; BatchNorm groups are of fixed size, shuffled across all processes; the momentum step
 follows the optimizer step instead of preceding the next key forward, which is the same computation.
+And as every method here (Training, config.py): gradients are clipped at norm 3, the rate rises over the first 5 % of
+the steps and then follows a cosine step by step down to 1 % of its peak; there it is a cosine by epochs, down to 0,
+with neither warm-up nor clipping.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from histossl.views.recipe import ViewRecipe
 # B tiles of this process, G of all processes, K keys in the queue, D embedding dimensions.
 
 
+FEW_LEFT = 0.1  # of the queue, by weight
 HE, CHEN = "MoCo, 1911.05722", "MoCo v2, 2003.04297"
 
 
@@ -143,12 +147,16 @@ class MoCoV2(Ring):
     def _metrics(self, nce: InfoNCE, slides_B: Tensor) -> dict[str, Tensor]:
         assert nce.allowed_BK is not None
         negatives_BK = nce.negatives_BK.masked_fill(~nce.allowed_BK, -1.0)
+        same_BK = slides_B[:, None] == self.queue_slides_K[None, :]
+        weight = self.config.same_slide_weight
+        weight_BK = torch.where(same_BK, weight, 1.0) * nce.allowed_BK
         return {
             "instance_accuracy": (nce.positive_B > negatives_BK.amax(1)).float().mean(),
             "positive_cosine": nce.positive_B.mean(),
             "negative_cosine": nce.negatives_BK.mean(),
             "same_tile_negatives": (~nce.allowed_BK).float().mean(),
-            "same_slide_negatives": (slides_B[:, None] == self.queue_slides_K).float().mean(),
+            "same_slide_negatives": same_BK.float().mean(),
+            **({"loss_ceiling": (weight_BK.sum(1) + 1).log().mean()} if weight < 1 else {}),
         }
 
     def keys_of(self, images: Tensor) -> Tensor:
@@ -175,4 +183,11 @@ class MoCoV2(Ring):
         return math.log(len(self.queue_KD) + 1)
 
     def ailment(self, row: Mapping[str, float]) -> str:
+        size = len(self.queue_KD)
+        left = math.exp(row["loss_ceiling"]) - 1 if self.config.same_slide_weight < 1 else size
+        if left < FEW_LEFT * size:
+            return (
+                f"of the queue's {size:,} keys {left:.1f} are left as negatives: nearly all are of the query's own "
+                "slide, which --set same_slide_weight leaves out; raise it, or use --slide-balance 1"
+            )
         return tells_nothing(row)

@@ -83,6 +83,8 @@ def plan(
         )
     num_steps = _steps(config, num_tiles, reasons, num_steps)
     same_slide, same_tile = company or (1 / num_slides, 1 / num_tiles)
+    if num_slides == 1 and float(knobs.get("same_slide_weight", 1)) == 0:
+        raise UsageError("--set same_slide_weight=0: all tiles are of one slide, so no negative would be left")
     fitted: dict[str, Any] = {}
     if "queue_size" not in to_fit and int(knobs.get("queue_size", 0)) >= num_tiles:
         raise UsageError(f"--set queue_size={knobs['queue_size']}: must be smaller than the {num_tiles} tiles")

@@ -199,6 +199,16 @@ def test_one_group_is_split_so_that_shuffling_has_other_company_to_offer() -> No
     assert (norm(x)[order] - norm(x[order])).abs().max() > 0.01
 
 
+def test_the_ceiling_counts_negatives_by_their_weight_and_few_are_told() -> None:
+    method = moco(queue_size=10, same_slide_weight=0.0)
+    method.queue_slides_K[:] = torch.tensor([7] * 9 + [8])
+    method.queue_tiles_K[:] = torch.arange(10) + 1000
+    batch = views()
+    row = method(batch._replace(slides_B=torch.full_like(batch.slides_B, 7))).metrics
+    assert float(row["loss_ceiling"]) == pytest.approx(math.log(2))
+    assert method.ailment({"step": 1, "loss_ceiling": math.log(2) - 0.1}).startswith("of the queue's 10 keys 0.8 are")
+
+
 def test_gradient_through_groups_equals_gradient_of_each() -> None:
     x = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     grouped = nn.Sequential(nn.BatchNorm2d(6))

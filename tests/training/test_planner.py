@@ -103,6 +103,11 @@ def test_a_pass_that_no_group_divides_is_a_warning() -> None:
     assert any("warning: BatchNorm takes one statistic" in line for line in planned(20_000, 97).reasons)
 
 
+def test_no_negatives_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="all tiles are of one slide, so no negative would be left"):
+        planned(5000, knobs={"same_slide_weight": 0.0}, slides=1)
+
+
 def test_own_slide_and_own_tile_are_counted_as_they_are_drawn() -> None:
     """A slide of 900 tiles among five of 20: of it are four pairs of draws in five, or one in six."""
     index = Archive({"large": 900, **{f"small{number}": 20 for number in range(5)}})
