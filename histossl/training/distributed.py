@@ -46,7 +46,8 @@ class Processes:
 
 def is_worker() -> bool:
     """Whether torchrun, SLURM or our own launcher has started this process beside others."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    # Of this step: in a batch script before any srun, SLURM_NTASKS counts tasks that nobody has started.
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         _speak_as_torchrun()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -59,7 +60,7 @@ def _speak_as_torchrun() -> None:
         first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         first = slurm.get("SLURM_LAUNCH_NODE_IPADDR", "localhost")
-    slurm["RANK"], slurm["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_NTASKS"]
+    slurm["RANK"], slurm["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
     slurm["LOCAL_RANK"] = slurm.get("SLURM_LOCALID", "0")
     slurm.setdefault("MASTER_ADDR", first)
     slurm.setdefault("MASTER_PORT", str(20_000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20_000))
@@ -86,6 +87,15 @@ def num_processes_for(gpus: str) -> int:
     return wanted
 
 
+def gpu_of(local_rank: int, visible: int) -> int:
+    """SLURM's --gpus-per-task=1 shows each task its own GPU alone, which is then everybody's number 0."""
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return 0
+    raise UsageError(f"process {local_rank} of this machine has no GPU: it shows {visible}")
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the other processes where there are any; leave them at the end."""
@@ -94,9 +104,7 @@ def joined() -> Iterator[Processes]:
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"process {local_rank} of this machine has no GPU: it shows {torch.cuda.device_count()}")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

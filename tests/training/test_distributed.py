@@ -1,5 +1,6 @@
 """What the launcher of several processes promises: time to save, and no quiet end where nothing was saved."""
 
+import os
 import signal
 
 import pytest
@@ -7,8 +8,8 @@ import torch.distributed.launcher.api as launcher
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from histossl import launched
-from histossl.errors import TrainingError
-from histossl.training.distributed import launch
+from histossl.errors import TrainingError, UsageError
+from histossl.training.distributed import gpu_of, is_worker, launch
 
 
 def stopped_workers(monkeypatch: pytest.MonkeyPatch, *, saved: bool) -> list[launcher.LaunchConfig]:
@@ -39,3 +40,24 @@ def test_a_signal_that_ends_processes_before_they_saved_is_an_error(monkeypatch:
     stopped_workers(monkeypatch, saved=False)
     with pytest.raises(TrainingError, match="SIGTERM ended the processes before they had saved"):
         launch(2, [], 0)
+
+
+def test_a_batch_script_is_no_worker_before_srun_has_started_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is_worker sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert not is_worker()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert is_worker()
+    assert os.environ["WORLD_SIZE"] == "4"
+
+
+def test_a_task_that_sees_one_gpu_takes_it_whatever_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    assert gpu_of(2, 4) == 2
+    with pytest.raises(UsageError, match="process 1 of this machine has no GPU: it shows 1"):
+        gpu_of(1, 1)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert gpu_of(1, 1) == 0
