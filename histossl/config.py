@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 import platform
 import sys
 import tomllib
@@ -173,15 +174,18 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "set", tuple(self.set))
         object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
-        require(self.steps >= 0, "steps", self.steps, "1 or more")
-        require(self.epochs >= 0, "epochs", self.epochs, "more than 0")
-        require(self.hours >= 0, "hours", self.hours, "more than 0")
+        require(self.steps >= 0, "steps", self.steps, "1 or more, or 0: worked out from the tiles")
+        for name in ("epochs", "hours"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "a number above 0, or 0: worked out from the tiles")
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
         require(len(given) < 2, " and --".join(given), "", "only one of them: each sets the length")
         require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, "auto, or 2 or more tiles")
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
         require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
-        require(self.lr >= 0, "lr", self.lr, "more than 0")
+        require(0 <= self.lr < math.inf, "lr", self.lr, "a number above 0, or 0: worked out from the batch")
+        decay = self.weight_decay
+        require(decay == -1 or 0 <= decay < math.inf, "weight-decay", decay, "0 or more, or -1: the method's")
         require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")
         require(self.warmup == -1 or 0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
         require(self.final_lr == -1 or 0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")

@@ -16,6 +16,11 @@ from histossl.errors import HistosslError
 NOTE = "HISTOSSL_FAILURE_NOTE"
 
 
+def is_launched() -> bool:
+    """Whether our own launcher has started this process, and not torchrun or SLURM."""
+    return NOTE in os.environ
+
+
 def failed_before() -> bool:
     path = os.environ.get(NOTE)
     return bool(path) and Path(str(path)).exists()

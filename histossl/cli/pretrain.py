@@ -141,6 +141,14 @@ def pretrain(
             show_default=False,
         ),
     ] = DEFAULTS.warmup,
+    final_lr: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=METHOD,
+            help="Share of the peak learning rate at the last step. Default: the method's.",
+            show_default=False,
+        ),
+    ] = DEFAULTS.final_lr,
     clip_norm: Annotated[
         float, typer.Option(rich_help_panel=METHOD, help="Gradients longer than this are shortened to it.")
     ] = DEFAULTS.clip_norm,
@@ -188,7 +196,10 @@ def pretrain(
     workers: Annotated[
         int,
         typer.Option(
-            rich_help_panel=MACHINE, help="Threads that read and decode tiles, per GPU. 0: none.", show_default=False
+            rich_help_panel=MACHINE,
+            help="Threads that read and decode tiles, per GPU. 0: none.",
+            min=-1,
+            show_default=False,
         ),
     ] = -1,
     precision: Annotated[
@@ -243,6 +254,7 @@ def pretrain(
 ) -> int:
     """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
     from histossl.evaluation.probe import probe_of
+    from histossl.launched import is_launched
     from histossl.tiles.index import TileIndex
     from histossl.training.distributed import is_worker, launch, num_processes_for
     from histossl.training.pretrain import Operation, check, show_plan
@@ -266,6 +278,7 @@ def pretrain(
         weight_decay=weight_decay,
         layer_decay=layer_decay,
         warmup=warmup,
+        final_lr=final_lr,
         clip_norm=clip_norm,
         slide_balance=slide_balance,
         seed=seed,
@@ -279,9 +292,16 @@ def pretrain(
             f"no tiles in {at.root} to plan with; cut them first with histossl tile --slides {slides} "
             f"(histossl scan {slides} says how many there will be)"
         )
+    if slides is not None and not slides.exists():
+        raise UsageError(f"--slides {slides}: no such folder")
     if slides is not None and not only_plan and not is_worker():
         tile_for(at, slides, tile_px, mpp, slide_mpp)
     index = TileIndex.open(at)
+    if slides is None:
+        refuse_other_scale(index, tile_px, mpp, slide_mpp)
+    elif only_plan or (is_worker() and not is_launched()):
+        by = "histossl plan" if only_plan else "a process of torchrun or SLURM"
+        console.warn(f"--slides {slides}: {by} cuts no tiles; with the {len(index):,} that are in {at.root}")
     table = labelled_slides(labels, index) if labels else None
     left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
     settings = replace(settings, excluded_slides=tuple(left_out))
@@ -334,6 +354,18 @@ def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None
     config = stored_config(at) or TileConfig()
     config = replace(config, tile_px=tile_px or config.tile_px, mpp=mpp or config.mpp)
     tile_archive(slides, at, config, slide_mpp=slide_mpp)
+
+
+def refuse_other_scale(index: TileIndex, tile_px: int | None, mpp: float | None, slide_mpp: float | None) -> None:
+    """Without --slides nothing is cut, so tiles cannot become what these options ask for."""
+    for option, asked, stored in (("--tile-px", tile_px, index.tile_px), ("--mpp", mpp, index.mpp)):
+        if asked is not None and asked != stored:
+            raise UsageError(
+                f"{option} {asked:g}: the tiles of this workspace have {stored:g}; others are cut with --slides DIR in "
+                "another --workspace"
+            )
+    if slide_mpp is not None:
+        raise UsageError(f"--slide-mpp {slide_mpp:g}: is for reading slides, and without --slides none is read")
 
 
 def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
