@@ -124,9 +124,9 @@ def pretrain(
     _refuse_other_run(index, run, config)
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
-    with joined() as processes, alone_in(run) if processes.writes else nullcontext():
+    with stop_on_signal() as stop, joined() as processes, alone_in(run) if processes.writes else nullcontext():
         settled = settle_batch(index, run, config, operation, processes, teacher)
-        return _Pretraining(index, run, settled, operation, probe, processes, teacher).carry_out(config)
+        return _Pretraining(index, run, settled, operation, probe, processes, teacher).carry_out(config, stop)
 
 
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
@@ -287,7 +287,7 @@ class _Pretraining:
 
     # ---- the recipe
 
-    def carry_out(self, asked: PretrainConfig) -> Result:
+    def carry_out(self, asked: PretrainConfig, stop: threading.Event) -> Result:
         """`asked` is what run.json keeps: the config before `--batch-size auto` became a number."""
         self.asked = asked
         self._fit_memory()
@@ -304,7 +304,10 @@ class _Pretraining:
                 self._look(0)
             first = 0
         try:
-            with stop_on_signal() as stop:
+            if self._all_stop(stop, 0):  # asked before the first step
+                done = first
+                self._save(done)
+            else:
                 done = self._train_in_memory(first, stop)
         finally:
             self._tell_damaged()
@@ -807,7 +810,7 @@ class _Pretraining:
         }
         ceiling = self.method.loss_ceiling()
         if ceiling is not None:
-            row["loss_ceiling"] = ceiling
+            row.setdefault("loss_ceiling", ceiling)  # unless it depends on the batch
         if self.device.type == "cuda":
             row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return row

@@ -254,13 +254,48 @@ def test_labels_that_come_late_are_compared_with_no_start(tmp_path: Path) -> Non
     assert "nan" not in said
 
 
-def test_forced_collapse_is_named_and_the_healthy_backbone_kept(index: TileIndex, tmp_path: Path) -> None:
+def test_forced_collapse_is_named(index: TileIndex, tmp_path: Path) -> None:
     """Momentum 0 and a hundredfold learning rate without warm-up: the published way to fail."""
     run = run_dir(tmp_path)
     config = replace(TINY, steps=60, lr=30.0, warmup=0.0, clip_norm=100.0, set=("momentum=0", *TINY.set))
     with pytest.raises(TrainingError, match=r"collapse|not finite"):
         pretrain(index, run, config, replace(QUICK, monitor_every=5))
     assert not run.backbone.exists()
+
+
+def test_the_last_healthy_backbone_outlives_a_collapse(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 5 on the last BatchNorm gives nothing, so all tiles get the same features."""
+    run = run_dir(tmp_path)
+    after_step = MoCoV2.after_step
+
+    def dying(self: MoCoV2, carries: Sequence[Keys], progress: float) -> None:
+        after_step(self, carries, progress)
+        if progress > 0.6:
+            for parameter in self.backbone.parameters():
+                parameter.data.zero_()
+
+    monkeypatch.setattr(MoCoV2, "after_step", dying)
+    with pytest.raises(TrainingError, match=r"step 6: complete collapse.*the last healthy backbone is .*healthy"):
+        pretrain(index, run, TINY, QUICK)
+    assert load_backbone(run.healthy_backbone)[1].provenance["steps"] == 3
+    assert any(value.abs().sum() > 0 for value in load_file(run.healthy_backbone).values())
+    assert not run.backbone.exists()
+
+
+def test_a_signal_before_the_first_step_is_obeyed(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_dir(tmp_path)
+    prefill = _Pretraining._prefill
+    monkeypatch.setattr(
+        _Pretraining, "_prefill", lambda stage: (os.kill(os.getpid(), signal.SIGUSR1), prefill(stage))[1]
+    )
+    result = pretrain(index, run, TINY, QUICK)
+    assert not result.finished
+    assert "stopped at step 0 of 8" in result.text
+    assert pretrain(index, run, TINY, QUICK).finished
 
 
 def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,6 +435,14 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--decode-on-gpu",), 2, "shows no GPU"),
         (("--recompute",), 2, "resnet10t is no ViT"),
         (("--precision", "fp8"), 2, "must be auto"),
+        (("--tile-px", "224"), 2, "--tile-px 224: the tiles of this workspace have 40"),
+        (("--slide-mpp", "0.25"), 2, "without --slides none is read"),
+        (("--slides", "/nowhere"), 2, "--slides /nowhere: no such folder"),
+        (("--weight-decay", "-5"), 2, "--weight-decay -5.0: must be 0 or more"),
+        (("--workers", "-7"), 2, "-7 is not in the range"),
+        (("--lr", "inf"), 2, "--lr inf: must be a number above 0"),
+        (("--hours", "inf"), 2, "--hours inf: must be a number above 0"),
+        (("--final-lr", "2"), 2, "must be a share of --lr"),
         (("--name", "../x"), 2, "plain directory name"),
     ],
 )
