@@ -10,7 +10,7 @@ import typer
 from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import TileConfig
-from histossl.errors import SlideError, UsageError
+from histossl.errors import SlideError, StoreError, UsageError
 from histossl.workspace import written_aside
 
 if TYPE_CHECKING:
@@ -87,14 +87,18 @@ def views(
 def _from_store(at: Workspace, count: int, seed: int) -> tuple[list[str], Tensor]:
     """Tiles of the workspace, every slide as likely as any other."""
     from histossl.tiles.index import TileIndex
-    from histossl.tiles.loading import decode_tiles
+    from histossl.tiles.loading import decode_good_tiles
     from histossl.tiles.sampling import TileOrder
 
     index = TileIndex.open(at)
     order = TileOrder(index, seed, slide_balance=1.0)
     numbers = order.tile_numbers(0, min(count, order.num_tiles))
-    names = [index.slides[slide] for slide in index.slide_of(numbers)]
-    return names, decode_tiles(index.read_many(numbers), index.tile_px)
+    pixels, good = decode_good_tiles(index, numbers)
+    if len(good) < len(numbers):
+        console.warn(f"{len(numbers) - len(good)} of {len(numbers)} tiles are damaged and left out")
+    if not len(good):
+        raise StoreError(f"{at.tiles}: none of the tiles that were looked at is whole; run `histossl tile` again")
+    return [index.slides[slide] for slide in index.slide_of(good)], pixels
 
 
 def _from_slides(

@@ -154,7 +154,8 @@ class TileIndex:
 
     def read_many(self, numbers: Numbers) -> list[bytes]:
         """JPEGs of some tiles, in the order asked for."""
-        places = zip(*(self.rows(numbers)[name].tolist() for name in ("slide", "offset", "length")), strict=True)
+        rows = self.rows(numbers)
+        places = zip(*(rows[name].tolist() for name in ("slide", "offset", "length")), strict=True)
         return [self._jpeg(slide, offset, length) for slide, offset, length in places]
 
     def _jpeg(self, slide: int, offset: int, length: int) -> bytes:

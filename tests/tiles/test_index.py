@@ -218,6 +218,13 @@ def test_pickled_index_refuses_other_tiles(workspace):
         pickle.loads(parcel)
 
 
+def test_a_tile_is_looked_up_once(tmp_path):
+    index = write_synthetic_store(Workspace(tmp_path), slides=("A",), tiles_per_slide=4, tile_px=32)
+    index.release()
+    index.read_many([0, 2, 3])
+    assert index._looked_up == 3
+
+
 def _open_often(root, queue):
     try:
         workspace = Workspace(root)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from synthetic_store import write_synthetic_store
 
 from histossl.views.recipe import make_views, recipe_named
 from histossl.views.sheet import GAP_PX, LINE_PX, contact_sheet
+from histossl.workspace import Workspace
 
 TOP = 2 * LINE_PX + GAP_PX
 
@@ -57,3 +59,16 @@ def test_a_wrong_setting_is_one_clear_line(arguments, line, tmp_path, cli):
     assert told.code in (1, 2)
     assert line in " ".join(told.err.split())
     assert not (tmp_path / "views.png").exists()
+
+
+def test_a_damaged_tile_leaves_the_rest_of_the_sheet(tmp_path, cli):
+    workspace = Workspace(tmp_path / "damaged")
+    index = write_synthetic_store(workspace, slides=("A1",), tiles_per_slide=4, tile_px=40)
+    row = index.table[1]
+    with workspace.zip_of("A1").open("r+b") as file:
+        file.seek(int(row["offset"]) + 20)
+        file.write(bytes(int(row["length"]) - 20))
+    told = cli("views", "-w", workspace.root, "--view-px", 32, "--tiles", 4, "--output", tmp_path / "sheet.png")
+    assert told.code == 0, told.err
+    assert "1 of 4 tiles are damaged and left out" in told.err
+    assert "3 tiles" in told.err
