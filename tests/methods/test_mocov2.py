@@ -1,6 +1,7 @@
 """MoCo v2's queue, momentum encoder and shuffled BatchNorm (oracles 6-8), on backbones of a few hundred weights."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from histossl.errors import UsageError
-from histossl.methods.batchnorm import GroupedBatchNorm2d, group_batchnorms
+from histossl.methods import gather
+from histossl.methods.batchnorm import GroupedBatchNorm2d, batchnorm_buffers, group_batchnorms
 from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.method import Views
 from histossl.methods.mocov2 import Keys, MoCoV2, MoCoV2Config
 from histossl.views.recipe import recipe_named
+from tests.methods.test_gather import on_two
 
 DIM = 8
 
@@ -241,3 +244,31 @@ def test_state_dict_holds_queue_pointer_and_owners() -> None:
     assert int(again.pointer) == 3
     assert torch.equal(again.queue_KD, method.queue_KD)
     assert torch.equal(again.queue_tiles_K, method.queue_tiles_K)
+
+
+def four_steps() -> list[Tensor]:
+    """Queue, its tiles and pointer, BatchNorm's statistics and gradients, both with one direction and with two."""
+    out: list[Tensor] = []
+    for symmetric in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        config = MoCoV2Config(queue_size=37, embedding_dim=8, batchnorm_group_tiles=4, symmetric=symmetric)
+        method = MoCoV2(nn.Sequential(*layers), 6, recipe_named("mocov2", 16), config).train()
+        generator = torch.Generator().manual_seed(1)
+        for step in range(4):
+            images = [gather.own_part(torch.randn(16, 3, 16, 16, generator=generator)) for _ in range(2)]
+            tiles_B = gather.own_part(torch.arange(16) + 16 * step)
+            outcome = method(Views(images, tiles_B, tiles_B // 4, step))
+            outcome.loss.backward()
+            method.after_step([outcome.carry], 0.5)
+        out += [method.queue_KD, method.queue_tiles_K.float(), method.pointer.float()]
+        out += batchnorm_buffers(method)
+        out += [gather.mean_over_processes(each.grad) for each in method.backbone.parameters() if each.grad is not None]
+    return [each.detach().clone() for each in out]
+
+
+def test_two_processes_have_the_gradients_and_the_queue_of_one(tmp_path: Path) -> None:
+    alone = four_steps()
+    for together in on_two(four_steps, tmp_path):
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
