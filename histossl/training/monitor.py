@@ -6,6 +6,7 @@ how far they moved since the last look and since the start. Thresholds and cause
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LINES_ABOVE = 5  # logged lines with a loss above its ceiling
+FALLING = 4  # looks, each with a lower score than the one before
 KEY_DRIFT_WARN = 0.1
 SPREAD_WARN, SPREAD_STOP = 0.3, 0.05
 RANK_WARN, RANK_STOP = 0.7, 0.25  # of the value at step 0
@@ -152,17 +155,54 @@ class KeyDrift:
         )
 
 
+class ProbeTrend:
+    """Notice what the probe on labelled training slides says against the loss. Each thing is said once."""
+
+    def __init__(self) -> None:
+        self.looks: list[tuple[float, float]] = []  # score, loss
+        self.told: set[str] = set()
+
+    def look(self, score: float, loss: float, at_start: float, best: float, share_done: float) -> str:
+        """'' while all is well. `best` is the highest score of the run so far, the start's included."""
+        self.looks.append((score, loss))
+        below = share_done >= 0.2 and score < at_start and best <= at_start
+        if below and "below" not in self.told:
+            self.told.add("below")
+            return (
+                f"the probe is below the start ({score:.3f}, start {at_start:.3f}) and no look was above it in the "
+                f"first {share_done:.0%} of the run; a dip is usual, but a shorter one. Lower --lr, or --layer-decay"
+            )
+        last = self.looks[-FALLING:]
+        scores, losses = ([look[place] for look in last] for place in (0, 1))
+        falling = len(last) == FALLING and all(a > b for a, b in itertools.pairwise(scores)) and losses[-1] < losses[0]
+        if falling and "falling" not in self.told:
+            self.told.add("falling")
+            return (
+                f"the probe falls ({', '.join(f'{each:.3f}' for each in scores)}) while the loss falls too: the "
+                "run may be too long for these tiles; fewer --steps, or the best look's backbone"
+            )
+        return ""
+
+
 class Ceiling:
-    """Notice a loss that stays where features that tell nothing would put it (InfoNCE: ln(K+1)). Says so once."""
+    """Notice a loss that stays where features that tell nothing would put it (InfoNCE: ln(K+1)), or rises above it."""
 
     def __init__(self) -> None:
         self.lowest = float("inf")
         self.told = False
+        self.lines_above = 0
 
     def stuck(self, loss: float, ceiling: float | None, done: int, num_steps: int) -> str:
         """'' while all is well. Judged after a fifth of the run, and 100 steps: fresh keys start near the ceiling."""
         self.lowest = min(self.lowest, loss)
         early = done < max(100, num_steps / 5)
+        above = ceiling is not None and not early and loss > ceiling
+        self.lines_above = self.lines_above + 1 if above else 0
+        if self.lines_above == LINES_ABOVE:  # once each time
+            return (
+                f"the loss has been above its ceiling {ceiling:.2f} for {LINES_ABOVE} logged lines (now {loss:.2f}): "
+                "it is worse than telling nothing. Likely causes: --lr too high, --set momentum too low"
+            )
         if ceiling is None or self.told or early or self.lowest < 0.98 * ceiling:
             return ""
         self.told = True

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from histossl.training.monitor import Ceiling, KeyDrift, Watch, effective_rank, feature_spread, weight_change
+from histossl.training.monitor import (
+    Ceiling,
+    KeyDrift,
+    ProbeTrend,
+    Watch,
+    effective_rank,
+    feature_spread,
+    weight_change,
+)
 
 
 def gaussian(n: int, d: int, rank: int | None = None) -> torch.Tensor:
@@ -81,6 +89,30 @@ def test_a_loss_that_never_leaves_its_ceiling_is_told_once() -> None:
     learning.stuck(5.0, 6.93, 20, 200)
     assert learning.stuck(6.9, 6.93, 180, 200) == ""
     assert Ceiling().stuck(9.0, None, 180, 200) == ""
+
+
+def test_a_loss_that_rises_above_its_ceiling_again_is_told() -> None:
+    ceiling = Ceiling()
+    ceiling.stuck(3.0, 6.93, 20, 200)
+    said = [ceiling.stuck(9.0, 6.93, done, 200) for done in range(110, 180, 10)]
+    assert [bool(each) for each in said] == [False] * 4 + [True] + [False] * 2
+    assert "above its ceiling 6.93 for 5 logged lines (now 9.00)" in said[4]
+
+
+def test_a_probe_that_stays_below_the_start_is_told_once_a_fifth_of_the_run_is_over() -> None:
+    trend = ProbeTrend()
+    said = [trend.look(0.4, 5.0, at_start=0.5, best=0.5, share_done=share) for share in (0.1, 0.2, 0.3)]
+    assert [bool(each) for each in said] == [False, True, False]
+    assert "below the start (0.400, start 0.500)" in said[1]
+    assert ProbeTrend().look(0.4, 5.0, at_start=0.5, best=0.6, share_done=0.5) == ""  # it was above
+
+
+def test_a_probe_that_falls_while_the_loss_falls_is_told_once() -> None:
+    trend = ProbeTrend()
+    said = [trend.look(0.9 - number / 100, 5.0 - number, 0.5, 0.9, number / 10) for number in range(6)]
+    assert [bool(each) for each in said] == [False] * 3 + [True] + [False] * 2
+    rising_loss = ProbeTrend()
+    assert not any(rising_loss.look(0.9 - number / 100, 5.0 + number, 0.5, 0.9, 0.5) for number in range(6))
 
 
 def turned(degrees: float) -> torch.Tensor:
