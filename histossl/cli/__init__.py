@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except CommandLineError as error:
-        console.fail(error.format_message())
+        if message := error.format_message():  # none where the help alone is the answer
+            console.fail(message)
         return int(error.exit_code)
     except HistosslError as error:
         if not tell_launcher(error):

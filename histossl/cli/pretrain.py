@@ -259,10 +259,11 @@ def pretrain(
     from histossl.training.distributed import is_worker, launch, num_processes_for
     from histossl.training.pretrain import Operation, check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
+    from histossl.workspace import Workspace
 
     del config  # read before any other option, by its callback
     every_s, every_steps = _every(checkpoint_every)
-    at = workspace_at(workspace)
+    at = workspace_at(workspace) if slides else Workspace.at(workspace)  # a mistyped name makes no folder
     settings = PretrainConfig(
         method=method,
         backbone=backbone,
@@ -332,7 +333,8 @@ def pretrain(
         console.panel("finished" if result.finished else "stopped", result.text)
         if result.finished:
             here = f" -w {workspace}" if workspace else ""
-            console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{here}")
+            named = f" --adapted {name}" if name else ""
+            console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{named}{here}")
     return 0
 
 

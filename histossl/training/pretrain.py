@@ -42,9 +42,19 @@ from histossl.training.distributed import Processes, is_lost_process, joined
 from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
-from histossl.training.monitor import Ceiling, Health, KeyDrift, Watch, weight_change
+from histossl.training.monitor import Ceiling, Health, KeyDrift, ProbeTrend, Watch, weight_change
 from histossl.training.pace import Expected, Pace, steps_within
-from histossl.training.planner import Plan, batch_bounds, in_batch_reason, of_the_pass_reason, plan
+from histossl.training.planner import (
+    BATCH_LEAST,
+    BATCH_MOST,
+    BATCH_SHARE,
+    BATCH_USUAL,
+    Plan,
+    batch_bounds,
+    in_batch_reason,
+    of_the_pass_reason,
+    plan,
+)
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, recompute_cheap, tune
 from histossl.training.signals import stop_on_signal
@@ -56,7 +66,13 @@ BATCHNORM_TILES = 10_000
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
 
+FEW_SLIDES = 1.5  # in the queue, as many as weigh alike
+
 DAMAGED_NAMED = 20  # of the damaged tiles, at the end
+AUTO_BATCH = (
+    f"--batch-size auto: {BATCH_SHARE:.0%} of the tiles, {BATCH_LEAST} to {BATCH_USUAL} (up to {BATCH_MOST:,} where "
+    "GPU memory has room), at most an eighth of the tiles"
+)
 RECOMPUTED = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
 CHECKPOINT_FORMAT = 1  # another one for each change that makes an older checkpoint useless
 RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
@@ -176,7 +192,7 @@ def show_plan(
     with joined() as processes:
         shared = replace(processes, count=num_processes)
         settled = settle_batch(index, run, config, operation, shared, teacher)
-        _Pretraining(index, run, settled, operation, probe, shared, teacher).show_plan()
+        _Pretraining(index, run, settled, operation, probe, shared, teacher).show_plan(config)
 
 
 def settle_batch(
@@ -276,6 +292,8 @@ class _Pretraining:
             self._recompute(asked=True)
         self.watch = Watch()
         self.ceiling = Ceiling()
+        self.probe_trend = ProbeTrend()
+        self.loss = math.nan  # of the last logged step
         self.best = Best()
         self.last_look: list[str] = []
         self.met_damaged: list[dict[int, str]] = []  # of each loader, which goes on filling it
@@ -298,6 +316,7 @@ class _Pretraining:
             self._announce()
             self._write_run()
         first = self._resume()
+        self._refuse_apart(-1 if first is None else first)
         if first is None:
             self._prefill()
             with self.pace.look():
@@ -383,7 +402,9 @@ class _Pretraining:
                 self.pace.stepped()
                 done = step.number + 1
                 last = done == num_steps
-                if step.skipped and self.processes.writes:
+                # fp16 finds its scale by steps that are not finite: no fault of the run, while there is room below.
+                searching = self.scaler.is_enabled() and self.scaler.get_scale() > 0.5
+                if step.skipped and not searching and self.processes.writes:
                     console.warn(f"step {done}: loss or gradient not finite; the step was left out")
                 if done % operation.log_every == 0 or last:
                     took_s = max(self.pace.stepped_s - stepped_s, 1e-9)
@@ -392,6 +413,7 @@ class _Pretraining:
                         "data_wait": (tiles.wait_s - waited_s) / took_s,
                     }
                     row = self._row(step, speed)
+                    self.loss = row["loss"]
                     if self.log:
                         self.log.write(row)
                     logged, stepped_s, waited_s = done, self.pace.stepped_s, tiles.wait_s
@@ -525,6 +547,16 @@ class _Pretraining:
             self.log.begin_at(first + 1)
             console.say(f"going on from step {first} of {self.plan.num_steps}")
         return first
+
+    def _refuse_apart(self, first: int) -> None:
+        """All processes go on from the same step, or the gradients of different networks would be averaged."""
+        steps = torch.tensor([first, -first], device=self.device)
+        latest, earliest = max_over_processes(steps).tolist()
+        if latest != -earliest:
+            raise TrainingError(
+                f"{self.run.root}: the processes found checkpoints of different steps ({-earliest} and {latest}; -1 is "
+                "none); all machines must see the same --workspace, or one's copy is old"
+            )
 
     def _save(self, done: int) -> None:
         if self.processes.writes:
@@ -764,6 +796,16 @@ class _Pretraining:
             self.best = self.best.with_look(done, score)
             if done and self.best.step == done:
                 save_backbone(self.run.best_backbone, self._plain_backbone(), self._adapted_info(done))
+            if done and self.processes.writes:
+                share_done = done / self.plan.num_steps
+                trend = self.probe_trend.look(score, self.loss, self.best.at_start, self.best.score, share_done)
+                if trend:
+                    console.warn(f"step {done}: {trend}")
+        if row.get("queue_slides", math.inf) < FEW_SLIDES and self.order.num_slides > 1 and self.processes.writes:
+            console.warn(
+                f"step {done}: the queue is nearly all of one slide (as good as {row['queue_slides']:.1f} slides), so "
+                "negatives betray their slide; use --slide-balance 1, or a larger --set queue_size"
+            )
         if self.log:
             self.log.write(row)
         self.last_look = [f"rank {health.rank:.0f}", *([f"probe {row['probe']:.3f}"] if "probe" in row else [])]
@@ -875,6 +917,7 @@ class _Pretraining:
             f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
             f"process{'es' if planned.num_processes > 1 else ''} ({name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
+            *([AUTO_BATCH] if self.asked.batch_size == 0 else []),
             _weights_told(self.info),
             *planned.reasons,
             self._disk(),
@@ -886,8 +929,9 @@ class _Pretraining:
         if self.method.caution:
             console.warn(self.method.caution)
 
-    def show_plan(self) -> None:
+    def show_plan(self, asked: PretrainConfig) -> None:
         """The plan with the time and disk that it will take, and nothing written."""
+        self.asked = asked
         self._fit_memory()
         step_s = self.step_s()
         if self.config.hours:

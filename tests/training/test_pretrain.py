@@ -298,6 +298,18 @@ def test_a_signal_before_the_first_step_is_obeyed(
     assert pretrain(index, run, TINY, QUICK).finished
 
 
+def test_processes_that_found_different_checkpoints_do_not_go_on(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has none: its step is -1."""
+    stage = _Pretraining(index, run_dir(tmp_path), TINY, QUICK, None, Processes(0, 0, 1, torch.device("cpu")))
+    stage._refuse_apart(4)
+    other = torch.tensor([-1, 1])
+    monkeypatch.setattr("histossl.training.pretrain.max_over_processes", lambda steps: torch.maximum(steps, other))
+    with pytest.raises(TrainingError, match=r"different steps \(-1 and 4"):
+        stage._refuse_apart(4)
+
+
 def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_dir(tmp_path)
     save_checkpoint(run, {"step": 1, "x": torch.zeros(1000)})
@@ -458,6 +470,19 @@ def test_a_workspace_without_tiles_says_how_to_make_them(cli, tmp_path: Path) ->
     told = cli(*command(tmp_path / "empty"))
     assert told.code == 1
     assert "no tiles yet" in told.err
+    assert not (tmp_path / "empty").exists()  # a mistyped name leaves nothing behind
+
+
+def test_what_comes_next_names_the_run_and_the_batch_gives_its_reason(index: TileIndex, cli) -> None:
+    told = cli(*command(index.path.parents[1], "--name", "called", "--batch-size", "auto", steps=1))
+    assert told.code == 0
+    assert "--adapted called" in told.err
+    assert "--batch-size auto: 1% of the tiles" in told.err
+
+
+@pytest.mark.parametrize("line", [(), ("bench",)])
+def test_help_alone_is_no_error(cli, line: tuple[str, ...]) -> None:
+    assert "error:" not in cli(*line).err
 
 
 def test_weights_of_another_architecture_name_the_keys(index: TileIndex, tmp_path: Path, cli) -> None:
