@@ -170,9 +170,11 @@ class PretrainConfig:
     set: tuple[str, ...] = ()  # KEY=VALUE of the method's own knobs
     excluded_slides: tuple[str, ...] = ()
     subset: str = ""  # of the tiles, by its name; '': all
+    view_set: tuple[str, ...] = ()  # KEY=VALUE of every view, over the recipe's
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "set", tuple(self.set))
+        object.__setattr__(self, "view_set", tuple(self.view_set or ()))
         object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
         require(self.steps >= 0, "steps", self.steps, "1 or more, or 0: worked out from the tiles")
         for name in ("epochs", "hours"):

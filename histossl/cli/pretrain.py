@@ -108,6 +108,14 @@ def pretrain(
             "--set", metavar="KEY=VALUE", rich_help_panel=METHOD, help="A knob of the method; repeat as needed."
         ),
     ] = None,
+    view_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            rich_help_panel=METHOD,
+            help="A setting of every view, over the recipe's: jpeg_p=0.5, rotation_deg=20, scale=0.4,1.",
+        ),
+    ] = None,
     optimizer: Annotated[
         str,
         typer.Option(
@@ -284,6 +292,7 @@ def pretrain(
         slide_balance=slide_balance,
         seed=seed,
         set=tuple(set_ or ()),
+        view_set=tuple(view_set or ()),
         subset=subset,
     )
     self_supervised(method)

@@ -41,6 +41,10 @@ def views(
             'colorization; with "-histology" as tissue wants.'
         ),
     ] = "mocov2-histology",
+    view_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A setting of every view, over the recipe's; as for `pretrain`."),
+    ] = None,
     output: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the sheet.")] = Path("views.png"),
     view_px: Annotated[int, typer.Option(help="Side of the (global) views in pixels.")] = 224,
     tiles: Annotated[int, typer.Option(help=f"How many tiles to show, 1-{MOST_TILES}.")] = 8,
@@ -58,7 +62,7 @@ def views(
     """
     import torch
 
-    from histossl.views.recipe import make_views, recipe_named
+    from histossl.views.recipe import make_views, recipe_named, with_settings
     from histossl.views.sheet import contact_sheet
 
     if not 1 <= tiles <= MOST_TILES:
@@ -67,7 +71,7 @@ def views(
         raise UsageError(f"--draws {draws}: must be 1 to 8")
     if output.suffix.lower() != ".png":
         raise UsageError(f"--output {output}: must be a .png file")
-    chosen = recipe_named(recipe, view_px)
+    chosen = with_settings(recipe_named(recipe, view_px), view_set or ())
     if slides is None:
         names, pixels = _from_store(workspace_at(workspace), tiles, seed)
     else:

@@ -100,6 +100,38 @@ class ViewRecipe:
         return replace(self, views=tuple(replace(view, **settings) for view in self.views))  # type: ignore[arg-type]
 
 
+def with_settings(recipe: ViewRecipe, assignments: Sequence[str]) -> ViewRecipe:
+    """`--view-set key=value`: settings changed in every view of the recipe. Ranges are written low,high."""
+    defaults = ViewSpec()
+    settings: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, text = (part.strip() for part in assignment.partition("="))
+        key = key.replace("-", "_")
+        known = [name for name in ViewSpec.__dataclass_fields__ if name != "size_px"]  # --view-px sets it
+        if not equals or key not in known:
+            raise UsageError(
+                f"--view-set {assignment}: must be KEY=VALUE{nearest(key, known)}; known: {', '.join(sorted(known))}"
+            )
+        default = getattr(defaults, key)
+        try:
+            settings[key] = _read_as(default, text)
+        except ValueError as error:
+            wanted = "two numbers, low,high" if isinstance(default, tuple) else f"a {type(default).__name__}"
+            raise UsageError(f"--view-set {assignment}: must be {wanted}") from error
+    return recipe.with_all(**settings)
+
+
+def _read_as(default: object, text: str) -> object:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    if isinstance(default, tuple):
+        low, high = text.split(",")
+        return type(default[0])(low), type(default[1])(high)
+    return type(default)(text)  # type: ignore[call-arg]
+
+
 # ---- the recipes of the papers
 
 MOCOV2 = ViewSpec()

@@ -13,7 +13,17 @@ from histossl.errors import UsageError
 from histossl.tiles.loading import decode_tiles
 from histossl.views.bench import MEAN, STD, SyntheticStore, reference_pipeline
 from histossl.views.draws import Draws
-from histossl.views.recipe import PRETEXT, RECIPES, ViewRecipe, ViewSpec, make_views, normalise, planned, recipe_named
+from histossl.views.recipe import (
+    PRETEXT,
+    RECIPES,
+    ViewRecipe,
+    ViewSpec,
+    make_views,
+    normalise,
+    planned,
+    recipe_named,
+    with_settings,
+)
 
 LEVEL = 1 / 255
 NEUTRAL = ViewSpec(
@@ -314,3 +324,20 @@ def test_cores_share_a_batch_without_changing_it():
     for other in made[1:]:
         assert all(torch.equal(one, two) for one, two in zip(made[0], other, strict=True))
     assert not any(view.is_inference() or view.requires_grad for view in made[1])
+
+
+def test_every_setting_of_a_view_can_be_asked_for():
+    asked = with_settings(
+        recipe_named("dino"), ["jpeg-p=0.5", "scale=0.4,1", "quarter_turns=true", "jpeg_quality=30,60"]
+    )
+    for view in asked.views:
+        assert (view.jpeg_p, view.scale, view.quarter_turns, view.jpeg_quality) == (0.5, (0.4, 1.0), True, (30, 60))
+    for wrong, said in (
+        ("gray_p=0.1", "did you mean 'grey_p'"),
+        ("scale=0.4", "must be two numbers, low,high"),
+        ("jpeg_p=2", "must be a probability"),
+        ("size_px=64", "must be KEY=VALUE"),
+        ("blur_p", "must be KEY=VALUE"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            with_settings(recipe_named("dino"), [wrong])
