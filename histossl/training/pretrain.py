@@ -58,11 +58,12 @@ from histossl.training.planner import (
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of, optimizer_for, precision_for, recompute_cheap, tune
 from histossl.training.signals import stop_on_signal
-from histossl.views.recipe import clean_view, make_views, normalise, recipe_named
+from histossl.views.recipe import clean_view, make_views, normalise, recipe_named, with_settings
 from histossl.workspace import PretrainDir
 
 MONITOR_TILES, KEY_TILES = 512, 128
 BATCHNORM_TILES = 10_000
+BEST_BATCHNORM_TILES = 2048  # of a look's backbone: there may be many, and the other processes wait
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
 
@@ -280,6 +281,7 @@ class _Pretraining:
         self.knobs = knobs = replace(knobs, **self.plan.knobs)
         self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
         recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
+        recipe = with_settings(recipe, config.view_set)
         torch.manual_seed(config.seed)  # of the heads
         method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs, *taught)
         for side_px in {view.size_px for view in method.views().views} - {config.view_px}:
@@ -494,9 +496,7 @@ class _Pretraining:
 
     def _finish(self) -> str:
         """Leave the backbone (its presence means finished), and say what came of it."""
-        backbone = self._plain_backbone()
-        if has_batchnorm(backbone):
-            _reestimate_batchnorm(backbone, self._clean_batches(BATCHNORM, BATCHNORM_TILES))
+        backbone = self._clean_backbone()
         if self.processes.writes:
             if kept := self.method.kept():
                 save_tensors(self.run.head, kept)
@@ -795,7 +795,9 @@ class _Pretraining:
             row["probe"] = score = self.probe(self._plain_backbone(), self.info)
             self.best = self.best.with_look(done, score)
             if done and self.best.step == done:
-                save_backbone(self.run.best_backbone, self._plain_backbone(), self._adapted_info(done))
+                save_backbone(
+                    self.run.best_backbone, self._clean_backbone(BEST_BATCHNORM_TILES), self._adapted_info(done)
+                )
             if done and self.processes.writes:
                 share_done = done / self.plan.num_steps
                 trend = self.probe_trend.look(score, self.loss, self.best.at_start, self.best.score, share_done)
@@ -885,6 +887,13 @@ class _Pretraining:
         if projection is not None:
             plain = Projected(plain, projection)
         return plain.to(self.device).eval()
+
+    def _clean_backbone(self, num_tiles: int = BATCHNORM_TILES) -> nn.Module:
+        """The plain backbone as it is worth keeping: BatchNorm's statistics are those of clean tiles."""
+        backbone = self._plain_backbone()
+        if has_batchnorm(backbone):
+            _reestimate_batchnorm(backbone, self._clean_batches(BATCHNORM, num_tiles))
+        return backbone
 
     def _adapted_info(self, done: int) -> BackboneInfo:
         slides = np.array(self.index.slides)

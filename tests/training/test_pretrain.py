@@ -254,6 +254,15 @@ def test_labels_that_come_late_are_compared_with_no_start(tmp_path: Path) -> Non
     assert "nan" not in said
 
 
+def test_the_best_look_is_kept_with_statistics_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
+    """All 64 tiles, as in the last backbone's own; the run itself goes on with those of its crops."""
+    scores, run = iter([0.4, 0.5, 0.6, 0.9]), run_dir(tmp_path)  # the last look is the best one
+    pretrain(index, run, TINY, QUICK, probe=lambda *_: next(scores))
+    best, last = load_file(run.best_backbone), load_file(run.backbone)
+    for name, value in last.items():
+        torch.testing.assert_close(best[name], value, msg=name)
+
+
 def test_forced_collapse_is_named(index: TileIndex, tmp_path: Path) -> None:
     """Momentum 0 and a hundredfold learning rate without warm-up: the published way to fail."""
     run = run_dir(tmp_path)
@@ -448,6 +457,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--recompute",), 2, "resnet10t is no ViT"),
         (("--precision", "fp8"), 2, "must be auto"),
         (("--tile-px", "224"), 2, "--tile-px 224: the tiles of this workspace have 40"),
+        (("--view-set", "jpg_p=0.5"), 2, "did you mean 'jpeg_p'"),
         (("--slide-mpp", "0.25"), 2, "without --slides none is read"),
         (("--slides", "/nowhere"), 2, "--slides /nowhere: no such folder"),
         (("--weight-decay", "-5"), 2, "--weight-decay -5.0: must be 0 or more"),
