@@ -72,6 +72,10 @@ def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn
         labels += [classes.index(item.label)] * len(chosen)
         owners += [patients.index(item.patient)] * len(chosen)
 
+    if len(numbers) > TILES_MOST:  # more slides than that, with a tile each
+        some = np.sort(np.random.default_rng(0).permutation(len(numbers))[:TILES_MOST])
+        numbers, labels, owners = ([each[place] for place in some] for each in (numbers, labels, owners))
+
     @torch.no_grad()
     def probe(backbone: nn.Module, info: BackboneInfo) -> float:
         device = next(backbone.parameters()).device

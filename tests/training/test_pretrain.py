@@ -26,6 +26,7 @@ from histossl.cli.pretrain import excluded_slides, slides_of_test_patients, with
 from histossl.config import PretrainConfig
 from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError
 from histossl.evaluation.labels import Item, LabelTable
+from histossl.evaluation.probe import probe_of
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.slides.ledger import LedgerRow, write_ledger
@@ -423,6 +424,24 @@ def test_a_damaged_checkpoint_in_a_run_goes_on_from_the_one_before(
 # ---- the command line
 
 
+def test_a_probe_looks_at_no_more_tiles_than_it_says_however_many_slides_there_are(
+    index: TileIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("histossl.evaluation.probe.TILES_MOST", 3)
+    items = tuple(Item(name, name, name[0], name) for name in index.slides)
+    probe = probe_of(index, LabelTable(items, ("A", "B")), 32)
+    assert probe is not None
+    seen: list[int] = []
+
+    class Counting(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return super().forward(x.mean((2, 3)))
+
+    probe(Counting(3, 2), create_backbone("resnet10t", "random")[1])
+    assert sum(seen) == 3
+
+
 def test_slides_left_out_do_not_judge_the_run() -> None:
     items = tuple(Item(name, name, "ill", name) for name in "AB")
     assert without(LabelTable(items, ("ill",)), {"A"}).slides == ("B",)
@@ -461,7 +480,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--slide-mpp", "0.25"), 2, "without --slides none is read"),
         (("--slides", "/nowhere"), 2, "--slides /nowhere: no such folder"),
         (("--weight-decay", "-5"), 2, "--weight-decay -5.0: must be 0 or more"),
-        (("--workers", "-7"), 2, "-7 is not in the range"),
+        (("--workers", "-7"), 2, "--workers"),
         (("--lr", "inf"), 2, "--lr inf: must be a number above 0"),
         (("--hours", "inf"), 2, "--hours inf: must be a number above 0"),
         (("--final-lr", "2"), 2, "must be a share of --lr"),
