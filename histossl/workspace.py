@@ -18,11 +18,11 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from histossl.errors import HistosslError, UsageError
+from histossl.errors import HistosslError, StoreError, UsageError
 
 DEFAULT = "histossl-workspace"
 
@@ -269,14 +269,50 @@ def _safe(name: str) -> str:
 
 
 @contextmanager
+def alone_in(workspace: Workspace, command: str) -> Iterator[None]:
+    """One `scan` or `tile` at a time per workspace: both write the ledger. The kernel lets go however a process ends.
+
+    Shows before any work that the workspace can be written to. One that this run made and left empty (its settings
+    were refused, say) goes with it.
+    """
+    new = not workspace.root.exists()
+    workspace.make()
+    path = workspace.root / ".lock"
+    told = f"workspace {workspace.root}: cannot be written"
+    remedy = "make room, mend its permissions, or pass --workspace DIR"
+    try:
+        lock = path.open("a+b", buffering=0)  # buffered, a full disk would complain once more when it is closed
+    except OSError as error:
+        raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
+    with lock:
+        if not locked(lock.fileno()):
+            lock.seek(0)
+            raise StoreError(f"{workspace.root}: another {lock.read().decode().strip()} is at work in it")
+        try:
+            lock.truncate(0)
+            lock.write(f"`histossl {command}` (process {os.getpid()})\n".encode())
+        except OSError as error:
+            raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
+        try:
+            yield
+        finally:
+            if new and {*workspace.root.iterdir()} <= {path, workspace.tiles}:
+                with suppress(OSError):  # there are tiles
+                    if workspace.tiles.exists():
+                        workspace.tiles.rmdir()
+                    path.unlink(missing_ok=True)
+                    workspace.root.rmdir()
+
+
+@contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Write to a neighbour, flush it to disk, rename over `path`: the file is whole or absent, whatever kills us.
 
     Yields the path to write to. On an error the half-written neighbour is removed and `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
@@ -284,7 +320,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise HistosslError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a read-only disk, say: what went wrong there is told already
+            aside.unlink(missing_ok=True)
 
 
 def locked(descriptor: int) -> bool:

@@ -43,7 +43,7 @@ from histossl.slides.stain import OTHER, Stain, stain_of
 from histossl.slides.tissue import TissueMask, readable_thumbnail, tissue_mask
 from histossl.units import um_from_l0
 from histossl.workers import Job, Report, num_cores, run_jobs
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, alone_in
 
 __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 
@@ -147,43 +147,44 @@ def scan(
         _tell_unused(table, walked)
     given = table.among([(relative(one.path, directory), one.slide) for one in walked.found]) if table else {}
     drawn = match_regions(walked.found, regions)
-    known = {row.file: row for row in read_ledger(workspace.archive_csv)}
-    rows: dict[str, LedgerRow] = {}
-    jobs: list[ScanJob] = []
-    for one in walked.found:
-        job = _job(one, directory, config, given, drawn.get(one.path), previews, known)
-        before = known.get(job.row.file)
-        if one.problem:
-            rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
-        elif before is not None and not again and not previews and _still_speaks(before, job.row):
-            rows[job.row.file] = before
-        else:
-            jobs.append(job)
-    shown = Previews(workspace.make().root)
-    # Slow files first would be better still, but a file's size says little about how long it takes to look at.
-    all_seen = False
-    written_s = time.monotonic()
-    try:
-        with console.progress("scanning", len(jobs), "files") as bar:
-            for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
-                rows[row.file] = row
-                if preview is not None:
-                    shown.add(row.file, preview)
-                bar.advance(note=row.file if row.status == UNREADABLE else "")
-                if time.monotonic() - written_s > LEDGER_EVERY_S:  # a killed process gets no chance to
-                    write_ledger(workspace.archive_csv, list({**known, **rows}.values()))
-                    written_s = time.monotonic()
-        found = [rows[relative(one.path, directory)] for one in walked.found]
-        found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
-        all_seen = True
-    finally:
-        if not all_seen:  # Ctrl-C: what was looked at need not be opened again
-            write_ledger(workspace.make().archive_csv, list({**known, **rows}.values()))
-    missing = [row for file, row in known.items() if file not in rows]
-    elsewhere = [row for row in missing if row.archive not in ("", resolved(directory))]
-    gone = [_gone(row) for row in missing if row not in elsewhere and row.tile_status]
-    write_ledger(workspace.make().archive_csv, [*found, *elsewhere, *gone])
-    return Scanned(found, dict(walked.ignored.most_common()), shown)
+    with alone_in(workspace, "scan"):
+        known = {row.file: row for row in read_ledger(workspace.archive_csv)}
+        rows: dict[str, LedgerRow] = {}
+        jobs: list[ScanJob] = []
+        for one in walked.found:
+            job = _job(one, directory, config, given, drawn.get(one.path), previews, known)
+            before = known.get(job.row.file)
+            if one.problem:
+                rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
+            elif before is not None and not again and not previews and _still_speaks(before, job.row):
+                rows[job.row.file] = before
+            else:
+                jobs.append(job)
+        shown = Previews(workspace.root)
+        # Slow files first would be better still, but a file's size says little about how long it takes to look at.
+        all_seen = False
+        written_s = time.monotonic()
+        try:
+            with console.progress("scanning", len(jobs), "files") as bar:
+                for row, preview in _looked_at(jobs, num_workers, config.time_limit_s):
+                    rows[row.file] = row
+                    if preview is not None:
+                        shown.add(row.file, preview)
+                    bar.advance(note=row.file if row.status == UNREADABLE else "")
+                    if time.monotonic() - written_s > LEDGER_EVERY_S:  # a killed process gets no chance to
+                        write_ledger(workspace.archive_csv, list({**known, **rows}.values()))
+                        written_s = time.monotonic()
+            found = [rows[relative(one.path, directory)] for one in walked.found]
+            found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
+            all_seen = True
+        finally:
+            if not all_seen:  # Ctrl-C: what was looked at need not be opened again
+                write_ledger(workspace.archive_csv, list({**known, **rows}.values()))
+        missing = [row for file, row in known.items() if file not in rows]
+        elsewhere = [row for row in missing if row.archive not in ("", resolved(directory))]
+        gone = [_gone(row) for row in missing if row not in elsewhere and row.tile_status]
+        write_ledger(workspace.archive_csv, [*found, *elsewhere, *gone])
+        return Scanned(found, dict(walked.ignored.most_common()), shown)
 
 
 def _job(

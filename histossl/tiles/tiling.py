@@ -17,7 +17,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from histossl.tiles.one_slide import (
 from histossl.tiles.store import new_store, read_store
 from histossl.units import um_from_l0
 from histossl.workers import Event, Report, num_cores, run_jobs
-from histossl.workspace import Workspace, locked
+from histossl.workspace import Workspace, alone_in
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
@@ -93,7 +92,8 @@ def tile_archive(
     files = walk(directory).found
     if not files:
         raise HistosslError(f"{directory}: no slides in it or its subfolders; give the folder that holds the slides")
-    with _alone_in(workspace):
+    with alone_in(workspace, "tile"):
+        _sweep(workspace.tiles)
         refuse_other_settings(workspace, config)
         plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
         ledger = _Ledger(workspace.archive_csv, plan.rows)
@@ -593,40 +593,6 @@ def why_none(tiling: Mapping[str, Any]) -> str:
     }
     parts = [f"{counts[name]} {what}" for name, what in words.items() if counts[name]]
     return f"no tiles: of {counts['places']} places on the grid {', '.join(parts)}"
-
-
-@contextmanager
-def _alone_in(workspace: Workspace) -> Iterator[None]:
-    """One `tile` at a time per workspace. The kernel lets go of the lock however the process ends.
-
-    A workspace that this run made and left empty (its settings were refused, say) goes with it.
-    """
-    new = not workspace.root.exists()
-    workspace.make()
-    path = workspace.tiles / ".lock"
-    try:
-        workspace.tiles.mkdir(exist_ok=True)
-        lock = path.open("a+")
-    except OSError as error:
-        raise HistosslError(f"{workspace.tiles}: cannot be written ({error.strerror})") from error
-    with lock:
-        if not locked(lock.fileno()):
-            lock.seek(0)
-            raise StoreError(f"{workspace.root}: another `histossl tile` is at work in it ({lock.read().strip()})")
-        try:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()}\n")
-            lock.flush()
-        except OSError as error:
-            raise HistosslError(f"{workspace.tiles}: cannot be written ({error.strerror})") from error
-        _sweep(workspace.tiles)
-        try:
-            yield
-        finally:
-            if new and {*workspace.root.iterdir()} <= {workspace.tiles} and {*workspace.tiles.iterdir()} <= {path}:
-                path.unlink(missing_ok=True)
-                workspace.tiles.rmdir()
-                workspace.root.rmdir()
 
 
 def _sweep(tiles: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +21,13 @@ from PIL import Image
 from histossl.cli.slides import copies_at_other_size
 from histossl.config import ScanConfig, TileConfig, TissueConfig
 from histossl.demo.paint import PaintedSlide
-from histossl.errors import HistosslError, SlideError
+from histossl.errors import HistosslError, SlideError, StoreError
 from histossl.slides import scan as scanning
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.scan import scan
 from histossl.tiles.tiling import tile_archive
 from histossl.workers import Event
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, alone_in
 
 
 @pytest.fixture
@@ -527,3 +529,32 @@ def test_a_level_that_is_damaged_does_not_cost_the_slide(paint: Callable[..., An
     row = scan(slide.parent, workspace, ScanConfig(), 1).rows[0]
     assert row.readable, row.reason
     assert row.expected_tiles == pytest.approx(whole.expected_tiles, rel=0.05)
+
+
+def test_a_disk_that_takes_nothing_is_told_before_the_scan(
+    painted_slide: PaintedSlide, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "_looked_at", lambda *_: pytest.fail("a slide was opened"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(HistosslError, match=r"cannot be written .*--workspace"):
+            scan(painted_slide.path.parent, workspace, ScanConfig())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_read_only_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(HistosslError, match=r"cannot be written .Read-only file system"):
+        write_ledger(tmp_path / "archive.csv", [])
+
+
+def test_no_scan_while_a_run_writes_the_same_ledger(painted_slide: PaintedSlide, workspace: Workspace) -> None:
+    with alone_in(workspace, "tile"), pytest.raises(StoreError, match=r"another .histossl tile. \(process"):
+        scan(painted_slide.path.parent, workspace, ScanConfig())
+    assert not workspace.archive_csv.exists()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ from histossl.tiles.names import holders
 from histossl.tiles.store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
 from histossl.workers import Event
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, alone_in
 
 ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)  # no filter takes anything
 
@@ -353,7 +354,8 @@ def test_a_damaged_zip_is_made_anew(workspace, paint):
 
 
 def test_two_runs_in_one_workspace_do_not_meet(workspace, painted_slide):
-    with tiling._alone_in(workspace), pytest.raises(StoreError, match=r"another .histossl tile. is at work.*process"):
+    told = r"another .histossl scan. \(process .* is at work"
+    with alone_in(workspace, "scan"), pytest.raises(StoreError, match=told):
         tile_archive(painted_slide.path.parent, workspace, TileConfig(), 0)
     tile_archive(painted_slide.path.parent, workspace, TileConfig(), 0)
 
@@ -625,21 +627,14 @@ def test_a_link_to_nothing_is_told_as_such(workspace, paint):
     assert (rows[1].status, rows[1].reason) == ("unreadable", "a link to a file that is not there")
 
 
-def test_a_full_disk_at_the_very_start_is_one_line(workspace, painted_slide, monkeypatch):
-    class Full(io.StringIO):
-        def truncate(self, size=None):
-            raise OSError(28, "No space left on device")
-
-        def fileno(self):
-            return 0
-
-    monkeypatch.setattr(tiling, "locked", lambda descriptor: True)
-    monkeypatch.setattr(type(workspace.tiles), "open", lambda *_: Full())
-    with (
-        pytest.raises(HistosslError, match="cannot be written \\(No space left on device"),
-        tiling._alone_in(workspace),
-    ):
-        pass
+def test_a_full_disk_at_the_very_start_is_one_line(workspace):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(HistosslError, match="cannot be written"), alone_in(workspace, "tile"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_glass_that_the_scanner_left_out_is_no_damage(workspace, paint):
