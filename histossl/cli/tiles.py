@@ -100,7 +100,8 @@ def tile(
         bool,
         typer.Option(
             "--anonymize",
-            help="Name zips by a keyed hash. What they stand for is kept in WORKSPACE/anonymous-names.csv alone.",
+            help="Name zips by a keyed hash; WORKSPACE/anonymous-names.csv says what they stand for. Give away the "
+            "folder tiles alone: archive.csv names the files, too.",
         ),
     ] = False,
     workers: Annotated[
@@ -223,6 +224,15 @@ def tell(rows: Sequence[LedgerRow]) -> None:
     left_out = ", ".join(f"{count:,} {name}" for name, count in filters.items() if count)
     if left_out:
         console.say(f"places of the grid left out: {left_out}")
+    warnings: dict[str, list[str]] = {}
+    for row in tiled:
+        if row.tile_reason:
+            warnings.setdefault(row.tile_reason, []).append(row.file)
+    for reason, files in list(warnings.items())[:SHOWN_REASONS]:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        console.warn(f"{', '.join(files[:3])}{more}: {reason}")
+    if len(warnings) > SHOWN_REASONS:
+        console.warn(f"and {len(warnings) - SHOWN_REASONS} more kinds of warning; archive.csv has them all")
     without = [row for row in rows if not row.num_tiles]
     for row in without[:SHOWN_REASONS]:
         console.warn(f"{row.file}: {row.tile_reason or row.reason}")

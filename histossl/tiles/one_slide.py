@@ -135,6 +135,11 @@ def fingerprint(path: Path, key: bytes = b"", spots: int = 10, parts: Sequence[P
     return digest.hexdigest()[:32]
 
 
+def size_mark(size: int, key: bytes = b"") -> int | str:
+    """A file's size; in an anonymous store a keyed hash of it, since sizes tell which file a zip is of."""
+    return hmac.new(key, str(size).encode(), hashlib.sha256).hexdigest()[:16] if key else size
+
+
 def prints_of(job: TileJob) -> tuple[str, str]:
     """Of few samples, and of many."""
     few, many = (fingerprint(job.path, job.key, spots, job.parts) for spots in (10, SPOTS))
@@ -320,7 +325,7 @@ class Making:
                 "fingerprint": sampled,
                 "spots": spots,
                 "regions": regions_fingerprint(job),
-                "bytes": job.path.stat().st_size,
+                "bytes": size_mark(job.path.stat().st_size, job.key),
                 "mpp_l0": slide.mpp_l0,
                 "mpp_source": slide.mpp_source,
                 "own_mpp": own_mpp,

@@ -44,6 +44,7 @@ from histossl.tiles.one_slide import (
     fingerprint,
     prints_of,
     regions_fingerprint,
+    size_mark,
     tile_slide,
 )
 from histossl.tiles.store import new_store, read_store
@@ -278,7 +279,7 @@ def _find_twins(
     """Of the files without a zip, those whose content has one under another name, or is there twice."""
     owners = {job.zip_path: file for file, job in jobs.items()}
     holders: dict[str, list[tuple[str | None, Path, str]]] = {}  # fingerprint: spots, zip, file of this archive
-    sizes: Counter[int] = Counter()
+    sizes: Counter[int | str | None] = Counter()
     for path, outcome in stored.items():
         owner = owners.get(path, "")
         if isinstance(outcome, SlideOutcome) and not (owner and states[owner].replaced):
@@ -287,9 +288,9 @@ def _find_twins(
             sizes[facts["bytes"]] += 1
     # Links last: of a file and a link to it, the file is tiled.
     new = sorted((file for file in jobs if states[file].outcome is None), key=lambda file: jobs[file].path.is_symlink())
-    size_of = dict(zip(new, pool.map(lambda file: _size(jobs[file].path), new), strict=True))
+    size_of = dict(zip(new, pool.map(lambda file: _size(jobs[file]), new), strict=True))
     sizes.update(size for size in size_of.values() if size is not None)
-    alike = [file for file in new if sizes[size_of[file] or -1] > 1]
+    alike = [file for file in new if sizes[size_of[file]] > 1]
     twins, taken = _Twins(), dict[Path, str]()
     for file, prints in zip(alike, pool.map(lambda file: _prints(jobs[file]), alike), strict=True):
         if prints is None:
@@ -312,9 +313,9 @@ def _find_twins(
     return twins
 
 
-def _size(path: Path) -> int | None:
+def _size(job: TileJob) -> int | str | None:
     try:
-        return path.stat().st_size
+        return size_mark(job.path.stat().st_size, job.key)
     except OSError:
         return None
 
@@ -409,6 +410,8 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     if same:
         return _State(outcome)
     was = facts["bytes"]
+    if job.key:
+        return _State(outcome, "other content")
     return _State(outcome, f"{was:,} bytes then, {size:,} now" if size != was else "same size, other content")
 
 

@@ -22,6 +22,7 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
+from histossl.cli.tiles import tell
 from histossl.config import TileConfig, TissueConfig, noted_commands
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
@@ -755,16 +756,20 @@ def test_a_subfolder_of_a_tiled_archive_is_not_tiled_again(workspace, paint, cap
     assert only_row(tile_archive(inner.parent, workspace, everything(), 0)).num_tiles == 4
 
 
-def test_copies_and_links_are_tiled_once(workspace, paint):
+@pytest.mark.parametrize("anonymize", [False, True])
+def test_copies_and_links_are_tiled_once(workspace, paint, anonymize):
+    config = everything(anonymize=anonymize)
     first = paint("B.tif", width_px=512, height_px=512).path
     shutil.copy(first, first.with_name("C.tif"))
     first.with_name("A.tif").symlink_to(first)
     for _ in range(2):
-        rows = {row.file: row for row in tile_archive(first.parent, workspace, everything(), 0)}
+        rows = {row.file: row for row in tile_archive(first.parent, workspace, config, 0)}
         assert {file: row.num_tiles for file, row in rows.items()} == {"A.tif": 0, "B.tif": 4, "C.tif": 0}
         assert {rows[file].reason for file in ("A.tif", "C.tif")} == {"same content as B.tif"}
-        assert holders(workspace, ["B"]) == {"A": "B", "C": "B"}
-        assert [path.name for path in find_zips(workspace.tiles)] == ["B.zip"]
+        assert len(find_zips(workspace.tiles)) == 1
+        if not anonymize:
+            assert holders(workspace, ["B"]) == {"A": "B", "C": "B"}
+            assert workspace.zip_of("B").exists()
 
 
 def test_slides_that_differ_in_one_place_only_are_two(workspace, paint):
@@ -847,6 +852,10 @@ def test_an_anonymous_store_names_nobody(workspace, paint):
     for path in workspace.tiles.rglob("*"):
         assert "Doe" not in path.name
         assert path.is_dir() or b"Doe" not in path.read_bytes()
+    for path in find_zips(workspace.tiles):
+        assert read_store(path).tiling["slide"]["bytes"] not in {
+            each.stat().st_size for each in directory.rglob("*.tif")
+        }
     with workspace.anonymous_names.open() as text:
         assert "key" in text.readline()
         names = {row["name"]: row["slide"] for row in csv.DictReader(text)}
@@ -884,6 +893,12 @@ def test_command_tiles_in_processes_and_tells_why_not(cli, workspace, paint):
     assert "bare.tif: no microns-per-pixel" in told.err
     assert "--retry tries the failed ones again" in told.err
     assert TileIndex.open(workspace).slides == ["good"]
+
+
+def test_command_tells_what_it_warns_of_slides_that_were_tiled(capsys):
+    told = "scanned at 0.5 microns per pixel: its tiles at 0.25 are enlarged"
+    tell([LedgerRow(f"{name}.svs", num_tiles=2, tile_reason=told) for name in "ABCDE"])
+    assert f"warning: A.svs, B.svs, C.svs and 2 more: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
