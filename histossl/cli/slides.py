@@ -177,13 +177,14 @@ def _cells(row: LedgerRow) -> tuple[object, ...]:
 def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
     rows = scanned.rows
     counts = Counter(row.status for row in rows)
-    tiles = sum(row.expected_tiles or 0 for row in rows)
-    tissue_mm2 = sum(row.tissue_mm2 or 0 for row in rows)
+    tiled = [row for row in rows if not row.duplicate_of]  # one content is tiled once
+    tiles = sum(row.expected_tiles or 0 for row in tiled)
+    tissue_mm2 = sum(row.tissue_mm2 or 0 for row in tiled)
     lines = [
         f"{len(rows)} files, {_size(sum(row.bytes or 0 for row in rows))}: "
         + ", ".join(f"{counts[status]} {status}" for status in ("ok", "warning", "unreadable") if counts[status]),
         f"{tissue_mm2:,.1f} mm² of tissue: about {tiles:,} tiles of {tile_px} px at {mpp} microns per pixel, "
-        f"{_size(sum(row.expected_mb or 0 for row in rows) * 1e6)} on disk",
+        f"{_size(sum(row.expected_mb or 0 for row in tiled) * 1e6)} on disk",
     ]
     stains = Counter(row.stain for row in rows if row.stain)
     if len(stains) > 1:

@@ -499,8 +499,12 @@ def _picture(thumbnail: NDArray[np.uint8]) -> Preview:
 def _with_duplicates(
     directory: Path, rows: list[LedgerRow], num_workers: int | None, time_limit_s: float
 ) -> list[LedgerRow]:
-    """Mark files whose content an earlier one has. Only files of the same size are compared, then byte for byte."""
-    groups = _grouped(rows, {row.file: row.bytes for row in rows})
+    """Mark files whose content an earlier one has. Only files of the same size are compared, then byte for byte.
+
+    As `tile` chooses: the one that has the tiles, else the first that is no link.
+    """
+    first = sorted(rows, key=lambda row: (not row.num_tiles, (directory / row.file).is_symlink()))
+    groups = _grouped(first, {row.file: row.bytes for row in rows})
     for digest in (_sample, _digest):
         # In workers, as all that opens a slide: a disk that does not answer costs a file its twin, not the scan.
         jobs = [directory / row.file for group in groups for row in group]

@@ -15,7 +15,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def tile_archive(
         _sweep(workspace.tiles)
         refuse_other_settings(workspace, config)
         plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
-        ledger = _Ledger(workspace.archive_csv, plan.rows)
+        ledger = _Ledger(workspace.archive_csv, plan.rows, plan.unknown)
         try:
             if plan.jobs:
                 _run(plan, ledger, num_workers, dask, silence_s)
@@ -151,6 +151,7 @@ class _Plan:
     jobs: list[TileJob] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # the ledger's file of each job
     identities: list[str] = field(default_factory=list)  # of each job, before it runs
+    unknown: set[str] = field(default_factory=set)  # files with a job of which the ledger says nothing yet
 
 
 def _plan(
@@ -245,6 +246,8 @@ def _plan(
             plan.jobs.append(job)
             plan.files.append(row.file)
             plan.identities.append(identity)
+            if row.file not in known:
+                plan.unknown.add(row.file)
     return plan
 
 
@@ -482,8 +485,9 @@ def _run(
 class _Ledger:
     """archive.csv in memory, written now and then: it can be told again from the zips, so little is lost."""
 
-    def __init__(self, path: Path, rows: Sequence[LedgerRow]) -> None:
+    def __init__(self, path: Path, rows: Sequence[LedgerRow], unseen: Iterable[str] = ()) -> None:
         self._path = path
+        self._unseen = set(unseen)  # not written before they are looked at: nobody knows yet whether they are ok
         self._rows = {row.file: row for row in rows}
         self._written_s = time.monotonic()
 
@@ -492,11 +496,13 @@ class _Ledger:
 
     def put(self, row: LedgerRow) -> None:
         self._rows[row.file] = row
+        self._unseen.discard(row.file)
         if time.monotonic() - self._written_s > LEDGER_EVERY_S:
             self.write()
 
     def write(self) -> None:
-        write_ledger(self._path, merged(read_ledger(self._path), self._rows.values()))
+        seen = [row for file, row in self._rows.items() if file not in self._unseen]
+        write_ledger(self._path, merged(read_ledger(self._path), seen))
         self._written_s = time.monotonic()
 
     def rows_of(self, files: Sequence[str]) -> list[LedgerRow]:

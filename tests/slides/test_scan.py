@@ -214,6 +214,27 @@ def test_a_scan_of_another_folder_keeps_the_first_one_s_rows(
 
 
 @pytest.mark.usefixtures("here")
+def test_scan_and_tile_agree_which_of_copies_is_the_slide(
+    tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace, cli: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    shutil.copy(painted_slide.path, folder / "B.tif")
+    shutil.copy(painted_slide.path, folder / "C.tif")
+    (folder / "A.tif").symlink_to(folder / "B.tif")
+    told = cli("scan", folder, "-w", workspace.root, "--workers", 1)
+    rows = {row.file: row for row in read_ledger(workspace.archive_csv)}
+    assert {file: row.duplicate_of for file, row in rows.items()} == {"A.tif": "B.tif", "B.tif": "", "C.tif": "B.tif"}
+    assert f"about {rows['B.tif'].expected_tiles} tiles" in " ".join(told.err.split())
+    tiled = {row.file: row for row in tile_archive(folder, workspace, TileConfig(), 0)}
+    assert {file: row.reason for file, row in tiled.items()} == {file: row.reason for file, row in rows.items()}
+    (folder / "B.tif").rename(folder / "D.tif")
+    (folder / "A.tif").unlink()
+    tile_archive(folder, workspace, TileConfig(), 0)
+    again = scan(folder, workspace, ScanConfig(), num_workers=1).rows
+    assert [row.duplicate_of for row in again if not row.num_tiles] == [row.file for row in again if row.num_tiles]
+
+
 def test_duplicates_are_forgotten_when_the_twin_goes(
     tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace
 ) -> None:
