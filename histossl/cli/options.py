@@ -92,7 +92,13 @@ TissueThresholdOption = Annotated[
 ]
 MinSpeckOption = Annotated[float, typer.Option(help="Tissue smaller than a square of this side is dust.")]
 MaxHoleOption = Annotated[float, typer.Option(help="A hole smaller than a square of this side belongs to the tissue.")]
-RejectPenOption = Annotated[bool, typer.Option(help="Leave out pen ink and grey edges.")]
+RejectPenOption = Annotated[
+    bool,
+    typer.Option(
+        help="Count pen ink and grey edges as no tissue. A tile with ink on it is kept where the rest of it is enough "
+        "for --min-tissue."
+    ),
+]
 
 
 def workspace_at(given: Path | None) -> Workspace:

@@ -27,7 +27,11 @@ SUFFIXES = frozenset(OPENSLIDE_SUFFIXES + TIFF_SUFFIXES + IMAGE_SUFFIXES)
 VOLUME = "VOLUME"
 STALLED = "the disk gave no answer about it; try again when it is connected"
 NOT_REGULAR = "not a regular file (a named pipe, a socket or a device)"
-NOT_UTF8 = "its name, or that of a folder it lies in, is not UTF-8 (written here with backslashes); rename it"
+UNWRITABLE = (
+    "its name, or that of a folder it lies in, has a line break in it or is not UTF-8 (written here with backslashes); "
+    "rename it"
+)
+LINE_BREAKS = {ord("\n"): "\\n", ord("\r"): "\\r"}  # a reader of the ledger may take either for the end of a row
 STALL_S = 60.0  # a file whose header, or a folder whose listing, takes longer is left out: a disk that does not answer
 MAX_STALLS = 3  # more of them, and it is the disk's fault
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -59,12 +63,12 @@ def find_slides(directory: Path) -> list[SlideFile]:
 
 
 def relative(path: Path, root: Path) -> str:
-    """A path in the archive with /; bytes of it that are not UTF-8 as backslash escapes, so that it can be written."""
+    """A path in the archive with /; line breaks and what is not UTF-8 as backslash escapes: it can be written."""
     return _writable(path.relative_to(root).as_posix())
 
 
 def _writable(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return name.translate(LINE_BREAKS).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def walk(directory: Path, stall_s: float = STALL_S) -> Walk:
@@ -262,7 +266,7 @@ def _named(root: Path, files: list[tuple[Path, str, str]]) -> list[SlideFile]:
 
 
 def _misnamed(path: Path) -> str:
-    return "" if str(path) == _writable(str(path)) else NOT_UTF8
+    return "" if str(path) == _writable(str(path)) else UNWRITABLE
 
 
 def _irregular(path: Path) -> bool:

@@ -14,7 +14,7 @@ import pytest
 
 from histossl.errors import HistosslError, SlideError, UsageError
 from histossl.slides import files
-from histossl.slides.files import dicom_series, find_slides, walk
+from histossl.slides.files import dicom_series, find_slides, relative, walk
 from histossl.slides.reader import open_slide
 from histossl.slides.scan import stamp
 from histossl.tiles.one_slide import fingerprint
@@ -255,3 +255,11 @@ def test_a_disk_that_never_answers_is_named_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(HistosslError, match="the disk gave no answer"):
         walk(tmp_path, stall_s=0.2)
     released.set()
+
+
+def test_names_that_differ_in_a_line_break_alone_keep_apart_and_are_told(tmp_path: Path) -> None:
+    for name in ("a b.svs", "a\nb.svs", "a\rb.svs"):
+        (tmp_path / name).write_bytes(b"x")
+    found = {relative(one.path, tmp_path): one.problem for one in walk(tmp_path).found}
+    assert set(found) == {"a b.svs", "a\\nb.svs", "a\\rb.svs"}
+    assert [("line break" in problem) for problem in found.values()] == [name != "a b.svs" for name in found]
