@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import secrets
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from histossl import console
 from histossl.errors import HistosslError, UsageError
 from histossl.workers import Event, Job, unexpected
 
@@ -23,10 +25,13 @@ def run_on_dask(address: str, function: Job, jobs: Sequence[Any]) -> Iterator[Ev
         distributed: Any = importlib.import_module("distributed")
     except ImportError as error:
         raise UsageError('--dask: Dask is not installed; pip install "histossl[dask]"') from error
+    _refuse_deaf(address)
     try:
         client = distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise HistosslError(f"--dask {address}: no Dask scheduler answers there ({error})") from error
+    if not client.scheduler_info()["workers"]:
+        console.say(f"--dask {address}: 0 workers, waiting for the first")
     run = secrets.token_hex(4)
     futures: list[Any] = []
     try:
@@ -50,6 +55,20 @@ def run_on_dask(address: str, function: Job, jobs: Sequence[Any]) -> Iterator[Ev
     finally:
         client.cancel(futures)
         client.close()
+
+
+def _refuse_deaf(address: str) -> None:
+    """HistosslError if nobody listens at `address`. Dask's client finds out too, but hangs on for a minute after it."""
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme not in ("", "tcp", "tls"):
+        return
+    try:
+        if not host or not port.isdecimal():
+            raise ValueError("an address is tcp://HOST:PORT; 8786 is the usual port")
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise HistosslError(f"--dask {address}: no Dask scheduler answers there ({error})") from error
 
 
 def _on_worker(function: Job, job: Any) -> tuple[Any, int]:

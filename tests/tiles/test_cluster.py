@@ -60,8 +60,8 @@ def test_a_bad_slide_costs_its_row_on_a_cluster_too(workspace, paint, cluster):
     assert "not a slide" in rows[0].reason
 
 
-def test_no_scheduler_is_one_clear_error(workspace, painted_slide, monkeypatch):
-    monkeypatch.setattr("histossl.tiles.cluster.CONNECT_S", 0.5)
+def test_no_scheduler_is_one_clear_error_and_nothing_hangs_on(workspace, painted_slide, monkeypatch):
+    monkeypatch.setattr(distributed, "Client", lambda *_, **__: pytest.fail("its client tries for a minute"))
     with pytest.raises(HistosslError, match=r"--dask tcp://127.0.0.1:1: no Dask scheduler answers"):
         tile_archive(painted_slide.path.parent, workspace, TileConfig(), dask="tcp://127.0.0.1:1")
 
@@ -69,3 +69,22 @@ def test_no_scheduler_is_one_clear_error(workspace, painted_slide, monkeypatch):
 def test_an_address_that_is_none_is_one_clear_error(workspace, painted_slide):
     with pytest.raises(HistosslError, match="--dask nonsense://x"):
         tile_archive(painted_slide.path.parent, workspace, TileConfig(), dask="nonsense://x")
+    with pytest.raises(HistosslError, match=r"--dask foo: no Dask scheduler answers there .*HOST:PORT"):
+        tile_archive(painted_slide.path.parent, workspace, TileConfig(), dask="foo")
+
+
+def test_a_cluster_without_workers_is_told(workspace, painted_slide, capsys):
+    with distributed.LocalCluster(
+        n_workers=0,
+        threads_per_worker=1,
+        protocol="tcp://",
+        processes=False,
+        host="127.0.0.1",
+        dashboard_address=None,
+        silence_logs=50,
+    ) as empty:
+        timer = threading.Timer(1.0, empty.scale, [1])
+        timer.start()
+        tile_archive(painted_slide.path.parent, workspace, TileConfig(), dask=empty.scheduler_address)
+        timer.join()
+    assert "0 workers, waiting" in capsys.readouterr().err
