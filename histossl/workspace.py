@@ -25,6 +25,7 @@ from pathlib import Path
 from histossl.errors import HistosslError, StoreError, UsageError
 
 DEFAULT = "histossl-workspace"
+LONGEST_NAME = 200  # bytes of it in the name of the file that is written aside: file systems allow 255 in all
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,8 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     Yields the path to write to. On an error the half-written neighbour is removed and `path` is untouched.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    name = os.fsencode(path.name)[:LONGEST_NAME].decode(errors="ignore")
+    aside = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside

@@ -228,7 +228,7 @@ def open_slide(
 
 def _believe(slide: Slide, scale: Scale | None) -> None:
     if scale is None:
-        slide.mpp_problem = missing(_objective(slide))
+        slide.mpp_problem = missing(_objective(slide) or _dpi(slide))
         return
     slide.mpp_source = scale.source
     slide.mpp_problem = scale.problem()
@@ -253,6 +253,11 @@ def _objective(slide: Slide) -> str:
     properties = getattr(slide._levels, "properties", {})
     power = properties.get("openslide.objective-power")
     return f" (its header says {power}x)" if power else ""
+
+
+def _dpi(slide: Slide) -> str:
+    dpi = getattr(slide._levels, "dpi", None)
+    return " (its dots per inch are not read: they are a screen's or a printer's)" if dpi else ""
 
 
 def _refuse_hollow(path: Path) -> None:
@@ -503,6 +508,7 @@ class PlainLevels:
             width, height = int(image.width), int(image.height)
             # Of a JPEG only: asked for a PNG's, Pillow decodes the whole picture.
             self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
+            self.dpi = image.info.get("dpi")
         self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
         if width * height > MAX_PLAIN_PX:
             raise SlideError(

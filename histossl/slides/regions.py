@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -180,9 +180,17 @@ def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int
 
     SlideError if there is nothing to restrict tiling to.
     """
-    found = [region for feature in _features(path) for region in _regions(path, feature)]
+    features = _features(path)
+    found = [region for one in features if _kind(one) not in NOT_DRAWN for region in _regions(path, one)]
     regions = tuple(replace(one, rings=tuple(ring + bounds_l0 for ring in one.rings)) for one in found)
     drawn = [one for one in regions if not one.ignored]
+    detected = Counter(kind for one in features if (kind := _kind(one)) in NOT_DRAWN)
+    if not regions and detected:
+        kinds = ", ".join(f"{count:,} of kind {kind!r}" for kind, count in detected.most_common())
+        raise SlideError(
+            f"{path.name}: holds only what QuPath finds by itself ({kinds}), no drawn area; draw areas as annotations "
+            "in QuPath and export those"
+        )
     if not drawn:
         raise SlideError(f"{path.name}: holds no polygon; draw areas as annotations in QuPath and export them again")
     every = np.concatenate([ring for one in drawn for ring in one.rings])
@@ -212,7 +220,7 @@ def _features(path: Path) -> list[dict[str, Any]]:
         content = [content]
     if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
         raise SlideError(f"{path.name}: JSON, but not a GeoJSON (no features); export it from QuPath again")
-    return [one for top in content for one in _with_children(top) if _kind(one) not in NOT_DRAWN]
+    return [one for top in content for one in _with_children(top)]
 
 
 def _with_children(feature: dict[str, Any]) -> Iterator[dict[str, Any]]:

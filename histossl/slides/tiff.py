@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tifffile
@@ -126,6 +126,11 @@ class TiffLevels:
             for one in self._tiff.series
             if not any(word in (one.name or "").lower() for word in ASIDE) and len(one.shape) >= 2
         ]
+        if not series and self._cut_off():
+            raise SlideError(
+                f"{self.path.name}: truncated or damaged: what its header points to lies beyond the end of the file; "
+                "copy or download it again"
+            )
         if not series:
             raise SlideError(f"{self.path.name}: a TIFF without an image")
         chosen = max(series, key=lambda one: _size(one)[0] * _size(one)[1])
@@ -144,6 +149,14 @@ class TiffLevels:
         self.tile_size = (int(page.tilewidth), int(page.tilelength)) if page.is_tiled else None
         self.in_strips = not page.is_tiled
         self.orientation = int(page.tags[274].value) if 274 in page.tags else 1
+
+    def _cut_off(self) -> bool:
+        """Whether the first directory is missing. Aperio writes it behind the first image's tiles."""
+        with self.path.open("rb") as file:
+            head = file.read(16)
+        start, length = (8, 8) if self._tiff.is_bigtiff else (4, 4)
+        order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+        return int.from_bytes(head[start : start + length], order) >= self.path.stat().st_size
 
     def downsamples(self) -> tuple[float, ...]:
         return tuple(snapped_downsample(self.sizes[0], size) for size in self.sizes)

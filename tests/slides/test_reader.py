@@ -305,7 +305,7 @@ def test_png_and_jpeg_need_a_scale_and_are_read_whole(tmp_path: Path) -> None:
     image = picture(300, 200)
     Image.fromarray(image).save(tmp_path / "a.png", dpi=(300, 300))
     Image.fromarray(image).save(tmp_path / "a.jpg", quality=95)
-    with pytest.raises(SlideError, match="--slide-mpp"):
+    with pytest.raises(SlideError, match=r"--slide-mpp .*its dots per inch are not read"):
         open_slide(tmp_path / "a.png")
     with open_slide(tmp_path / "a.png", 0.5) as slide:
         np.testing.assert_array_equal(slide.read_region_l0(10, 20, 100, 50, 100, 50), image[20:70, 10:110])
@@ -520,6 +520,15 @@ def test_folder_link_and_permission_are_told(tmp_path: Path) -> None:
         (tmp_path / "A3.svs").chmod(0)
         with pytest.raises(SlideError, match="no permission"):
             open_slide(tmp_path / "A3.svs")
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_file_that_ends_before_its_first_directory_is_told_as_truncated(tmp_path: Path, big: bool) -> None:
+    """As Aperio writes it: the directory behind the tiles."""
+    head = b"II+\0\x08\0\0\0" + (10**9).to_bytes(8, "little") if big else b"II*\0" + (10**9).to_bytes(4, "little")
+    (tmp_path / "A1.svs").write_bytes(head + bytes(range(1, 200)) * 100)
+    with pytest.raises(SlideError, match=r"^A1\.svs: truncated .*copy or download it again"):
+        open_slide(tmp_path / "A1.svs")
 
 
 def test_truncated_slide_is_found_without_reading_its_pixels(tmp_path: Path, painted_slide: PaintedSlide) -> None:

@@ -118,7 +118,7 @@ def test_polygon_partly_outside_is_cut_at_the_edge(tmp_path: Path) -> None:
         ("[1, 2]", "no features"),
         ('"text"', "no features"),
         (json.dumps([feature([1, 1], kind="Point")]), "holds no polygon"),
-        (json.dumps([feature([square(0, 0, 9)], "cell", objectType="detection")]), "holds no polygon"),
+        (json.dumps([feature([square(0, 0, 9)], "cell", objectType="detection")] * 2), "2 of kind 'detection'"),
         (json.dumps([feature([square(5000, 5000, 100)])]), "lie outside the slide of 1000 x 800 px"),
         (json.dumps([feature([[[0, 0], [1, 1]]])]), "2 corners"),
         (json.dumps([feature([[["a", 0], [1, 1], [2, 2]]])]), "not pairs of numbers"),

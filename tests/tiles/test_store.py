@@ -23,6 +23,12 @@ def write(path, tiles, scales=(0.5,)):
         store.finish({**TILING, "scales": [{"name": f"{mpp:g}", "mpp": mpp} for mpp in scales]})
 
 
+def test_a_long_name_is_written(tmp_path):
+    path = tmp_path / ("ä" * 120 + ".zip")
+    write(path, {(0, 0): b"tile"})
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_any_zip_program_reads_the_tiles(workspace):
     index = write_synthetic_store(workspace, ["A1"], 12, tile_px=32)
     with zipfile.ZipFile(workspace.zip_of("A1")) as archive:
