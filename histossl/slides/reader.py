@@ -257,7 +257,7 @@ def _objective(slide: Slide) -> str:
 
 def _dpi(slide: Slide) -> str:
     dpi = getattr(slide._levels, "dpi", None)
-    return " (its dots per inch are not read: they are a screen's or a printer's)" if dpi else ""
+    return "; its dots per inch are not read: they are a screen's or a printer's" if dpi else ""
 
 
 def _refuse_hollow(path: Path) -> None:

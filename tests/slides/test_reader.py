@@ -305,7 +305,7 @@ def test_png_and_jpeg_need_a_scale_and_are_read_whole(tmp_path: Path) -> None:
     image = picture(300, 200)
     Image.fromarray(image).save(tmp_path / "a.png", dpi=(300, 300))
     Image.fromarray(image).save(tmp_path / "a.jpg", quality=95)
-    with pytest.raises(SlideError, match=r"--slide-mpp .*its dots per inch are not read"):
+    with pytest.raises(SlideError, match=r"--slide-mpp.*its dots per inch are not read"):
         open_slide(tmp_path / "a.png")
     with open_slide(tmp_path / "a.png", 0.5) as slide:
         np.testing.assert_array_equal(slide.read_region_l0(10, 20, 100, 50, 100, 50), image[20:70, 10:110])
