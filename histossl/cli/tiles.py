@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULTS, TISSUE = TileConfig(), TissueConfig()
 SHOWN_REASONS = 8
+SAME_SCALE = 0.005  # what slides differ by is not worth a line
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 
 
@@ -70,7 +71,13 @@ def tile(
             "slide's own scale where that is within 0.5 % of --mpp.",
         ),
     ] = DEFAULTS.grid,
-    jpeg_quality: Annotated[int, typer.Option(help="Of tiles that are encoded anew, 1-100.")] = DEFAULTS.jpeg_quality,
+    jpeg_quality: Annotated[
+        int,
+        typer.Option(
+            help="Of tiles that are encoded anew, 1-100. Their colour is kept at half the resolution (4:2:0), as most "
+            "scanners do, also where the slide's is not."
+        ),
+    ] = DEFAULTS.jpeg_quality,
     slide_mpp: SlideMppOption = None,
     mpp_csv: MppCsvOption = None,
     min_tissue: MinTissueOption = TISSUE.min_tissue,
@@ -117,7 +124,12 @@ def tile(
         ),
     ] = None,
     retry: Annotated[
-        bool, typer.Option("--retry", help="Try again what failed before, and tile replaced slides anew.")
+        bool,
+        typer.Option(
+            "--retry",
+            help="Try again what failed before, and tile replaced slides anew. Zips are not read through: `unzip -t` "
+            "tests one, and one that you delete is made anew.",
+        ),
     ] = False,
     verify_copies: Annotated[
         bool,
@@ -194,7 +206,7 @@ def tile(
         verify=verify_copies,
     )
     note_command(at.tile_commands)
-    tell(rows)
+    tell(rows, settings.mpps)
     if not any(row.num_tiles for row in rows):
         raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")
 
@@ -206,13 +218,26 @@ def _scales(text: str) -> list[float]:
         raise UsageError(f"--mpp {text}: must be microns per pixel (0.5), or several of them (0.5,1,2)") from error
 
 
-def tell(rows: Sequence[LedgerRow]) -> None:
+def _scale_obtained(rows: Sequence[LedgerRow], mpps: Sequence[float]) -> str:
+    """What copied tiles, which keep the scanner's scale, have in place of what was asked; empty if that is the same."""
+    told = []
+    for number, asked in enumerate(mpps):
+        real = [float(row.tile_mpp.split("+")[number]) for row in rows if row.tile_mpp]
+        if any(abs(mpp / asked - 1) > SAME_SCALE for mpp in real):
+            low, high = f"{min(real):.4g}", f"{max(real):.4g}"
+            told.append(f"{low if low == high else f'{low} to {high}'} microns per pixel, where {asked:g} was asked")
+    return "; ".join(told)
+
+
+def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
     """What became of the slides, and why some gave nothing."""
     tiled = [row for row in rows if row.num_tiles]
     tiles = sum(row.num_tiles or 0 for row in tiled)
     ways = Counter(row.tile_way for row in tiled)
     told = ", ".join(f"{count} {way}" for way, count in ways.most_common())
     console.say(f"{tiles:,} tiles of {len(tiled)} of {len(rows)} slides" + (f" ({told})" if told else ""))
+    if obtained := _scale_obtained(tiled, mpps):
+        console.say(f"the slides' own tiles are at {obtained}; --grid physical cuts at exactly that")
     filters = {
         "too little tissue": sum(row.rejected_tissue or 0 for row in rows),
         "outside the regions": sum(row.rejected_region or 0 for row in rows),

@@ -50,6 +50,7 @@ class LedgerRow:
     tile_status: str = ""  # tiled, no tiles, failed; empty: not yet
     tile_reason: str = ""
     tile_way: str = ""  # copied, stitched, read
+    tile_mpp: str = ""  # that its tiles really have, scale by scale: "0.5013+1.003"
     rejected_tissue: int | None = None
     rejected_region: int | None = None
     rejected_blur: int | None = None

@@ -99,7 +99,9 @@ def tile_archive(
         plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
         ledger = _Ledger(workspace.archive_csv, plan.rows, plan.unknown)
         try:
-            if plan.jobs:
+            if not plan.jobs:
+                console.say("nothing new to tile: what became of each slide is known from before")
+            else:
                 _run(plan, ledger, num_workers, dask, silence_s)
         finally:
             ledger.write()
@@ -134,12 +136,17 @@ def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
 
 
 def _differences(before: TileConfig, now: TileConfig) -> list[str]:
-    old, new = ({**asdict(config), **asdict(config.tissue)} for config in (before, now))
+    # As the options say it: --mpp names all scales.
+    old, new = ({**asdict(config), **asdict(config.tissue), "mpp": _told(config.mpps)} for config in (before, now))
     return [
         f"{name.replace('_', '-')} was {old[name]!r}, now {new[name]!r}"
         for name in new
-        if name != "tissue" and old[name] != new[name]
+        if name not in ("tissue", "coarser_mpp") and old[name] != new[name]
     ]
+
+
+def _told(mpps: Sequence[float]) -> str:
+    return ",".join(f"{mpp:g}" for mpp in mpps)
 
 
 # ---- what is to do
@@ -525,6 +532,7 @@ def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRo
         tile_status=TILED if counts["tiles"] else NO_TILES,
         tile_reason=reason,
         tile_way="+".join(dict.fromkeys(scale["way"] for scale in outcome.tiling["scales"])),
+        tile_mpp="+".join(f"{scale['mpp']:.4g}" for scale in outcome.tiling["scales"]),
         tile_settings=identity,
         tile_twin="",
         rejected_tissue=counts["tissue"],
@@ -569,6 +577,7 @@ def _untiled(row: LedgerRow) -> LedgerRow:
         tile_status="",
         tile_reason="",
         tile_way="",
+        tile_mpp="",
         tile_settings="",
         tile_twin="",
         num_tiles=None,

@@ -896,6 +896,17 @@ def test_command_tiles_in_processes_and_tells_why_not(cli, workspace, paint):
     assert TileIndex.open(workspace).slides == ["good"]
 
 
+def test_command_tells_the_scale_of_copied_tiles_and_a_run_without_work(cli, workspace, paint):
+    directory = paint("A1.tif", mpp=0.5, pyramid=False).path.parent
+    told = " ".join(cli("tile", directory, "-w", workspace.root, "--mpp", 0.49, "--workers", 1).err.split())
+    assert "own tiles are at 0.5 microns per pixel, where 0.49 was asked" in told
+    assert "nothing new to tile" not in told
+    assert "nothing new to tile" in cli("tile", directory, "-w", workspace.root, "--mpp", 0.49).err
+    told = " ".join(cli("tile", directory, "-w", workspace.root, "--mpp", "0.49,1").err.split())
+    assert "mpp was '0.49', now '0.49,1'" in told
+    assert "coarser" not in told
+
+
 def test_command_tells_what_it_warns_of_slides_that_were_tiled(capsys):
     told = "scanned at 0.5 microns per pixel: its tiles at 0.25 are enlarged"
     tell([LedgerRow(f"{name}.svs", num_tiles=2, tile_reason=told) for name in "ABCDE"])
