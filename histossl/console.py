@@ -39,6 +39,11 @@ def say(text: str) -> None:
     console.print(escape(text), soft_wrap=not console.is_terminal)
 
 
+def count(number: int, thing: str) -> str:
+    """As people write it: 1 file, 2,000 files."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def warn(text: str) -> None:
     console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not console.is_terminal)
 

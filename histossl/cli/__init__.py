@@ -13,7 +13,7 @@ import typer
 
 from histossl import __version__, console
 from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, slides, tiles, views
-from histossl.errors import HistosslError
+from histossl.errors import HistosslError, UsageError
 from histossl.launched import failed_before, tell_end, tell_launcher
 
 # Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
@@ -58,11 +58,18 @@ INTERRUPTED = 130
 GOES_ON = "interrupted; what is finished is kept, the same command goes on from there"
 
 
+def _refuse_two_scales(arguments: list[str]) -> None:
+    """Of an option given twice click takes the last. Of --mpp both are meant, and one would be lost without a word."""
+    if sum(one == "--mpp" or one.startswith("--mpp=") for one in arguments) > 1:
+        raise UsageError("--mpp is given twice; give it once (several scales, where a command takes them: --mpp 0.5,1)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     if failed_before():
         return 0
     try:
+        _refuse_two_scales(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # how typer says Ctrl-C
             console.say(GOES_ON)

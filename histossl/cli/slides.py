@@ -130,7 +130,7 @@ def scan(
     if contact_sheet:
         from histossl.slides.contact_sheet import write_contact_sheet
 
-        title = f"{directory.resolve().name}: {len(scanned.rows)} files"
+        title = f"{directory.resolve().name}: {console.count(len(scanned.rows), 'file')}"
         write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, _totals(scanned, mpp, tile_px))
         console.say(f"contact sheet: {place.contact_sheet}")
     if not scanned.num_readable:
@@ -147,12 +147,12 @@ def _scales(text: str) -> list[float]:
 
 def _show(scanned: Scanned) -> None:
     """A table of all rows (of a large archive, of those that are not ok), then each reason once with its files."""
-    rows, what = scanned.rows, "files"
+    rows, what = scanned.rows, ""
     if len(rows) > SHOWN_ROWS:
-        rows, what = [row for row in rows if row.status != "ok"], "files with something to say"
+        rows, what = [row for row in rows if row.status != "ok"], " with something to say"
     if rows:
         console.table(
-            f"{len(rows)} {what}",
+            console.count(len(rows), "file") + what,
             ("file", "status", "format", "size (px)", "mpp", "stain", "tiles"),
             [_cells(row) for row in rows[:SHOWN_ROWS]],
             right=("mpp", "tiles"),
@@ -181,7 +181,7 @@ def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
     tiles = sum(row.expected_tiles or 0 for row in tiled)
     tissue_mm2 = sum(row.tissue_mm2 or 0 for row in tiled)
     lines = [
-        f"{len(rows)} files, {_size(sum(row.bytes or 0 for row in rows))}: "
+        f"{console.count(len(rows), 'file')}, {_size(sum(row.bytes or 0 for row in rows))}: "
         + ", ".join(f"{counts[status]} {status}" for status in ("ok", "warning", "unreadable") if counts[status]),
         f"{tissue_mm2:,.1f} mm² of tissue: about {tiles:,} tiles of {tile_px} px at {mpp} microns per pixel, "
         f"{_size(sum(row.expected_mb or 0 for row in tiled) * 1e6)} on disk",

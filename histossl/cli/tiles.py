@@ -235,7 +235,10 @@ def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
     tiles = sum(row.num_tiles or 0 for row in tiled)
     ways = Counter(row.tile_way for row in tiled)
     told = ", ".join(f"{count} {way}" for way, count in ways.most_common())
-    console.say(f"{tiles:,} tiles of {len(tiled)} of {len(rows)} slides" + (f" ({told})" if told else ""))
+    console.say(
+        f"{console.count(tiles, 'tile')} of {len(tiled)} of {console.count(len(rows), 'slide')}"
+        + (f" ({told})" if told else "")
+    )
     if obtained := _scale_obtained(tiled, mpps):
         console.say(f"the slides' own tiles are at {obtained}; --grid physical cuts at exactly that")
     filters = {

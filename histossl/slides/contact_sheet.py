@@ -47,7 +47,8 @@ def write_contact_sheet(
             f'<h1>{escape(title)}</h1><p class="totals">{escape(totals).replace(chr(10), "<br>")}</p>\n'
             '<div class="bar">'
             '<label><input type="checkbox" id="show-mask" checked> tissue (green line; the rest is veiled)</label>'
-            '<label><input type="checkbox" id="show-grid" checked> tiles (blue)</label>'
+            '<label><input type="checkbox" id="show-grid" checked> tiles (blue, strong and faint by turns; '
+            "of several scales the finest)</label>"
             '<label><input type="checkbox" id="only-trouble"> only warnings and unreadable files</label></div>\n'
             "<main>\n"
         )

@@ -143,7 +143,8 @@ def _tell_unmatched(directory: Path, slides: Sequence[SlideFile], matched: Mappi
         console.warn(f"--regions {directory}: no slide here answers to {_some(unused)}")
     if whole:
         console.warn(
-            f"--regions {directory}: {len(whole)} slides have no file there and are taken whole: {_some(whole)}"
+            f"--regions {directory}: no file there for {console.count(len(whole), 'slide')}, "
+            f"taken whole: {_some(whole)}"
         )
 
 

@@ -19,7 +19,7 @@ import pickle
 import tempfile
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -184,7 +184,10 @@ def scan(
         elsewhere = [row for row in missing if row.archive not in ("", resolved(directory))]
         gone = [_gone(row) for row in missing if row not in elsewhere and row.tile_status]
         write_ledger(workspace.archive_csv, [*found, *elsewhere, *gone])
-        return Scanned(found, dict(walked.ignored.most_common()), shown)
+        here = directory.absolute()
+        used = sum(file is not None and file.is_relative_to(here) for file in drawn.values())
+        passed = walked.ignored - Counter({".geojson": used})
+        return Scanned(found, dict(passed.most_common()), shown)
 
 
 def _job(

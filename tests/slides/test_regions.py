@@ -188,7 +188,7 @@ def test_regions_and_slides_that_do_not_meet_are_told(tmp_path: Path, capsys: py
     assert matches(slides, folder) == {"A1": "A1.geojson"}
     told = " ".join(capsys.readouterr().err.split())
     assert "no slide here answers to deep/C1.geojson" in told
-    assert "1 slides have no file there and are taken whole: B1" in told
+    assert "no file there for 1 slide, taken whole: B1" in told
     (folder / "A1.geojson").rename(folder / "a-1.geojson")
     with pytest.raises(UsageError, match=r"none of it is named after a slide here \(its a-1\.geojson, deep/C1"):
         match_regions(slides, folder)

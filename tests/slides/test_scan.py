@@ -347,7 +347,10 @@ def test_regions_limit_what_is_expected(tmp_path: Path, painted_slide: PaintedSl
     (folder / "A1.geojson").write_text(
         '{"type": "Polygon", "coordinates": [[[0, 0], [512, 0], [512, 1024], [0, 1024], [0, 0]]]}'
     )
-    half = scan(folder, workspace, ScanConfig(tile_px=64)).rows[0]
+    (folder / "B1.geojson").write_text("of no slide here")
+    scanned = scan(folder, workspace, ScanConfig(tile_px=64))
+    assert scanned.ignored == {".geojson": 1}, "the other one was used"
+    half = scanned.rows[0]
     assert everything.expected_tiles is not None
     assert half.expected_tiles == pytest.approx(everything.expected_tiles / 2, rel=0.25)
     none = scan(folder, workspace, ScanConfig(tile_px=64, tissue=TissueConfig(min_tissue=0))).rows[0]

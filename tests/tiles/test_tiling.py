@@ -900,6 +900,7 @@ def test_command_tells_the_scale_of_copied_tiles_and_a_run_without_work(cli, wor
     directory = paint("A1.tif", mpp=0.5, pyramid=False).path.parent
     told = " ".join(cli("tile", directory, "-w", workspace.root, "--mpp", 0.49, "--workers", 1).err.split())
     assert "own tiles are at 0.5 microns per pixel, where 0.49 was asked" in told
+    assert "of 1 of 1 slide (1 copied)" in told
     assert "nothing new to tile" not in told
     assert "nothing new to tile" in cli("tile", directory, "-w", workspace.root, "--mpp", 0.49).err
     told = " ".join(cli("tile", directory, "-w", workspace.root, "--mpp", "0.49,1").err.split())
@@ -921,6 +922,7 @@ def test_command_tells_what_it_warns_of_slides_that_were_tiled(capsys):
         (["--slides", ".", "--mpp", "fine"], "--mpp fine"),
         (["--slides", ".", "--mpp", "1,0.5"], "finest first"),
         (["--slides", ".", "--mpp", "0"], "--mpp 0"),
+        (["--slides", ".", "--mpp", "0.5", "--mpp=1"], "--mpp 0.5,1"),
         (["--slides", ".", "--mpp", "-1"], "--mpp -1"),
         (["--slides", ".", "--tile-px", "3"], "--tile-px 3"),
         (["--slides", ".", "--grid", "nativ"], "did you mean 'native'"),
