@@ -28,9 +28,10 @@ def patch_px(backbone: nn.Module) -> int:
 
 
 class Tokens(nn.Module):
-    """timm ViT (class token, registers or neither) -> `Features`. Adds the mask token, which no weights file brings.
+    """timm ViT (class token, registers or neither) -> `Features`. Adds the mask token, which timm's models lack.
 
-    The mask token starts at zero, as iBOT's and DINOv2's: distilled DINOv2 models never trained theirs (dinov2#349).
+    It starts as the weights file's, where that brought one, else at zero as iBOT's and DINOv2's. (Distilled DINOv2
+    models never trained theirs, dinov2#349.)
     """
 
     def __init__(self, vit: nn.Module, method: str) -> None:
@@ -42,7 +43,8 @@ class Tokens(nn.Module):
                 "--method dino"
             )
         self.vit: Any = vit
-        self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
+        given = getattr(vit, "given_mask_token", None)
+        self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim) if given is None else given.float().clone())
 
     def forward(self, x: Tensor, mask_BN: Tensor | None = None) -> Features:
         """x (B, 3, H, W); mask_BN True where the student must not see the patch."""

@@ -7,6 +7,7 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.methods.ramps import half_cosine
+from histossl.methods.tokens import Tokens
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
@@ -927,7 +929,7 @@ class _Pretraining:
             f"process{'es' if planned.num_processes > 1 else ''} ({name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
             *([AUTO_BATCH] if self.asked.batch_size == 0 else []),
-            _weights_told(self.info),
+            _weights_told(self.info, isinstance(getattr(self.method, "student", None), Tokens)),
             *planned.reasons,
             self._disk(),
             f"time: {time_told}",
@@ -1013,14 +1015,19 @@ def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: i
     )
 
 
-def _weights_told(info: BackboneInfo) -> str:
-    """Where the start comes from, and that every key of it was filled."""
+def _weights_told(info: BackboneInfo, masks: bool) -> str:
+    """Where the start comes from, that every key of it was filled, and what else of the file was (not) taken."""
     begun = info.provenance.get("start_weights", "")
     if "keys_loaded" not in info.provenance:
         return f"start: {begun}"
-    dropped = info.provenance["keys_dropped"]
-    rest = f"; left out: {', '.join(dropped)}" if dropped else ""
-    return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone loaded{rest}"
+    brought = info.provenance.get("mask_token", False)
+    also = " and its mask token" if brought and masks else ""
+    dropped = Counter(key.partition(".")[0] for key in info.provenance["keys_dropped"])
+    if brought and not masks:
+        dropped["mask_token"] = 1
+    names = [f"{name} ({count} keys)" if count > 1 else name for name, count in dropped.items()]
+    rest = f"; left out: {', '.join(names)}" if names else ""
+    return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone{also} loaded{rest}"
 
 
 def _refuse_other_format(run: PretrainDir, state: Mapping[str, Any]) -> None:
