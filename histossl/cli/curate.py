@@ -33,13 +33,18 @@ def curate(
     ] = DEFAULTS.duplicate_cosine,
     like_slides: Annotated[
         str,
-        typer.Option(metavar="A,B,...", help="Retrieve the tiles most like those of these slides.", show_default=False),
+        typer.Option(
+            metavar="A,B,...",
+            help="Retrieve the tiles most like those of these slides, from all others (labelled training slides too).",
+            show_default=False,
+        ),
     ] = "",
     like_classes: Annotated[
         str,
         typer.Option(
             metavar="A,B,...",
-            help="Retrieve the tiles most like those of the training slides of these classes; needs --labels.",
+            help="Retrieve the tiles most like those of the training slides of these classes, from slides without a "
+            "label; needs --labels.",
             show_default=False,
         ),
     ] = "",
