@@ -190,6 +190,12 @@ def test_classes_retrieve_from_unlabelled_slides_only(lab, cli, tmp_path):
     assert len(open_subset(index, "curated").tiles) == 20
 
 
+def test_random_weights_are_told_which_threshold_they_need(lab, cli):
+    workspace, _ = lab
+    assert "0.94 was right for them" in cli("curate", "-w", workspace.root, *NET).err
+    assert "right for" not in cli("curate", "-w", workspace.root, *NET, "--name", "b", "--duplicate-cosine", 0.94).err
+
+
 def test_slides_retrieve_from_labelled_training_slides_too(lab, cli, tmp_path):
     workspace, index = lab
     how = ("--labels", tmp_path / "labels.csv", "--like-slides", "A", "--tiles", 35)
