@@ -14,7 +14,7 @@ from histossl.config import CurateConfig, EmbedConfig
 from histossl.errors import UsageError
 
 DEFAULTS = CurateConfig()
-RANDOM_COSINE = 0.94  # where random weights find 99.4 % of copies, and 1.4 % of others have a neighbour (examples/LOG.md)
+RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)
 
 
 def register(app: typer.Typer) -> None:
