@@ -41,9 +41,7 @@ class DINOv2Config(MaskedConfig):
     least_block: int = knob(4, "least patches of a block", "4", OQUAB)
     patch_centre: str = knob("masked", "patches whose mean is the patches' centre: all or masked", "masked", OQUAB)
     koleo_weight: float = knob(0.0, "of KoLeo on the global crops' features", "0.1", OQUAB)
-    kde_weight: float = knob(
-        0.005, "of the kernel density of the crops' features", "0.05 (Virchow2), 0.005", NANOPATH
-    )
+    kde_weight: float = knob(0.005, "of the kernel density of the crops' features", "0.05 (Virchow2), 0.005", NANOPATH)
     high_resolution_px: int = knob(0, "side of the global crops in the last phase; 0: none", "518", OQUAB)
     high_resolution_share: float = knob(0.1, "share of that phase", "10k of 625k steps", OQUAB)
     patch_weight: float = knob(1.0, "of the loss at masked patches", "1", ZHOU)

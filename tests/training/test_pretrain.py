@@ -833,8 +833,8 @@ def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
 
 
 def test_methods_lists_each_and_its_knobs(cli) -> None:
-    assert "mocov2" in cli("methods").err
-    told = cli("methods", "mocov2").err
+    assert "mocov2" in cli("methods").out
+    told = cli("methods", "mocov2").out
     for knob in ("queue_size", "momentum", "temperature", "symmetric"):
         assert knob in told
     assert cli("methods", "moco").code == 2
