@@ -12,6 +12,10 @@ Decided where paper and code differ (facebookresearch/dinov2 at b8931f7): every 
 without small crops (the code divides by 3); KoLeo over both global crops, as the code, and over all processes, unlike
 it; crops are blurred as the paper says (recipe dinov2; dinov2-released does as the released code); the NaN check comes
 before the step; no process group is needed for Sinkhorn; one norm clips all gradients (nanopath), not one a module.
+
+Further differences, of timm's making: the layer decay leaves the last block its whole rate, which by DINOv2's rule has
+0.7 of it; stochastic depth rises from 0 in the first block to `drop_path` in the last, where DINOv2's is alike in all.
+Of nanopath not taken: its crops (0.2..1 and 0.03..0.25; here the paper's 0.32..1 and 0.05..0.32).
 """
 
 from __future__ import annotations

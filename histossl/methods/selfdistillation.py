@@ -322,8 +322,9 @@ class SelfDistillation(Method):
         if progress < self.config.freeze_last_layer:
             for head in (self.head, self.patch_head):
                 if head is not None:
-                    for parameter in head.last_layer.parameters():
-                        parameter.grad = None
+                    head.last_layer.weight.grad = None
+                    if head.gain_K1 is not None:
+                        head.gain_K1.grad = None
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[Means], progress: float) -> None:
