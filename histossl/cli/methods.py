@@ -87,8 +87,6 @@ def _trained_by(entry: Any, method: Any) -> list[tuple[str, str]]:
         ("--warmup", f"{training.warmup:g} of the steps"),
         (
             "--clip-norm",
-            {"all": "3 over all", "parameter": "3, each parameter by itself", "module": "3, by module"}[
-                training.clip_by
-            ],
+            {"all": "3 over all", "parameter": "3, each parameter by itself"}[training.clip_by],
         ),
     ]

@@ -77,7 +77,8 @@ class SelfDistillationConfig:
     drop_path: float = knob(0.1, "stochastic depth, of the student alone", "0.1", CARON)
 
     def __post_init__(self) -> None:
-        for name in ("prototypes", "bottleneck_dim", "hidden_dim", "head_layers"):
+        require(self.prototypes >= 2, "set prototypes", self.prototypes, "2 or more")
+        for name in ("bottleneck_dim", "hidden_dim", "head_layers"):
             require(getattr(self, name) >= 1, f"set {name}", getattr(self, name), "1 or more")
         for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
             require(getattr(self, name) > 0, f"set {name}", getattr(self, name), "above 0")

@@ -185,6 +185,11 @@ def test_gains_and_the_mask_token_are_decayed_as_the_official_code_does() -> Non
     assert id(made.head.mlp[0].bias) not in decayed
 
 
+def test_one_prototype_alone_is_refused() -> None:
+    with pytest.raises(UsageError, match="prototypes"):
+        method("dino", prototypes=1)
+
+
 def test_logits_are_cosines() -> None:
     head = PrototypeHead(6, 40, hidden_dim=8, bottleneck_dim=5)
     assert float(head(100 * torch.randn(64, 6)).detach().abs().max()) <= 1 + 1e-6
