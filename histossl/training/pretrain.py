@@ -430,7 +430,9 @@ class _Pretraining:
                     with self.pace.look():
                         self._look(done)
                 if (expected := self.pace.expected(done)) and self.processes.writes:
-                    console.say(f"from here {expected}")
+                    larger = self._larger_share()
+                    later = f"; the last {larger:.0%} of the steps have larger views and take longer" if larger else ""
+                    console.say(f"from here {expected}{later}")
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
@@ -740,14 +742,26 @@ class _Pretraining:
         return float(max_over_processes(torch.tensor(seconds, device=self.device)))
 
     def step_s(self, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
-        """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it.
+        """Seconds per step: tiles, views, forward, backward; of a last phase with larger views its share of the steps.
 
-        `resident`: with the same views again and again, which never leave the device: what loading costs is the rest.
+        Nothing of the run is changed by it. `resident`: with the same views again and again, which never leave the
+        device: what loading costs is the rest.
         """
+        step_s, share = self._step_s(num_steps, at_most_s, resident), self._larger_share()
+        if share:
+            step_s += share * (self._step_s(num_steps, at_most_s, resident, self.plan.num_steps) - step_s)
+        return step_s
+
+    def _larger_share(self) -> float:
+        """Share of the steps, in thousandths, in which the method sees other views than in the first."""
+        first = self.method.views()
+        return sum(self.method.views(thousandth / 1000) != first for thousandth in range(1000)) / 1000
+
+    def _step_s(self, num_steps: int, at_most_s: float, resident: bool, first: int = 0) -> float:
         tiles = self._tile_batches(0, self._order(PREFILL), num_steps + 1)
         taken: list[float] = []
         with tiles, self._unchanged(), gather.alone():  # processes may differ in when they have seen enough
-            views = self._views(tiles)
+            views = self._views(tiles, first)
             if resident:
                 views = itertools.repeat(next(views))
             began_s = time.perf_counter()
