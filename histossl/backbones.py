@@ -3,6 +3,8 @@
 A backbone maps normalised views (B, 3, h, w) to pooled features (B, D): `timm.create_model(name, num_classes=0)`.
 Some have layers of their pretraining head behind it (SimCLR v2): a second file, which timm need not know.
 Weights are read as safetensors or with `weights_only=True`: a file with pickled code in it is refused.
+A mask token that a file brings (iBOT, DINOv2) is no key of timm's: it lies as `given_mask_token` on the backbone, for
+methods that mask.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import socket
 import sys
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +44,8 @@ UNREADABLE = (
     zipfile.BadZipFile,
 )  # fmt: skip
 PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "_orig_mod.")
+MASK_TOKENS = ("mask_token", "masked_embed")  # DINOv2's name, iBOT's
+IN_CHUNKS = re.compile(r"^blocks\.\d+\.(?=\d+\.)")  # DINOv2's blocks.CHUNK.BLOCK., blocks counted through all chunks
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,12 @@ def _require_hub(timm_name: str, backbone: nn.Module) -> None:
 
 def _load_into(backbone: nn.Module, path: Path) -> dict[str, Any]:
     """Fill every key of `backbone` from `path`, or raise a WeightsError that names what does not fit."""
-    given = _adapted(_unwrapped(read_weights(path)), backbone)
+    given, dropped = _unwrapped(read_weights(path))
+    brought = [given[name] for name in MASK_TOKENS if name in given and name not in backbone.state_dict()]
+    given.pop("masked_embed", None)  # mask_token stays until timm has known by it whose names these are
+    given = _adapted(given, backbone)
+    if brought:
+        given.pop("mask_token", None)
     wanted = {key: value for key, value in backbone.state_dict().items() if not key.endswith("num_batches_tracked")}
     classifier = _timm_config(backbone).get("classifier") or ()
     classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -288,7 +299,11 @@ def _load_into(backbone: nn.Module, path: Path) -> dict[str, Any]:
             f"{len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} keys fit. Is --backbone the right one?"
         )
     backbone.load_state_dict({key: given.get(key, value) for key, value in backbone.state_dict().items()})
-    return {"start_weights": str(path), "keys_loaded": len(wanted), "keys_dropped": heads}
+    told: dict[str, Any] = {"start_weights": str(path), "keys_loaded": len(wanted), "keys_dropped": [*dropped, *heads]}
+    if brought:
+        cast(Any, backbone).given_mask_token = brought[0].flatten()
+        told["mask_token"] = True
+    return told
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -296,7 +311,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # DINO's and iBOT's checkpoints hold their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: refused, it is not a plain set of tensors (pickled code or not a torch file); "
@@ -310,24 +326,31 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _unwrapped(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Down to the tensors: through {'state_dict': ...} and the like, and off prefixes like 'encoder_q.'."""
+def _unwrapped(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Down to the tensors: through {'state_dict': ...} and the like, and off prefixes like 'encoder_q.'.
+
+    With the names of those that lay beside the ones taken: heads, queues, momentum encoders.
+    """
     for _ in range(len(WRAPPERS)):
         for name in WRAPPERS:
             if isinstance(content.get(name), Mapping):
                 content = content[name]
                 break
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    beside: list[str] = []
     for prefix in PREFIXES * 2:
         inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if inside:
+            beside += [key for key in tensors if not key.startswith(prefix)]
             tensors = inside
-    return tensors
+    return tensors, beside
 
 
 def _adapted(given: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """Foreign key names (torchvision, DINOv2's hub, ...) and position grids made timm's own, by timm."""
     wanted = backbone.state_dict()
+    if not any(IN_CHUNKS.match(key) for key in wanted):
+        given = {IN_CHUNKS.sub("blocks.", key): value for key, value in given.items()}
     if given.keys() >= wanted.keys() and all(given[key].shape == value.shape for key, value in wanted.items()):
         return given
     filter_of_timm = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)

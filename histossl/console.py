@@ -1,7 +1,7 @@
 """What a person sees in the terminal: lines, tables, panels, progress. Beside the CLI the only importer of rich.
 
 On a terminal progress is a live bar; elsewhere (a log file, a pipe, CI) it is a plain line now and then.
-Everything goes to standard error, so that standard output stays free for what a command was asked to print.
+Everything goes to standard error, so that standard output stays free for what a command was asked to print: `answer`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False, soft_wrap=False)
+answer = Console(highlight=False, soft_wrap=False)
 PLAIN_LINE_EVERY_S = 10.0
-SHORT = 16  # letters of a word that a table does not break
+SHORT, NAME = 16, 32  # letters of a word, of a row's name, that a table does not break
 RESUMED_S = 2.0  # what a bar counts this early was done before
 
 
-def say(text: str) -> None:
+def say(text: str, to: Console | None = None) -> None:
     """One line, as it is: no markup, no wrapping when piped."""
-    console.print(escape(text), soft_wrap=not console.is_terminal)
+    to = to or console
+    to.print(escape(text), soft_wrap=not to.is_terminal)
 
 
 def count(number: int, thing: str) -> str:
@@ -60,25 +62,47 @@ def panel(title: str, text: str) -> None:
         console.print(f"== {escape(title)}\n{escape(text)}", soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    right: Sequence[str] = (),
+    to: Console | None = None,
+) -> None:
     """`right` names the columns to be set flush right (numbers)."""
+    to = to or console
     drawn = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     cells = [
         [name, *("" if row[number] is None else str(row[number]) for row in rows)]
         for number, name in enumerate(columns)
     ]
-    # The first names the row: where it is one word it stays whole if there is room. Of the others no word or figure is
-    # broken; what has several words or is long is, where the terminal is narrow.
-    longest = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells]
-    room = console.width - 3 * len(columns) - sum(min(one, SHORT) for one in longest[1:])
-    for number, name in enumerate(columns):
-        one_word = all(" " not in cell for cell in cells[number][1:])
-        whole = one_word and longest[number] <= (min(32, room) if number == 0 else SHORT)
+    for name, width in zip(columns, _widths(cells, to.width), strict=True):
         justify: Literal["left", "right"] = "right" if name in right else "left"
-        drawn.add_column(escape(name), justify=justify, overflow="fold", no_wrap=whole)
+        drawn.add_column(escape(name), justify=justify, overflow="fold", width=width)
     for row in rows:
         drawn.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
-    console.print(drawn)
+    to.print(drawn)
+
+
+def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int | None]:
+    """Of columns of a table: the widest give way first, down to their longest word, so that only long ones are broken.
+
+    The first column names the row: where it is one word it stays whole if there is room. None: as rich has it.
+    """
+    widths = [max((len(line) for cell in column for line in cell.splitlines()), default=0) for column in cells]
+    longest = [max((len(word) for cell in column for word in cell.split()), default=0) for column in cells]
+    least = [min(one, SHORT) for one in longest]
+    room = width - 3 * len(cells)
+    left = room - sum(least[1:])
+    if all(" " not in cell for cell in cells[0][1:]):
+        least[0] = longest[0] if longest[0] <= NAME else least[0]
+    least[0] = min(least[0], left)
+    if sum(widths) <= room or least[0] < 1:
+        return [None] * len(cells)
+    while sum(widths) > room:
+        gives = max((number for number, one in enumerate(widths) if one > least[number]), key=widths.__getitem__)
+        widths[gives] -= 1
+    return [*widths]
 
 
 class Bar:

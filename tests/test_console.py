@@ -26,8 +26,8 @@ def test_a_narrow_terminal_breaks_no_word_of_a_table(monkeypatch: pytest.MonkeyP
     narrow = Console(width=80, record=True, stderr=True)
     monkeypatch.setattr(console, "console", narrow)
     columns = ("file", "status", "format", "size (px)", "mpp", "stain", "tiles")
-    row = (file, "unreadable", "Hamamatsu NDPI/VMS", "139264x98304", "0.2527", "unknown", 12345)
+    row = (file, "unreadable", "Hamamatsu NDPI/VMS", "139264x98304", "0.2527", "unknown", 54321)
     console.table("3 files", columns, [row] * 3)
     shown = narrow.export_text()
-    for word in ("unreadable", "139264x98304", "0.2527", "unknown", "12345"):
+    for word in ("unreadable", "139264x98304", "0.2527", "unknown", "54321"):
         assert shown.count(word) == 3, shown

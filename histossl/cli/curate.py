@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from histossl import console
 from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
 from histossl.cli.pretrain import excluded_slides, slides_of_test_patients
 from histossl.config import CurateConfig, EmbedConfig
 from histossl.errors import UsageError
 
 DEFAULTS = CurateConfig()
+RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)
 
 
 def register(app: typer.Typer) -> None:
@@ -33,13 +35,18 @@ def curate(
     ] = DEFAULTS.duplicate_cosine,
     like_slides: Annotated[
         str,
-        typer.Option(metavar="A,B,...", help="Retrieve the tiles most like those of these slides.", show_default=False),
+        typer.Option(
+            metavar="A,B,...",
+            help="Retrieve the tiles most like those of these slides, from all others (labelled training slides too).",
+            show_default=False,
+        ),
     ] = "",
     like_classes: Annotated[
         str,
         typer.Option(
             metavar="A,B,...",
-            help="Retrieve the tiles most like those of the training slides of these classes; needs --labels.",
+            help="Retrieve the tiles most like those of the training slides of these classes, from slides without a "
+            "label; needs --labels.",
             show_default=False,
         ),
     ] = "",
@@ -99,6 +106,11 @@ def curate(
         like_classes=_listed(like_classes),
         seed=seed,
     )
+    if weights == "random" and duplicate_cosine < RANDOM_COSINE:
+        console.warn(
+            f"--weights random: tell tiles apart less well than trained ones, and --duplicate-cosine "
+            f"{duplicate_cosine:g} drops others with the copies; {RANDOM_COSINE:g} was right for them"
+        )
     at = workspace_at(workspace)
     at.subset(name)  # refuses what is no name, before any work
     index = TileIndex.open(at)

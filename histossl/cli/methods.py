@@ -25,32 +25,44 @@ def methods(
             ("name", "learns from", "backbones", "memory", "choose it"),
             [
                 (name, entry.learns_from, entry.backbones, entry.memory, entry.choose)
-                for name, entry in {**REGISTRY, **TAUGHT}.items()
+                for name, entry in REGISTRY.items()
             ],
+            to=console.answer,
         )
-        console.say(
+        _say(
             "memory: of 128 tiles of 224 px a pass in bf16 with a ViT-S / a ResNet-50 (tests/bench/bench_methods.py "
             "methods; counted, not measured on a GPU); the plan cuts a batch that does not fit"
         )
-        console.say("histossl methods NAME lists one method's knobs, their defaults and the papers' values")
+        _say("histossl methods NAME lists one method's knobs, their defaults and the papers' values")
+        for name, entry in TAUGHT.items():
+            _say(f"histossl methods {name}: {entry.learns_from}")
         return
     entry = entry_of(name)
     method, knobs = classes_of(name)
-    console.say(f"{name}: {entry.learns_from}. Choose it {entry.choose}.")
+    _say(f"{name}: {entry.learns_from}. Choose it {entry.choose}.")
     if method.caution:
         console.warn(method.caution)
+    taught = name in TAUGHT
     console.table(
-        f"{name}: knobs for --set KEY=VALUE",
-        ("key", "default", "paper", "meaning", "source (arXiv)"),
-        [(field.name, *_told(field.name, field, method.planned)) for field in fields(knobs)],
+        f"{name}: options of histossl distill" if taught else f"{name}: knobs for --set KEY=VALUE",
+        ("option" if taught else "key", "default", "paper", "meaning", "source (arXiv)"),
+        [(f"--{field.name}" if taught else field.name, *_told(field, method.planned)) for field in fields(knobs)],
+        to=console.answer,
     )
     console.table(
-        f"{name}: how it is trained unless options say otherwise", ("option", "default"), _trained_by(entry, method)
+        f"{name}: how it is trained{'' if taught else ' unless options say otherwise'}",
+        ("what" if taught else "option", "default"),
+        [(option.replace("--", "") if taught else option, value) for option, value in _trained_by(entry, method)],
+        to=console.answer,
     )
 
 
-def _told(name: str, field: Any, planned: tuple[str, ...]) -> tuple[object, ...]:
-    default = f"planned ({field.default})" if name in planned else field.default
+def _say(text: str) -> None:
+    console.say(text, to=console.answer)
+
+
+def _told(field: Any, planned: tuple[str, ...]) -> tuple[object, ...]:
+    default = f"planned ({field.default})" if field.name in planned else field.default
     return default, field.metadata["paper"], field.metadata["meaning"], field.metadata["source"]
 
 
@@ -75,8 +87,6 @@ def _trained_by(entry: Any, method: Any) -> list[tuple[str, str]]:
         ("--warmup", f"{training.warmup:g} of the steps"),
         (
             "--clip-norm",
-            {"all": "3 over all", "parameter": "3, each parameter by itself", "module": "3, by module"}[
-                training.clip_by
-            ],
+            {"all": "3 over all", "parameter": "3, each parameter by itself"}[training.clip_by],
         ),
     ]

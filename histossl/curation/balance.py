@@ -16,7 +16,7 @@ Finest level: 4 sqrt(N) clusters, each further level a quarter, three levels; 10
 (With an eighth the top of a small archive has fewer clusters than there are kinds of tissue, and a rare one hides
 beside a frequent one.) Assigning 10 million tiles of D = 384 takes 9.7e13 flops and is done RESAMPLINGS + 1 times,
 k-means between them 6e13 in all: about 8 minutes on 16 cores (1 Tflop/s). Memory: 40 bytes a tile while they are
-sorted, and the 632,000 vectors of the first k-means, 1 GB.
+sorted, and the 632,000 vectors of the first k-means, 1 GB, and twice that while they are read.
 """
 
 from __future__ import annotations

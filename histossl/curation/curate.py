@@ -29,7 +29,7 @@ from histossl.config import (
     write_run,
 )
 from histossl.curation.balance import Tree, balanced, clusters_for, tree_of
-from histossl.curation.duplicates import Copies, bands_of, find_copies
+from histossl.curation.duplicates import ONE_CELL, Copies, bands_of, find_copies
 from histossl.curation.features import Features, embed_tiles
 from histossl.curation.retrieve import Retrieved, retrieve, thinned
 from histossl.curation.sheet import Section, Strip, place_of, write_sheet
@@ -319,10 +319,11 @@ def _write_sheet(
     if choice.section is not None:
         sections.append(choice.section)
     above = ", ".join(f"{int((copies.nearest >= level).sum()):,} at {level:g}" for level in LEVELS_TOLD)
+    found = "at least " if len(whole) > ONE_CELL else ""  # not all pairs were compared
     about = (
         f"{len(whole):,} tiles, {int(copies.dropped.sum()):,} dropped as copies at a cosine of "
         f"{config.duplicate_cosine:g}, {len(choice.tiles):,} kept.\n"
-        f"Tiles with a neighbour at least so much alike: {above}."
+        f"Tiles with a neighbour at least so much alike: {found}{above}."
     )
     write_sheet(place.sheet, index, f"Subset {name}", about, sections)
 

@@ -15,8 +15,9 @@ number of neighbours (a thousand copies of one tile are one group). Links are me
 held all at once. A pair is missed only if neither is a guest of the other.
 
 10 million tiles, D + P = 640, 6,300 cells: 8.1e13 flops to find the cells and 1e14 to compare (cells of uneven size
-included): 4 minutes on 16 cores, seconds on a GPU. Memory: 24 bytes a tile for cells, 16 for groups, 0.5 GB in all,
-and one cell's vectors. Vectors are read from disk twice, 25 GB.
+included): 4 minutes on 16 cores, seconds on a GPU. Memory: 24 bytes a tile for cells, 16 for groups, 0.4 GB in all; one
+cell's vectors; and before that the 316,000 that k-means sees, 0.8 GB, and twice that while they are read. Each tile's
+vector is read from disk four times (to find its cells, at home and twice as a guest): 51 GB, mostly in scattered rows.
 """
 
 from __future__ import annotations

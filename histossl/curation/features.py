@@ -65,17 +65,21 @@ class Features:
         Features of a backbone share a large mean (the cosine of two tiles drawn at random is 0.56 for an ImageNet
         DeiT-tiny, 0.98 for a random ResNet); without it one threshold means the same for all of them.
         """
-        return _unit(self._rows(numbers)[:, : self.dim] - self.centre_D)
+        rows = self._rows(numbers, slice(self.dim))
+        rows -= self.centre_D
+        return _unit(rows)
 
     def shown_and_where(self, numbers: Ints) -> Floats:
         """(n, D + P) unit length: the dot product of two is a weighted mean of the cosines of both parts."""
-        rows = self._rows(numbers)
-        shown = _unit(rows[:, : self.dim] - self.centre_D) * np.float32(math.sqrt(SHOWN_SHARE))
-        where = _unit(rows[:, self.dim :]) * np.float32(math.sqrt(1 - SHOWN_SHARE))
-        return np.concatenate([shown, where], axis=1)
+        both = np.empty((len(numbers), self.table.shape[1]), np.float32)
+        both[:, : self.dim] = self.shown(numbers)
+        both[:, : self.dim] *= np.float32(math.sqrt(SHOWN_SHARE))
+        both[:, self.dim :] = _unit(self._rows(numbers, slice(self.dim, None)))
+        both[:, self.dim :] *= np.float32(math.sqrt(1 - SHOWN_SHARE))
+        return both
 
-    def _rows(self, numbers: Ints) -> Floats:
-        rows: Floats = self.table[numbers].astype(np.float32)
+    def _rows(self, numbers: Ints, columns: slice) -> Floats:
+        rows: Floats = self.table[:, columns][numbers].astype(np.float32)
         return rows
 
     def release(self) -> None:
@@ -215,6 +219,7 @@ def _refuse_full_disk(path: Path, needed: int) -> None:
 
 
 def _unit(rows: Floats) -> Floats:
+    """`rows` themselves, each made unit length: a second array of this size would be a third of the memory."""
     length = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    unit: Floats = rows / np.maximum(length, 1e-6)[:, None]
-    return unit
+    rows /= np.maximum(length, 1e-6)[:, None]
+    return rows

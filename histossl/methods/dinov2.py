@@ -12,6 +12,10 @@ Decided where paper and code differ (facebookresearch/dinov2 at b8931f7): every 
 without small crops (the code divides by 3); KoLeo over both global crops, as the code, and over all processes, unlike
 it; crops are blurred as the paper says (recipe dinov2; dinov2-released does as the released code); the NaN check comes
 before the step; no process group is needed for Sinkhorn; one norm clips all gradients (nanopath), not one a module.
+
+Further differences, of timm's making: the layer decay leaves the last block its whole rate, which by DINOv2's rule has
+0.7 of it; stochastic depth rises from 0 in the first block to `drop_path` in the last, where DINOv2's is alike in all.
+Of nanopath not taken: its crops (0.2..1 and 0.03..0.25; here the paper's 0.32..1 and 0.05..0.32).
 """
 
 from __future__ import annotations
@@ -27,17 +31,21 @@ from histossl.methods.selfdistillation import NANOPATH, OQUAB, ZHOU, MaskedConfi
 class DINOv2Config(MaskedConfig):
     prototypes: int = knob(131072, "of each head; the planner gives what fits the tile set", "131072", OQUAB)
     bottleneck_dim: int = knob(384, "width before the prototypes", "384 (crops), 256 (patches)", OQUAB)
+    trainable_norm: bool = knob(False, "prototypes have a gain of their own", "true; false when continuing", OQUAB)
     teacher_temperature: float = knob(0.07, "of the teacher's softmax; 0.1 costs half a point", "0.07", OQUAB)
+    teacher_temperature_warmup: float = knob(0.3, "share in which it rises", "30 of 100-500 epochs", OQUAB)
     momentum: float = knob(0.994, "of the teacher; less in a short run ends uniform", "0.992-0.994", OQUAB)
     momentum_end: float = knob(0.0, "to which it rises by a cosine; 0: it stays", "1; stays in short runs", NANOPATH)
     assign: str = knob("sinkhorn", "sinkhorn or centre", "sinkhorn", OQUAB)
+    num_local: int = knob(8, "small crops", "8", OQUAB)
+    drop_path: float = knob(0.1, "stochastic depth, of the student alone", "0.3-0.4; 0.1 when continuing", OQUAB)
     share_head: bool = knob(False, "one head for crops and patches", "false", OQUAB)
     mask_high: float = knob(0.45, "most share of patches masked in one crop", "0.5; 0.45", NANOPATH)
     mask_kind: str = knob("random", "block or random", "block; random when continuing", NANOPATH)
     least_block: int = knob(4, "least patches of a block", "4", OQUAB)
     patch_centre: str = knob("masked", "patches whose mean is the patches' centre: all or masked", "masked", OQUAB)
     koleo_weight: float = knob(0.0, "of KoLeo on the global crops' features", "0.1", OQUAB)
-    kde_weight: float = knob(0.005, "of the kernel density of the global crops' features", "0.005", NANOPATH)
+    kde_weight: float = knob(0.005, "of the kernel density of the crops' features", "0.05 (Virchow2), 0.005", NANOPATH)
     high_resolution_px: int = knob(0, "side of the global crops in the last phase; 0: none", "518", OQUAB)
     high_resolution_share: float = knob(0.1, "share of that phase", "10k of 625k steps", OQUAB)
     patch_weight: float = knob(1.0, "of the loss at masked patches", "1", ZHOU)

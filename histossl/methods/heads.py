@@ -47,7 +47,7 @@ class PrototypeHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         self.last_layer = nn.Linear(bottleneck_dim, prototypes, bias=False)
-        self.gain_K = nn.Parameter(torch.ones(prototypes)) if trainable_norm else None
+        self.gain_K1 = nn.Parameter(torch.ones(prototypes, 1)) if trainable_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         towards = self.towards(x)
@@ -60,7 +60,7 @@ class PrototypeHead(nn.Module):
     def prototypes_KD(self) -> Tensor:
         """(K, bottleneck), fp32, each as long as its gain."""
         prototypes_KD = F.normalize(self.last_layer.weight, dim=1)
-        return prototypes_KD if self.gain_K is None else prototypes_KD * self.gain_K[:, None]
+        return prototypes_KD if self.gain_K1 is None else prototypes_KD * self.gain_K1
 
 
 def normed_head(widths: Sequence[int], output_scale: bool = True) -> nn.Sequential:

@@ -46,7 +46,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.05  # share of the steps
     final_lr: float = 0.01  # share of the peak at the end of the cosine
-    clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO); module: backbone, heads
+    clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO)
     decay_flat: bool = False  # weight decay on biases and norms too, under sgd (MoCo's official code)
     of_the_pass: str = ""  # what is taken over the tiles of one pass, and sees less in micro-batches
     prototypes: tuple[int, int] = (1, 65536)  # times the table's number for so many tiles, and the most

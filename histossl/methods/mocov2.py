@@ -11,6 +11,8 @@ follows the optimizer step instead of preceding the next key forward, which is t
 And as every method here (Training, config.py): gradients are clipped at norm 3, the rate rises over the first 5 % of
 the steps and then follows a cosine step by step down to 1 % of its peak; there it is a cosine by epochs, down to 0,
 with neither warm-up nor clipping.
+Continuing, SGD's rate is 0.01 for a batch of 256, however many tiles there are; with a million the paper's 0.03 (--lr)
+is worth a try.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class SelfDistillationConfig:
     drop_path: float = knob(0.1, "stochastic depth, of the student alone", "0.1", CARON)
 
     def __post_init__(self) -> None:
-        for name in ("prototypes", "bottleneck_dim", "hidden_dim", "head_layers"):
+        require(self.prototypes >= 2, "set prototypes", self.prototypes, "2 or more")
+        for name in ("bottleneck_dim", "hidden_dim", "head_layers"):
             require(getattr(self, name) >= 1, f"set {name}", getattr(self, name), "1 or more")
         for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
             require(getattr(self, name) > 0, f"set {name}", getattr(self, name), "above 0")
@@ -322,8 +323,9 @@ class SelfDistillation(Method):
         if progress < self.config.freeze_last_layer:
             for head in (self.head, self.patch_head):
                 if head is not None:
-                    for parameter in head.last_layer.parameters():
-                        parameter.grad = None
+                    head.last_layer.weight.grad = None
+                    if head.gain_K1 is not None:
+                        head.gain_K1.grad = None
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[Means], progress: float) -> None:

@@ -1,6 +1,8 @@
 """A ViT seen as tokens: the pooled feature and the patch tokens, with masked patches replaced before position is added.
 
 What goes out is what timm's own `vit(x)` gives: the pooled feature of an unmasked view is the backbone's feature.
+So is the position grid: bicubic with antialias, as DINOv2's models with registers have it; its models without were
+trained with an offset of 0.1 and none, which timm does not imitate.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ def patch_px(backbone: nn.Module) -> int:
 
 
 class Tokens(nn.Module):
-    """timm ViT (class token, registers or neither) -> `Features`. Adds the mask token, which no weights file brings.
+    """timm ViT (class token, registers or neither) -> `Features`. Adds the mask token, which timm's models lack.
 
-    The mask token starts at zero, as iBOT's and DINOv2's: distilled DINOv2 models never trained theirs (dinov2#349).
+    It starts as the weights file's, where that brought one, else at zero as iBOT's and DINOv2's. (Distilled DINOv2
+    models never trained theirs, dinov2#349.)
     """
 
     def __init__(self, vit: nn.Module, method: str) -> None:
@@ -42,7 +45,9 @@ class Tokens(nn.Module):
                 "--method dino"
             )
         self.vit: Any = vit
-        self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
+        given = getattr(vit, "given_mask_token", None)
+        # (1, D), not (D,): weight decay spares what has one dimension, and iBOT's and DINOv2's is decayed.
+        self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim) if given is None else given.float()[None].clone())
 
     def forward(self, x: Tensor, mask_BN: Tensor | None = None) -> Features:
         """x (B, 3, H, W); mask_BN True where the student must not see the patch."""

@@ -143,7 +143,7 @@ def train(
 def clip_gradients(together: Sequence[Sequence[Tensor]], most: float) -> Tensor:
     """Shorten the gradients of each set of parameters to the norm `most`, in place. The norm of all before it, ().
 
-    One set is the usual global norm; a set for each parameter is DINO's way, one for each module DINOv2's.
+    One set is the usual global norm; a set for each parameter is DINO's way.
     """
     grads = [[each.grad for each in parameters if each.grad is not None] for parameters in together]
     norms = [torch.nn.utils.get_total_norm(own) for own in grads if own]
@@ -160,11 +160,6 @@ def _clipped_together(method: Method, optimizer: torch.optim.Optimizer) -> list[
     parameters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if method.trained_by.clip_by == "parameter":
         return [[parameter] for parameter in parameters]
-    if method.trained_by.clip_by == "module":
-        modules: list[list[Tensor]] = [
-            [each for each in child.parameters() if each.requires_grad] for child in method.children()
-        ]
-        return [own for own in modules if own]
     return [parameters]
 
 

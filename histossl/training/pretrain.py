@@ -7,6 +7,7 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.method import Method, Views
 from histossl.methods.ramps import half_cosine
+from histossl.methods.tokens import Tokens
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
@@ -428,7 +430,9 @@ class _Pretraining:
                     with self.pace.look():
                         self._look(done)
                 if (expected := self.pace.expected(done)) and self.processes.writes:
-                    console.say(f"from here {expected}")
+                    larger = self._larger_share()
+                    later = f"; the last {larger:.0%} of the steps have larger views and take longer" if larger else ""
+                    console.say(f"from here {expected}{later}")
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
@@ -738,14 +742,26 @@ class _Pretraining:
         return float(max_over_processes(torch.tensor(seconds, device=self.device)))
 
     def step_s(self, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
-        """Seconds per step: tiles, views, forward, backward. Nothing of the run is changed by it.
+        """Seconds per step: tiles, views, forward, backward; of a last phase with larger views its share of the steps.
 
-        `resident`: with the same views again and again, which never leave the device: what loading costs is the rest.
+        Nothing of the run is changed by it. `resident`: with the same views again and again, which never leave the
+        device: what loading costs is the rest.
         """
+        step_s, share = self._step_s(num_steps, at_most_s, resident), self._larger_share()
+        if share:
+            step_s += share * (self._step_s(num_steps, at_most_s, resident, self.plan.num_steps) - step_s)
+        return step_s
+
+    def _larger_share(self) -> float:
+        """Share of the steps, in thousandths, in which the method sees other views than in the first."""
+        first = self.method.views()
+        return sum(self.method.views(thousandth / 1000) != first for thousandth in range(1000)) / 1000
+
+    def _step_s(self, num_steps: int, at_most_s: float, resident: bool, first: int = 0) -> float:
         tiles = self._tile_batches(0, self._order(PREFILL), num_steps + 1)
         taken: list[float] = []
         with tiles, self._unchanged(), gather.alone():  # processes may differ in when they have seen enough
-            views = self._views(tiles)
+            views = self._views(tiles, first)
             if resident:
                 views = itertools.repeat(next(views))
             began_s = time.perf_counter()
@@ -927,7 +943,7 @@ class _Pretraining:
             f"process{'es' if planned.num_processes > 1 else ''} ({name_of(self.device)}, {self.precision.name}) x "
             f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
             *([AUTO_BATCH] if self.asked.batch_size == 0 else []),
-            _weights_told(self.info),
+            _weights_told(self.info, isinstance(getattr(self.method, "student", None), Tokens)),
             *planned.reasons,
             self._disk(),
             f"time: {time_told}",
@@ -1013,14 +1029,19 @@ def fewest_pieces(fits: Callable[[int], bool], batch_size: int, num_processes: i
     )
 
 
-def _weights_told(info: BackboneInfo) -> str:
-    """Where the start comes from, and that every key of it was filled."""
+def _weights_told(info: BackboneInfo, masks: bool) -> str:
+    """Where the start comes from, that every key of it was filled, and what else of the file was (not) taken."""
     begun = info.provenance.get("start_weights", "")
     if "keys_loaded" not in info.provenance:
         return f"start: {begun}"
-    dropped = info.provenance["keys_dropped"]
-    rest = f"; left out: {', '.join(dropped)}" if dropped else ""
-    return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone loaded{rest}"
+    brought = info.provenance.get("mask_token", False)
+    also = " and its mask token" if brought and masks else ""
+    dropped = Counter(key.partition(".")[0] for key in info.provenance["keys_dropped"])
+    if brought and not masks:
+        dropped["mask_token"] = 1
+    names = [f"{name} ({count} keys)" if count > 1 else name for name, count in dropped.items()]
+    rest = f"; left out: {', '.join(names)}" if names else ""
+    return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone{also} loaded{rest}"
 
 
 def _refuse_other_format(run: PretrainDir, state: Mapping[str, Any]) -> None:

@@ -190,6 +190,21 @@ def test_classes_retrieve_from_unlabelled_slides_only(lab, cli, tmp_path):
     assert len(open_subset(index, "curated").tiles) == 20
 
 
+def test_random_weights_are_told_which_threshold_they_need(lab, cli):
+    workspace, _ = lab
+    assert "0.94 was right for them" in cli("curate", "-w", workspace.root, *NET).err
+    assert "right for" not in cli("curate", "-w", workspace.root, *NET, "--name", "b", "--duplicate-cosine", 0.94).err
+
+
+def test_slides_retrieve_from_labelled_training_slides_too(lab, cli, tmp_path):
+    workspace, index = lab
+    how = ("--labels", tmp_path / "labels.csv", "--like-slides", "A", "--tiles", 35)
+    told = cli("curate", "-w", workspace.root, *NET, *how)
+    assert told.code == 0, told.err
+    slides = {index.slides[number] for number in index.slide_of(open_subset(index, "curated").tiles)}
+    assert slides == {"A", "B", "C", "D"}  # not E, which is for testing
+
+
 def test_the_same_command_does_nothing_and_another_is_refused(lab, cli):
     workspace, _ = lab
     assert cli("curate", "-w", workspace.root, *NET).code == 0

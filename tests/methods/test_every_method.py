@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import ndimage
 from synthetic_store import write_synthetic_store
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from histossl import console
 from histossl.backbones import create_backbone
 from histossl.config import PretrainConfig
 from histossl.methods import REGISTRY, classes_of
@@ -75,8 +77,17 @@ def test_the_command_line_tells_it(name: str, cli) -> None:
     told = cli("methods", name)
     assert told.code == 0
     for field in fields(classes_of(name)[1]):
-        assert field.name in told.err
-    assert name in cli("methods").err
+        assert field.name in told.out
+    assert name in cli("methods").out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eighty_columns_break_no_word_of_a_method(name: str, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "answer", Console(width=80))
+    words = set(cli("methods", name).out.split())
+    for field in fields(classes_of(name)[1]):
+        for text in (field.name, field.metadata["meaning"], field.metadata["paper"]):
+            assert words >= {word for word in text.split() if len(word) <= console.SHORT}, field.name
 
 
 def test_a_mistyped_method_or_knob_is_refused_with_the_nearest(cli, workspace: Workspace) -> None:

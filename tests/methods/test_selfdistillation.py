@@ -1,6 +1,7 @@
 """A step of DINO, iBOT and DINOv2 on backbones of a few thousand weights (oracles 12, 17, 22-24, 26)."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from histossl.methods import classes_of, gather
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.method import Method, Views
 from histossl.training.loop import clip_gradients
-from histossl.training.setup import in_parallel
+from histossl.training.setup import in_parallel, optimizer_for
 from histossl.views.recipe import recipe_named
 
 SMALL = {"prototypes": 16, "hidden_dim": 12, "bottleneck_dim": 8, "num_local": 2, "drop_path": 0.0}
@@ -160,13 +161,14 @@ def test_teacher_temperature_rises_to_its_value_and_stays() -> None:
 
 
 def test_prototypes_rest_at_first_and_then_move() -> None:
-    made = method("dinov2", freeze_last_layer=0.1)
+    made = method("dinov2", freeze_last_layer=0.1, trainable_norm=True)
     optimizer = torch.optim.AdamW(made.parameters(), lr=0.01, weight_decay=0.1)
-    before = {name: value.clone() for name, value in made.named_parameters() if "last_layer" in name}
+    of_prototypes = ("last_layer.weight", "gain_K1")
+    before = {name: value.clone() for name, value in made.named_parameters() if name.endswith(of_prototypes)}
     hidden = made.head.mlp[0].weight.clone()
     step(made, views(), optimizer, progress=0.05)
     heads = [name for name in before if not name.startswith("teacher")]
-    assert len(heads) == 2
+    assert len(heads) == 4
     for name in heads:
         assert torch.equal(made.get_parameter(name), before[name]), name
     assert not torch.equal(made.head.mlp[0].weight, hidden)
@@ -174,11 +176,25 @@ def test_prototypes_rest_at_first_and_then_move() -> None:
     assert not any(torch.equal(made.get_parameter(name), before[name]) for name in heads)
 
 
+def test_gains_and_the_mask_token_are_decayed_as_the_official_code_does() -> None:
+    made = method("ibot", trainable_norm=True)
+    planned: Any = SimpleNamespace(optimizer="adamw", lr=0.1, weight_decay=0.04, layer_decay=0.7)
+    groups = optimizer_for(made, planned, torch.device("cpu")).param_groups
+    decayed = {id(each) for group in groups for each in group["params"] if group["weight_decay"] == 0.04}
+    assert {id(made.head.gain_K1), id(made.student.mask_token)} <= decayed
+    assert id(made.head.mlp[0].bias) not in decayed
+
+
+def test_one_prototype_alone_is_refused() -> None:
+    with pytest.raises(UsageError, match="prototypes"):
+        method("dino", prototypes=1)
+
+
 def test_logits_are_cosines() -> None:
     head = PrototypeHead(6, 40, hidden_dim=8, bottleneck_dim=5)
     assert float(head(100 * torch.randn(64, 6)).detach().abs().max()) <= 1 + 1e-6
     gained = PrototypeHead(6, 40, hidden_dim=8, bottleneck_dim=5, trainable_norm=True)
-    gained.load_state_dict({**head.state_dict(), "gain_K": torch.full((40,), 2.0)})
+    gained.load_state_dict({**head.state_dict(), "gain_K1": torch.full((40, 1), 2.0)})
     x = torch.randn(3, 6)
     torch.testing.assert_close(gained(x), 2 * head(x))
 

@@ -1,5 +1,6 @@
 """The stage as a whole, on a synthetic store: it resumes exactly, refuses what does not fit, leaves what timm loads."""
 
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from histossl.config import PretrainConfig
 from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError
 from histossl.evaluation.labels import Item, LabelTable
 from histossl.evaluation.probe import probe_of
+from histossl.methods.dinov2 import DINOv2
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.slides.ledger import LedgerRow, write_ledger
@@ -832,9 +834,31 @@ def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
     assert not (workspace / "pretrain" / "planned").exists()
 
 
+def test_a_last_phase_with_larger_views_counts_in_the_time_planned(
+    index: TileIndex, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    forward = DINOv2.forward
+
+    def watched(made: DINOv2, views: Views) -> Outcome:
+        seen.append(views.images[0].shape[-1])
+        return forward(made, views)
+
+    monkeypatch.setattr(DINOv2, "forward", watched)
+    timed = _Pretraining._step_s
+    monkeypatch.setattr(_Pretraining, "_step_s", lambda *asked: (timed(*asked), 31.0 if asked[4:] else 1.0)[1])
+    knobs = ("high_resolution_px=64", "high_resolution_share=0.1", "hidden_dim=8", "num_local=0")
+    options = "--method dinov2 --backbone test_vit --weights random --batch-size 8 --view-px 32 --workers 0 --steps 10"
+    sets = itertools.chain.from_iterable(("--set", knob) for knob in knobs)
+    told = cli("plan", "-w", index.path.parents[1], *options.split(), *sets)
+    assert set(seen) == {32, 64}
+    assert told.code == 0, told.err
+    assert "10 steps of 4 s" in told.err
+
+
 def test_methods_lists_each_and_its_knobs(cli) -> None:
-    assert "mocov2" in cli("methods").err
-    told = cli("methods", "mocov2").err
+    assert "mocov2" in cli("methods").out
+    told = cli("methods", "mocov2").out
     for knob in ("queue_size", "momentum", "temperature", "symmetric"):
         assert knob in told
     assert cli("methods", "moco").code == 2
