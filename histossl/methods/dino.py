@@ -13,7 +13,6 @@ are much alike to begin with it made nothing in short runs, where Sinkhorn learn
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 
 from histossl.methods.method import Rate, Training
 from histossl.methods.selfdistillation import SelfDistillation, SelfDistillationConfig
@@ -32,6 +31,3 @@ class DINO(SelfDistillation):
         patch_embed_scale=0.2,
         clip_by="parameter",
     )
-
-    def loss_ceiling(self) -> float:
-        return log(self.config.prototypes)

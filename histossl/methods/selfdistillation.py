@@ -31,7 +31,7 @@ from histossl.config import knob, require
 from histossl.errors import UsageError
 from histossl.methods import gather
 from histossl.methods.assignments import (
-    assignment_ailment,
+    Ailments,
     assignment_metrics,
     centred,
     patch_loss,
@@ -170,6 +170,7 @@ class SelfDistillation(Method):
             self.teacher_patch_head = frozen_copy(self.patch_head)
         self.register_buffer("centre_K", torch.zeros(config.prototypes))
         self.register_buffer("patch_centre_K", torch.zeros(config.prototypes if self.masks else 0))
+        self.ailments, self.progress = Ailments(config.assign), 0.0
         self.centre_K: Tensor
         self.patch_centre_K: Tensor
 
@@ -223,7 +224,7 @@ class SelfDistillation(Method):
         temperature, prototypes_KD = self.config.student_temperature, self.head.prototypes_KD()
         towards_QBD = self.head.towards(torch.cat(pooled)).unflatten(0, (-1, num_tiles))
         crops = view_loss(towards_QBD, prototypes_KD, target_XK.unflatten(0, (NUM_GLOBAL, num_tiles)), temperature)
-        metrics = {**assignment_metrics(target_XK), "crop_loss": crops.detach()}
+        metrics = {**assignment_metrics(target_XK, loss=crops.detach()), "crop_loss": crops.detach()}
         if self.masks is None:
             return Outcome(crops, metrics, means)
         loss = self.masks.crop_weight * crops
@@ -236,7 +237,9 @@ class SelfDistillation(Method):
                 towards_RD, prototypes_KD, patch_target_RK, masked.weight_R, len(globals_X), temperature
             )
             loss = loss + self.masks.patch_weight * patches
-            metrics |= {**assignment_metrics(patch_target_RK, "patch_"), "patch_loss": patches.detach()}
+            shares_R = masked.weight_R / len(globals_X)
+            metrics |= assignment_metrics(patch_target_RK, "patch_", patches.detach(), shares_R)
+            metrics["patch_loss"] = patches.detach()
         spread, more = self._spread(seen.pooled_BD.chunk(NUM_GLOBAL), views.progress)
         return Outcome(loss + spread, metrics | more, means)
 
@@ -327,7 +330,7 @@ class SelfDistillation(Method):
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[Means], progress: float) -> None:
-        knobs = self.config
+        knobs, self.progress = self.config, progress
         end = knobs.momentum_end or knobs.momentum
         momentum = half_cosine(progress, knobs.momentum, end)
         for slow, fast in (
@@ -349,7 +352,7 @@ class SelfDistillation(Method):
     # ---- watching
 
     def ailment(self, row: Mapping[str, float]) -> str:
-        return assignment_ailment(row)
+        return self.ailments.of(row, self.progress)
 
 
 def _features(network: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Features:
