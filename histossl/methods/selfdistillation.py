@@ -42,7 +42,7 @@ from histossl.methods.batchnorm import globalise_batchnorms
 from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.masks import block_masks, masked_shares, random_masks
-from histossl.methods.method import Method, Outcome, Views
+from histossl.methods.method import Method, Outcome, Training, Views
 from histossl.methods.ramps import half_cosine, ramp
 from histossl.methods.spread import kde, koleo
 from histossl.methods.tokens import Features, Tokens, patch_px
@@ -173,6 +173,15 @@ class SelfDistillation(Method):
         self.ailments, self.progress = Ailments(config.assign), 0.0
         self.centre_K: Tensor
         self.patch_centre_K: Tensor
+
+    @classmethod
+    def trained_with(cls, knobs: Any) -> Training:
+        terms = {
+            "Sinkhorn": knobs.assign == "sinkhorn",
+            "KoLeo": getattr(knobs, "koleo_weight", 0),
+            "KDE": getattr(knobs, "kde_weight", 0),
+        }
+        return replace(cls.trained_by, of_the_pass=", ".join(term for term, used in terms.items() if used))
 
     def _head(self, feature_dim: int) -> PrototypeHead:
         knobs = self.config

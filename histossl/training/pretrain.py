@@ -272,7 +272,7 @@ class _Pretraining:
             {name: value for name, value in asdict(knobs).items() if name in by_hand},
             processes.count,
             batchnorm=has_batchnorm(backbone),
-            training=method_class.trained_by,
+            training=method_class.trained_with(knobs),
             to_fit=method_class.planned,
             batchnorm_group=getattr(knobs, "batchnorm_group_tiles", 0),
             company=self.order.company(),
@@ -670,10 +670,10 @@ class _Pretraining:
         else:
             return
         reasons = self.plan.reasons
-        training = self.method.trained_by
+        training = self.method.trained_with(self.knobs)
         if training.of_the_pass and pieces > 1:
             told = of_the_pass_reason(training, self.plan.batch_size, pieces)
-            reasons = (*(each for each in reasons if training.of_the_pass not in each), told)
+            reasons = (*(each for each in reasons if "tiles of a pass, not" not in each), told)
         if training.in_batch and pieces > 1:
             before_cut, cut = (in_batch_reason(self.plan.batch_size, each) for each in (1, pieces))
             reasons = tuple(cut if reason == before_cut else reason for reason in reasons)

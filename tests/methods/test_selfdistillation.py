@@ -9,11 +9,13 @@ from methods.test_gather import on_two
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from histossl.config import PretrainConfig
 from histossl.errors import UsageError
 from histossl.methods import classes_of, gather
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.method import Method, Views
 from histossl.training.loop import clip_gradients
+from histossl.training.planner import plan
 from histossl.training.setup import in_parallel
 from histossl.views.recipe import recipe_named
 
@@ -241,6 +243,32 @@ def test_clipping_one_by_one_and_all_together() -> None:
     assert [float(each.grad) for each in together] == pytest.approx([0.8, 0.6], rel=1e-5)
     assert float(clip_gradients([[each] for each in apart], 3.5)) == pytest.approx(5)
     assert [float(each.grad) for each in apart] == pytest.approx([3.5, 3.0], rel=1e-5)
+
+
+# ---- what a pass of fewer tiles changes
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "seen_by"),
+    [
+        ("dino", {}, "Sinkhorn"),
+        ("ibot", {}, "Sinkhorn"),
+        ("ibot", {"koleo_weight": 0.1}, "Sinkhorn, KoLeo"),
+        ("dinov2", {}, "Sinkhorn, KDE"),
+        ("dinov2", {"assign": "centre"}, "KDE"),
+        ("dinov2", {"assign": "centre", "kde_weight": 0.0}, ""),
+    ],
+)
+def test_the_plan_says_what_micro_batches_make_see_less(name: str, knobs: dict[str, Any], seen_by: str) -> None:
+    cls, config = classes_of(name)
+    training = cls.trained_with(config(**knobs))
+    settings = PretrainConfig(method=name, batch_size=32, steps=10)
+    for pieces in (1, 2):
+        planned = plan(settings, 1000, 4, {}, 1, pieces, False, training, cls.planned)
+        told = "; ".join(planned.reasons)
+        line = f"only the 16 tiles of a pass, not the batch of 32, are seen by {seen_by}"
+        assert ("are seen by" in told) == bool(seen_by and pieces > 1)
+        assert (line in told) == bool(seen_by and pieces > 1)
 
 
 # ---- collapse, forced
