@@ -18,6 +18,8 @@ from histossl.methods import gather
 
 SINKHORN_ITERATIONS = 3
 CHUNK = 2**26  # values of logits at a time: 256 MB in fp32
+PATIENCE = 200  # steps for which an ailment must last
+SETTLED = 100  # steps; before, fresh heads have learnt little
 
 
 @torch.no_grad()
@@ -140,37 +142,91 @@ def patch_loss(
 
 
 @torch.no_grad()
-def assignment_metrics(target_RK: Tensor, prefix: str = "") -> dict[str, Tensor]:
-    """Entropy of the teacher (as a share of ln K), and how the tokens share the prototypes.
+def assignment_metrics(
+    target_RK: Tensor, prefix: str = "", loss: Tensor | None = None, weight_R: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Entropy of the teacher (as a share of ln K), how the tokens share the prototypes, and what the student learnt.
 
     The same figures also where a process has no token: figures are averaged over processes by name.
+    `loss`: of the student, the sum of weight_R (the mean without) times each token's cross-entropy.
     """
     num_tokens, num_prototypes = target_RK.shape
+    own = {} if loss is None else {f"{prefix}learnt": target_RK.new_ones(())}
     if not num_tokens:
         zero, one = target_RK.new_zeros(()), target_RK.new_ones(())
         names = ("teacher_entropy", "prototypes_used", "largest_prototype")
-        return {prefix + name: value for name, value in zip(names, (zero, one, zero), strict=True)}
-    entropy = torch.stack([torch.special.entr(target_RK[rows]).sum() for rows in _row_chunks(*target_RK.shape)]).sum()
+        return {prefix + name: value for name, value in zip(names, (zero, one, zero), strict=True)} | own
+    rows = _row_chunks(num_tokens, num_prototypes)
+    entropy_R = torch.cat([torch.special.entr(target_RK[each]).sum(1) for each in rows])
     used = torch.zeros(num_prototypes, device=target_RK.device).index_fill_(0, target_RK.argmax(1), 1.0).sum()
+    if loss is not None:
+        weight_R = torch.full_like(entropy_R, 1 / num_tokens) if weight_R is None else weight_R
+        own = {f"{prefix}learnt": learnt(loss, entropy_R, weight_R, math.log(num_prototypes))}
     return {
-        f"{prefix}teacher_entropy": entropy / (num_tokens * math.log(num_prototypes)),
+        f"{prefix}teacher_entropy": entropy_R.mean() / math.log(num_prototypes),
         f"{prefix}prototypes_used": used / min(num_tokens, num_prototypes),
         f"{prefix}largest_prototype": target_RK.mean(0).amax(),
-    }
+    } | own
 
 
-def assignment_ailment(row: Mapping[str, float]) -> str:
-    """The two ways in which a self-distilled teacher dies; neither shows in the loss (algorithms.md section 6)."""
-    for prefix, where in (("", "tiles"), ("patch_", "patches")):
-        if row.get(f"{prefix}teacher_entropy", 0.0) > 0.99:
-            return (
-                f"uniform collapse: the teacher finds all prototypes alike for all {where}. Likely causes: "
-                "centring of features that are much alike to begin with (--set assign=sinkhorn), teacher_temperature "
-                "too high (0.07 at most), centre_momentum too high, more prototypes than the tiles can fill"
-            )
-        if row.get(f"{prefix}largest_prototype", 0.0) > 0.5 or row.get(f"{prefix}prototypes_used", 1.0) < 0.05:
-            return (
-                f"one-hot collapse: the teacher gives nearly all {where} the same few prototypes. Likely causes: "
-                "--set teacher_temperature too low, centring off (centre_momentum 1) or too slow, --lr too high"
-            )
-    return ""
+def learnt(loss: Tensor, entropy_R: Tensor, weight_R: Tensor, uniform: float) -> Tensor:
+    """What the student tells of what the teacher tells: 1 is all, 0 as much as one that says the same of all tokens.
+
+    Balanced targets are uniform in the mean, so such a student has a loss of `uniform`, ln K, at least; and none has
+    less than the teacher's entropy. The loss itself shows little: of tissue a teacher's entropy is 0.95 ln K, and a
+    student that learns well stays at 0.99 for a hundred steps.
+    """
+    ceiling = weight_R.sum() * uniform
+    return (ceiling - loss) / (ceiling - (weight_R * entropy_R).sum()).clamp(min=1e-6)
+
+
+class Ailments:
+    """How a self-distilled teacher dies, and its student; none of it shows in the loss (algorithms.md section 6).
+
+    A teacher that finds all alike, or a student that has learnt nothing, must last to be told: 200 steps, or a tenth of
+    a short run. The student is not judged in the run's first fifth, nor its first 100 steps.
+    """
+
+    def __init__(self, assign: str) -> None:
+        self.assign = assign
+        self.since: dict[str, float] = {}  # what lasts -> the logged step at which it was first so
+
+    def of(self, row: Mapping[str, float], progress: float) -> str:
+        for prefix, where in (("", "tiles"), ("patch_", "patches")):
+            alike = row.get(f"{prefix}teacher_entropy", 0.0) > 0.99
+            if self._lasts(f"{prefix}uniform", alike, row, progress):
+                return f"uniform collapse: the teacher finds all prototypes alike for all {where}. " + self._causes(
+                    "--set teacher_temperature too high (0.07 at most)",
+                    "more prototypes than the tiles can fill",
+                    centred=(
+                        "centring of features much alike to begin with (--set assign=sinkhorn)",
+                        "centre_momentum too high",
+                    ),
+                )
+            if row.get(f"{prefix}largest_prototype", 0.0) > 0.5 or row.get(f"{prefix}prototypes_used", 1.0) < 0.05:
+                return (
+                    f"one-hot collapse: the teacher gives nearly all {where} the same few prototypes. "
+                    + self._causes(
+                        "--set teacher_temperature too low",
+                        centred=("centring off (centre_momentum 1) or too slow",),
+                    )
+                )
+            dumb = progress >= 0.2 and row.get("step", 0.0) >= SETTLED and row.get(f"{prefix}learnt", 1.0) <= 0
+            if self._lasts(f"{prefix}learnt", dumb, row, progress):
+                return (
+                    f"collapse of the student: of what the teacher says of {where} it tells no more than if it said "
+                    "the same of all. " + self._causes("--lr too low", "views that share nothing")
+                )
+        return ""
+
+    def _lasts(self, what: str, holds: bool, row: Mapping[str, float], progress: float) -> bool:
+        if not holds:
+            self.since.pop(what, None)
+            return False
+        step = row.get("step", 0.0)
+        return step - self.since.setdefault(what, step) >= min(PATIENCE, 0.1 * step / max(progress, 1e-9))
+
+    def _causes(self, *causes: str, centred: tuple[str, ...] = ()) -> str:
+        everywhere = ("--lr too high", "--set momentum too low, or 1")
+        own = centred if self.assign == "centre" else ()
+        return f"Likely causes: {', '.join((*own, *everywhere, *causes))}"

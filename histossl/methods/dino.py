@@ -16,7 +16,6 @@ layer decay the patch embedding has a fifth of its rate (DINOv2's and nanopath's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 
 from histossl.methods.method import Rate, Training
 from histossl.methods.selfdistillation import SelfDistillation, SelfDistillationConfig
@@ -35,6 +34,3 @@ class DINO(SelfDistillation):
         patch_embed_scale=0.2,
         clip_by="parameter",
     )
-
-    def loss_ceiling(self) -> float:
-        return log(self.config.prototypes)

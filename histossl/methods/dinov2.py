@@ -54,7 +54,6 @@ class DINOv2Config(MaskedConfig):
 class DINOv2(SelfDistillation):
     trained_by = Training(
         optimizer="adamw",
-        of_the_pass="Sinkhorn and KDE",
         adamw=Rate(1.4e-3, 1e-4, 128, "sqrt", 0.04, "DINOv2's 0.004 at 1,024 tiles, 0.0014"),
         weight_decay_end=0.1,
         layer_decay=0.7,

@@ -48,7 +48,7 @@ class Training:
     final_lr: float = 0.01  # share of the peak at the end of the cosine
     clip_by: str = "all"  # all: one norm over everything; parameter: each by its own (DINO)
     decay_flat: bool = False  # weight decay on biases and norms too, under sgd (MoCo's official code)
-    of_the_pass: str = ""  # what is taken over the tiles of one pass, and sees less in micro-batches
+    of_the_pass: str = ""  # terms over the tiles of one pass, which see less in micro-batches
     prototypes: tuple[int, int] = (1, 65536)  # times the table's number for so many tiles, and the most
     in_batch: bool = False  # negatives are the tiles of the same pass: micro-batches make them fewer
 
@@ -83,6 +83,11 @@ class Method(nn.Module):
     planned: ClassVar[tuple[str, ...]] = ()  # knobs that the planner fits to tiles, slides and steps
     caution: ClassVar[str] = ""  # what a person should know before a run is begun, in a line
     judges_rank: ClassVar[bool] = True  # whether features of fewer directions are an ailment (to a classifier not)
+
+    @classmethod
+    def trained_with(cls, knobs: Any) -> Training:  # noqa: ARG003  for methods that need them
+        """`trained_by`, and what of it depends on the knobs (their class is the method's own)."""
+        return cls.trained_by
 
     def learner(self) -> nn.Module:
         """The backbone that the optimizer moves: the exported one, but for methods that export a teacher."""

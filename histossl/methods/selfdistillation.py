@@ -31,7 +31,7 @@ from histossl.config import knob, require
 from histossl.errors import UsageError
 from histossl.methods import gather
 from histossl.methods.assignments import (
-    assignment_ailment,
+    Ailments,
     assignment_metrics,
     centred,
     patch_loss,
@@ -42,7 +42,7 @@ from histossl.methods.batchnorm import globalise_batchnorms
 from histossl.methods.ema import ema_update, frozen_copy
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.masks import block_masks, masked_shares, random_masks
-from histossl.methods.method import Method, Outcome, Views
+from histossl.methods.method import Method, Outcome, Training, Views
 from histossl.methods.ramps import half_cosine, ramp
 from histossl.methods.spread import kde, koleo
 from histossl.methods.tokens import Features, Tokens, patch_px
@@ -171,8 +171,18 @@ class SelfDistillation(Method):
             self.teacher_patch_head = frozen_copy(self.patch_head)
         self.register_buffer("centre_K", torch.zeros(config.prototypes))
         self.register_buffer("patch_centre_K", torch.zeros(config.prototypes if self.masks else 0))
+        self.ailments, self.progress = Ailments(config.assign), 0.0
         self.centre_K: Tensor
         self.patch_centre_K: Tensor
+
+    @classmethod
+    def trained_with(cls, knobs: Any) -> Training:
+        terms = {
+            "Sinkhorn": knobs.assign == "sinkhorn",
+            "KoLeo": getattr(knobs, "koleo_weight", 0),
+            "KDE": getattr(knobs, "kde_weight", 0),
+        }
+        return replace(cls.trained_by, of_the_pass=", ".join(term for term, used in terms.items() if used))
 
     def _head(self, feature_dim: int) -> PrototypeHead:
         knobs = self.config
@@ -224,7 +234,7 @@ class SelfDistillation(Method):
         temperature, prototypes_KD = self.config.student_temperature, self.head.prototypes_KD()
         towards_QBD = self.head.towards(torch.cat(pooled)).unflatten(0, (-1, num_tiles))
         crops = view_loss(towards_QBD, prototypes_KD, target_XK.unflatten(0, (NUM_GLOBAL, num_tiles)), temperature)
-        metrics = {**assignment_metrics(target_XK), "crop_loss": crops.detach()}
+        metrics = {**assignment_metrics(target_XK, loss=crops.detach()), "crop_loss": crops.detach()}
         if self.masks is None:
             return Outcome(crops, metrics, means)
         loss = self.masks.crop_weight * crops
@@ -237,7 +247,9 @@ class SelfDistillation(Method):
                 towards_RD, prototypes_KD, patch_target_RK, masked.weight_R, len(globals_X), temperature
             )
             loss = loss + self.masks.patch_weight * patches
-            metrics |= {**assignment_metrics(patch_target_RK, "patch_"), "patch_loss": patches.detach()}
+            shares_R = masked.weight_R / len(globals_X)
+            metrics |= assignment_metrics(patch_target_RK, "patch_", patches.detach(), shares_R)
+            metrics["patch_loss"] = patches.detach()
         spread, more = self._spread(seen.pooled_BD.chunk(NUM_GLOBAL), views.progress)
         return Outcome(loss + spread, metrics | more, means)
 
@@ -329,7 +341,7 @@ class SelfDistillation(Method):
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[Means], progress: float) -> None:
-        knobs = self.config
+        knobs, self.progress = self.config, progress
         end = knobs.momentum_end or knobs.momentum
         momentum = half_cosine(progress, knobs.momentum, end)
         for slow, fast in (
@@ -351,7 +363,7 @@ class SelfDistillation(Method):
     # ---- watching
 
     def ailment(self, row: Mapping[str, float]) -> str:
-        return assignment_ailment(row)
+        return self.ailments.of(row, self.progress)
 
 
 def _features(network: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Features:

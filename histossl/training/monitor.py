@@ -20,6 +20,10 @@ FALLING = 4  # looks, each with a lower score than the one before
 KEY_DRIFT_WARN = 0.1
 SPREAD_WARN, SPREAD_STOP = 0.3, 0.05
 RANK_WARN, RANK_STOP = 0.7, 0.25  # of the value at step 0
+UNMOVED = (
+    "the backbone that this run exports is the start still, weight for weight. Likely causes: --set momentum=1, which "
+    "keeps a teacher where it is; --lr too low; steps that were left out"
+)
 
 
 def feature_spread(x_ND: Tensor) -> float:
@@ -78,11 +82,19 @@ class Watch:
         if self.first_ND is None or self.last_ND is None:
             self.first_ND = self.last_ND = x_ND
             self.first_rank, self.first_spread = effective_rank(x_ND), feature_spread(x_ND)
+        health = self.beside(x_ND, judges_rank)
+        self.last_ND = x_ND
+        return health
+
+    def beside(self, x_ND: Tensor, judges_rank: bool = True) -> Health:
+        """A look that is not remembered, at another network that began as this one."""
+        x_ND = x_ND.detach().float().cpu()
+        assert self.first_ND is not None
+        assert self.last_ND is not None
         spread, rank = feature_spread(x_ND), effective_rank(x_ND)
         rank_share = rank / max(self.first_rank, 1e-12)
         drift = 1 - float(F.cosine_similarity(x_ND, self.last_ND).mean())
         moved = 1 - float(F.cosine_similarity(x_ND, self.first_ND).mean())
-        self.last_ND = x_ND
         verdict = diagnosis(spread, rank_share if judges_rank else 1.0, self.first_spread)
         return Health(spread, rank, rank_share, drift, moved, *verdict)
 

@@ -143,7 +143,7 @@ def batch_bounds(num_tiles: int, num_processes: int) -> tuple[int, int]:
 
 def of_the_pass_reason(training: Training, batch: int, micro_batches: int) -> str:
     seen = batch // micro_batches
-    return f"warning: {training.of_the_pass} see the {seen:,} tiles of a pass, not the batch of {batch:,}"
+    return f"warning: only the {seen:,} tiles of a pass, not the batch of {batch:,}, are seen by {training.of_the_pass}"
 
 
 def in_batch_reason(batch: int, micro_batches: int) -> str:

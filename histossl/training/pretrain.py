@@ -44,7 +44,7 @@ from histossl.training.distributed import Processes, is_lost_process, joined
 from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
 from histossl.training.loop import HalfDoneError, Step, train
-from histossl.training.monitor import Ceiling, Health, KeyDrift, ProbeTrend, Watch, weight_change
+from histossl.training.monitor import UNMOVED, Ceiling, Health, KeyDrift, ProbeTrend, Watch, weight_change
 from histossl.training.pace import Expected, Pace, steps_within
 from histossl.training.planner import (
     BATCH_LEAST,
@@ -274,7 +274,7 @@ class _Pretraining:
             {name: value for name, value in asdict(knobs).items() if name in by_hand},
             processes.count,
             batchnorm=has_batchnorm(backbone),
-            training=method_class.trained_by,
+            training=method_class.trained_with(knobs),
             to_fit=method_class.planned,
             batchnorm_group=getattr(knobs, "batchnorm_group_tiles", 0),
             company=self.order.company(),
@@ -674,10 +674,10 @@ class _Pretraining:
         else:
             return
         reasons = self.plan.reasons
-        training = self.method.trained_by
+        training = self.method.trained_with(self.knobs)
         if training.of_the_pass and pieces > 1:
             told = of_the_pass_reason(training, self.plan.batch_size, pieces)
-            reasons = (*(each for each in reasons if training.of_the_pass not in each), told)
+            reasons = (*(each for each in reasons if "tiles of a pass, not" not in each), told)
         if training.in_batch and pieces > 1:
             before_cut, cut = (in_batch_reason(self.plan.batch_size, each) for each in (1, pieces))
             reasons = tuple(cut if reason == before_cut else reason for reason in reasons)
@@ -795,7 +795,8 @@ class _Pretraining:
 
     def _look(self, done: int) -> None:
         """Embed the fixed tiles, log their health, ask the probe, keep the best, and stop a collapse."""
-        health = self.watch.look(self._monitor_features(), self.method.judges_rank)
+        health = self.watch.look(self._monitor_features(self.method.backbone), self.method.judges_rank)
+        change = self._weight_change()
         row = {
             "step": done,
             "feature_std": health.spread,
@@ -804,9 +805,12 @@ class _Pretraining:
             "drift": health.drift,
             "moved": health.moved,
             **self._look_at_keys(done),
+            **self._look_at_student(done),
             **self.method.diagnostics(),
-            **{f"weight_change/{name}": value for name, value in self._weight_change().items()},
+            **{f"weight_change/{name}": value for name, value in change.items()},
         }
+        if done and not any(change.values()) and self.processes.writes:
+            console.warn(f"step {done}: {UNMOVED}")
         if self.probe is not None:
             row["probe"] = score = self.probe(self._plain_backbone(), self.info)
             self.best = self.best.with_look(done, score)
@@ -848,11 +852,20 @@ class _Pretraining:
             console.warn(f"step {done}: {stale}")
         return {"key_drift": drift}
 
+    def _look_at_student(self, done: int) -> dict[str, float]:
+        """Of a method that exports a teacher: it begins as the student, and shows a dead one late or never."""
+        if self.method.learner() is self.method.backbone:
+            return {}
+        health = self.watch.beside(self._monitor_features(self.method.learner()))
+        if health.verdict and done and self.processes.writes:
+            console.warn(f"step {done}: the student, whom the exported teacher follows: {health.verdict}")
+        return {"student_feature_std": health.spread, "student_effective_rank_share": health.rank_share}
+
     @torch.no_grad()
-    def _monitor_features(self, num_tiles: int = MONITOR_TILES) -> Tensor:
-        self.method.backbone.eval()
+    def _monitor_features(self, backbone: nn.Module, num_tiles: int = MONITOR_TILES) -> Tensor:
+        backbone.eval()
         with self.precision.autocast(self.device):
-            features = [self.method.backbone(batch).float() for batch in self._clean_batches(MONITOR, num_tiles)]
+            features = [backbone(batch).float() for batch in self._clean_batches(MONITOR, num_tiles)]
         self.method.train()
         return torch.cat(features)
 
@@ -973,11 +986,12 @@ class _Pretraining:
     def _beside_steps(self) -> tuple[float, float]:
         """Seconds of a look, and of the rest: filling the queue, BatchNorm's statistics at the end."""
         num_tiles = min(64, self.order.num_tiles)
-        self._monitor_features(num_tiles)  # warms up
+        self._monitor_features(self.method.backbone, num_tiles)  # warms up
         began_s = time.perf_counter()
-        self._monitor_features(num_tiles)
+        self._monitor_features(self.method.backbone, num_tiles)
         tile_s = (time.perf_counter() - began_s) / num_tiles
         look_s = tile_s * min(MONITOR_TILES, self.order.num_tiles)
+        look_s *= 1 if self.method.learner() is self.method.backbone else 2
         if self.probe is not None:
             began_s = time.perf_counter()
             self.probe(self._plain_backbone(), self.info)
@@ -1082,7 +1096,7 @@ def _note(row: dict[str, float]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if "loss_ceiling" in row:
         parts[0] += f" of {row['loss_ceiling']:.2f}"
-    for name, told in (("instance_accuracy", "accuracy"), ("agreement", "agreement")):
+    for name, told in (("instance_accuracy", "accuracy"), ("agreement", "agreement"), ("learnt", "learnt")):
         if name in row:
             parts.append(f"{told} {row[name]:.0%}")
     if "pretext_accuracy_recent" in row:

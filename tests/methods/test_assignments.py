@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from histossl.methods import assignments, gather
 from histossl.methods.assignments import (
-    assignment_ailment,
+    Ailments,
     assignment_metrics,
     centred,
     patch_loss,
@@ -172,12 +172,17 @@ def test_two_processes_balance_what_one_balances(tmp_path) -> None:
 # ---- what is told of a teacher that dies
 
 
-def told(target: Tensor) -> str:
-    return assignment_ailment({name: float(value) for name, value in assignment_metrics(target).items()})
+def told(target: Tensor, assign: str = "sinkhorn") -> str:
+    return Ailments(assign).of({name: float(value) for name, value in assignment_metrics(target).items()}, 0.5)
 
 
 def test_a_teacher_that_finds_all_alike_is_named() -> None:
-    assert "uniform collapse" in told(torch.full((32, 64), 1 / 64))
+    alike = torch.full((32, 64), 1 / 64)
+    assert "uniform collapse" in told(alike)
+    assert "assign=sinkhorn" in told(alike, "centre")
+    for cause in ("--lr too high", "momentum too low"):
+        assert cause in told(alike)
+    assert "centr" not in told(alike)  # it is on Sinkhorn
 
 
 def test_a_teacher_of_one_prototype_is_named() -> None:
@@ -186,3 +191,37 @@ def test_a_teacher_of_one_prototype_is_named() -> None:
 
 def test_a_healthy_teacher_is_left_alone() -> None:
     assert told(sinkhorn(F.normalize(logits(64, 128), dim=1), 0.04)) == ""
+
+
+@pytest.mark.parametrize(("num_steps", "after"), [(20_000, 200), (600, 60)])
+def test_all_alike_must_last_two_hundred_steps_or_a_tenth_of_the_run(num_steps: int, after: int) -> None:
+    ailments = Ailments("sinkhorn")
+    alike, healthy = {"teacher_entropy": 0.995}, {"teacher_entropy": 0.9898}  # the second: a fresh head of 131,072
+
+    def at(step: int, row: dict[str, float]) -> str:
+        return ailments.of({"step": float(step), **row}, step / num_steps)
+
+    assert not at(1, healthy)
+    assert not at(10, alike)
+    assert not at(9 + after, alike)
+    assert "uniform collapse" in at(10 + after, alike)
+    assert not at(20 + after, healthy)
+    assert not at(30 + after, alike)  # begins anew
+
+
+def test_a_student_that_says_the_same_of_all_has_learnt_nothing_and_the_teacher_itself_all() -> None:
+    target = sinkhorn(F.normalize(logits(64, 128), dim=1), 0.04)
+    for said, expected in ((torch.full((64, 128), 1 / 128), 0.0), (target.mean(0).expand(64, -1), 0.0), (target, 1.0)):
+        loss = -(target * said.log()).sum(1).mean()
+        assert float(assignment_metrics(target, loss=loss)["learnt"]) == pytest.approx(expected, abs=0.02)
+    constant = torch.softmax(logits(1, 128), 1).expand(64, -1)
+    assert float(assignment_metrics(target, loss=-(target * constant.log()).sum(1).mean())["learnt"]) < 0
+
+
+def test_a_student_that_learns_nothing_is_told_after_a_fifth_of_the_run() -> None:
+    for start, heard in ((100, False), (300, True)):
+        ailments = Ailments("sinkhorn")
+        rows = [{"step": float(start + more), "learnt": 0.3, "patch_learnt": -0.1} for more in (0, 50, 110)]
+        told = [ailments.of(row, row["step"] / 1001) for row in rows]
+        assert ("collapse of the student: of what the teacher says of patches" in told[-1]) == heard
+        assert not told[0]

@@ -179,6 +179,44 @@ def drawn(method: Method, tiles: Tensor, step: int, numbers: Tensor | None = Non
     return Views(images, numbers, numbers, step, positions_B=positions)
 
 
+# ---- a slow copy follows
+
+KEYS = {"backbone": "key_backbone", "head": "key_head"}
+TEACHER = {"student": "teacher", "head": "teacher_head"}
+SLOW = {
+    "mocov1": KEYS,
+    "mocov2": KEYS,
+    "mocov3": {"backbone": "key_backbone", "projector": "key_projector"},
+    "simclrv2": KEYS,
+    "dino": TEACHER,
+    "ibot": TEACHER,
+    "dinov2": {**TEACHER, "patch_head": "teacher_patch_head"},
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_each_slow_copy_follows_after_the_step_by_the_momentum(name: str) -> None:
+    backbone, width = small_vit() if needs_vit(name) else small_backbone()
+    method = made(name, backbone, width, PX, momentum=0.9, momentum_end=0.9)
+    if name == "simclrv2":
+        knobs = replace(knobs_of(name, momentum=0.9), queue_size=16)
+        method = classes_of(name)[0](backbone, width, recipe_named("simclr", PX), knobs).train()
+    batch = drawn(method, painted(8, 0)[0], 0)
+    carry = method(batch).carry
+    for part, copy in SLOW[name].items():
+        for fast, slow in zip(_weights(method, part), _weights(method, copy), strict=True):
+            fast.data = slow.data + 1
+    before = {copy: [each.clone() for each in _weights(method, copy)] for copy in SLOW[name].values()}
+    method.after_step([carry], 0.0)
+    for copy in before:
+        for now, then in zip(_weights(method, copy), before[copy], strict=True):
+            torch.testing.assert_close(now, then + 0.1, rtol=0, atol=1e-5, msg=copy)
+
+
+def _weights(method: Method, part: str) -> list[Tensor]:
+    return list(method.get_submodule(part).parameters())
+
+
 # ---- learns
 
 KINDS, PX, BATCH, NUM_TILES = 6, 32, 64, 512

@@ -10,11 +10,13 @@ from methods.test_gather import on_two
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from histossl.config import PretrainConfig
 from histossl.errors import UsageError
 from histossl.methods import classes_of, gather
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.method import Method, Views
 from histossl.training.loop import clip_gradients
+from histossl.training.planner import plan
 from histossl.training.setup import in_parallel, optimizer_for
 from histossl.views.recipe import recipe_named
 
@@ -201,7 +203,6 @@ def test_logits_are_cosines() -> None:
 
 def test_loss_at_the_start_is_near_ln_of_prototypes() -> None:
     made = method("dino", prototypes=4096, bottleneck_dim=256)
-    assert made.loss_ceiling() == math.log(4096)
     assert made(views()).loss.item() == pytest.approx(math.log(4096), rel=0.2)
 
 
@@ -260,6 +261,32 @@ def test_clipping_one_by_one_and_all_together() -> None:
     assert [float(each.grad) for each in apart] == pytest.approx([3.5, 3.0], rel=1e-5)
 
 
+# ---- what a pass of fewer tiles changes
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "seen_by"),
+    [
+        ("dino", {}, "Sinkhorn"),
+        ("ibot", {}, "Sinkhorn"),
+        ("ibot", {"koleo_weight": 0.1}, "Sinkhorn, KoLeo"),
+        ("dinov2", {}, "Sinkhorn, KDE"),
+        ("dinov2", {"assign": "centre"}, "KDE"),
+        ("dinov2", {"assign": "centre", "kde_weight": 0.0}, ""),
+    ],
+)
+def test_the_plan_says_what_micro_batches_make_see_less(name: str, knobs: dict[str, Any], seen_by: str) -> None:
+    cls, config = classes_of(name)
+    training = cls.trained_with(config(**knobs))
+    settings = PretrainConfig(method=name, batch_size=32, steps=10)
+    for pieces in (1, 2):
+        planned = plan(settings, 1000, 4, {}, 1, pieces, False, training, cls.planned)
+        told = "; ".join(planned.reasons)
+        line = f"only the 16 tiles of a pass, not the batch of 32, are seen by {seen_by}"
+        assert ("are seen by" in told) == bool(seen_by and pieces > 1)
+        assert (line in told) == bool(seen_by and pieces > 1)
+
+
 # ---- collapse, forced
 
 
@@ -267,15 +294,34 @@ def test_clipping_one_by_one_and_all_together() -> None:
     ("knobs", "told"),
     [({"teacher_temperature": 50.0, "warmup_teacher_temperature": 50.0}, "uniform collapse"), ({}, "one-hot collapse")],
 )
-def test_forced_collapse_is_named(knobs: dict[str, float], told: str) -> None:
-    made = method("dino", prototypes=256, assign="centre", **knobs)
+@pytest.mark.parametrize("name", METHODS)
+def test_forced_collapse_is_named(name: str, knobs: dict[str, float], told: str) -> None:
+    made = method(name, prototypes=256, assign="centre", **knobs)
     if not knobs:  # what centring would have kept away: one prototype ahead of all others, for every tile
         made.teacher_head.last_layer.weight.data[:] = -made.teacher_head.last_layer.weight.data[:1]
         made.teacher_head.mlp[-1].bias.data = -100 * made.teacher_head.last_layer.weight.data[0]
         made.teacher_head.last_layer.weight.data[0] *= -1
     metrics = {name: float(value) for name, value in made(views()).metrics.items()}
     assert told in made.ailment(metrics)
-    assert method("dino", prototypes=256).ailment({}) == ""
+    assert method(name, prototypes=256).ailment({}) == ""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_student_that_says_the_same_of_all_is_named_and_a_copy_of_the_teacher_is_not(name: str) -> None:
+    whole = {} if name == "dino" else {"mask_probability": 0.07}  # one crop of sixteen is masked
+    for dead in (False, True):
+        made = method(name, momentum=1.0, momentum_end=1.0, **whole)
+        for head in (made.head, made.patch_head):
+            if dead and head is not None:
+                head.mlp[-1].weight.data.zero_()
+                head.mlp[-1].bias.data.normal_()
+        same = views().images[0]
+        outcome = made(views()._replace(images=[same, same]))
+        made.after_step([outcome.carry], 0.5)
+        figures = {key: float(value) for key, value in outcome.metrics.items()}
+        told = [made.ailment({**figures, "step": step}) for step in (500.0, 700.0)]
+        assert ("collapse of the student: of what the teacher says of tiles" in told[1]) == dead
+        assert not told[0]
 
 
 # ---- processes
