@@ -159,7 +159,7 @@ class SelfDistillation(Method):
         self.masks = config if isinstance(config, MaskedConfig) else None
         self.recipe = _crops(recipe, config, patch_px(backbone))
         globalise_batchnorms(backbone)
-        self.student: nn.Module = Tokens(backbone, recipe.name.partition("-")[0]) if self.masks else backbone
+        self.student: nn.Module = Tokens(backbone, type(self).__name__.lower()) if self.masks else backbone
         if isinstance(self.student, Tokens) and self.masks and not self.masks.patch_weight:
             self.student.mask_token.requires_grad_(False)  # nothing is masked
         self.head = self._head(feature_dim)

@@ -7,7 +7,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from histossl.errors import UsageError
+from histossl.methods import classes_of
 from histossl.methods.tokens import Tokens, patch_px
+from histossl.views.recipe import recipe_named
 
 NAMES = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch14_dinov2", "deit_tiny_patch16_224"]
 
@@ -71,3 +73,12 @@ def test_position_grid_is_its_own_at_its_own_size_and_bicubic_at_another() -> No
 def test_a_cnn_is_refused_with_what_to_take() -> None:
     with pytest.raises(UsageError, match=r"--method ibot: .*ResNet has none.*--backbone vit_small"):
         Tokens(timm.create_model("resnet10t", num_classes=0), "ibot")
+
+
+@pytest.mark.parametrize("name", ["ibot", "dinov2"])
+def test_a_backbone_without_patches_is_refused_by_the_name_of_the_method(name: str) -> None:
+    method_class, config = classes_of(name)
+    with pytest.raises(UsageError, match=f"--method {name}: learns from masked patch tokens"):
+        method_class(
+            timm.create_model("resnet10t", num_classes=0), 512, recipe_named("dino", 64), config(prototypes=16)
+        )
