@@ -1096,9 +1096,9 @@ def _note(row: dict[str, float]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if "loss_ceiling" in row:
         parts[0] += f" of {row['loss_ceiling']:.2f}"
-    for name, told in (("instance_accuracy", "accuracy"), ("agreement", "agreement"), ("learnt", "learnt")):
+    for name, told in (("instance_accuracy", "accuracy"), ("agreement", "agreement"), ("learnt", "teacher followed")):
         if name in row:
-            parts.append(f"{told} {row[name]:.0%}")
+            parts.append(f"{told} {max(0.0, row[name]):.0%}")  # below none is none
     if "pretext_accuracy_recent" in row:
         parts.append(f"accuracy {row['pretext_accuracy_recent']:.1%}, chance {row['chance']:.1%}")
     parts += [f"{row['tiles_per_s']:.0f} tiles/s", f"waiting for tiles {row['data_wait']:.0%}"]
@@ -1119,6 +1119,8 @@ def _probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:
             f"Adaptation did not help on the labelled training slides: no look scored above the start "
             f"({best.at_start:.3f}); {last}"
         )
+    if f"{best.score:.3f}" == f"{best.at_start:.3f}":
+        return f"On the labelled training slides the probe stayed at {best.at_start:.3f}; {last}"
     kept = "" if best.step == num_steps else f"; the best look's backbone is {run.best_backbone}"
     worse = "" if best.last > best.at_start else ", no more than the start"
     chance = f". The highest of {best.num_looks} looks is partly luck: a small rise is no evidence"

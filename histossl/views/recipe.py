@@ -109,9 +109,8 @@ def with_settings(recipe: ViewRecipe, assignments: Sequence[str]) -> ViewRecipe:
         key = key.replace("-", "_")
         known = [name for name in ViewSpec.__dataclass_fields__ if name != "size_px"]  # --view-px sets it
         if not equals or key not in known:
-            raise UsageError(
-                f"--view-set {assignment}: must be KEY=VALUE{nearest(key, known)}; known: {', '.join(sorted(known))}"
-            )
+            what = "must be KEY=VALUE" if not equals else f"there is no {key!r}{nearest(key, known)}"
+            raise UsageError(f"--view-set {assignment}: {what}; known: {', '.join(sorted(known))}")
         default = getattr(defaults, key)
         try:
             settings[key] = _read_as(default, text)

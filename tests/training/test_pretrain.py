@@ -249,6 +249,12 @@ def test_the_last_score_is_told_whatever_the_best_one_was(tmp_path: Path) -> Non
     assert "highest of 3 looks is partly luck" in said
 
 
+def test_a_probe_that_reads_the_same_did_not_rise(tmp_path: Path) -> None:
+    said = _probe_verdict(Best().with_look(0, 0.45931).with_look(6, 0.45940), 6, run_dir(tmp_path))
+    assert "stayed at 0.459" in said
+    assert "rose" not in said
+
+
 def test_labels_that_come_late_are_compared_with_no_start(tmp_path: Path) -> None:
     best = Best().with_look(6, 0.4).with_look(9, 0.3)
     assert (best.step, best.score) == (6, 0.4)

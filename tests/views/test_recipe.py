@@ -336,7 +336,7 @@ def test_every_setting_of_a_view_can_be_asked_for():
         ("gray_p=0.1", "did you mean 'grey_p'"),
         ("scale=0.4", "must be two numbers, low,high"),
         ("jpeg_p=2", "must be a probability"),
-        ("size_px=64", "must be KEY=VALUE"),
+        ("size_px=64", "there is no 'size_px'"),
         ("blur_p", "must be KEY=VALUE"),
     ):
         with pytest.raises(UsageError, match=said):
