@@ -111,16 +111,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
     console.say(f"{len(index):,} tiles of {TILE_PX * MPP:g} um in {workspace.tiles}")
 
     # ---- without labels
-    settings = PretrainConfig(
-        backbone=BACKBONE,
-        weights=config.weights,
-        steps=config.steps,
-        batch_size=BATCH_SIZE,
-        view_px=VIEW_PX,
-        optimizer=OPTIMIZER if config.weights == "random" else "",
-        lr=LR if config.weights == "random" else 0.0,
-        seed=config.seed,
-    )
+    settings = pretraining(config)
     _heading(4, "pretrain", f"pretrain --name {NAME} {_options(settings)} {where}")
     if config.weights == "random":
         console.say(
@@ -141,6 +132,21 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
         f"{(time.monotonic() - started_s) / 60:.1f} minutes. The report: {report}"
     )
     return report
+
+
+def pretraining(config: DemoConfig) -> PretrainConfig:
+    """How the demo pretrains on its tiles of TILE_PX."""
+    random = config.weights == "random"
+    return PretrainConfig(
+        backbone=BACKBONE,
+        weights=config.weights,
+        steps=config.steps,
+        batch_size=BATCH_SIZE,
+        view_px=VIEW_PX,
+        optimizer=OPTIMIZER if random else "",
+        lr=LR if random else 0.0,
+        seed=config.seed,
+    )
 
 
 def _heading(number: int, stage: str, command: str) -> None:

@@ -1,7 +1,7 @@
 """What a curve costs: embedding against the plain loop of known extractors, and heads from ready embeddings.
 
     python tests/bench/bench_evaluate.py [embed|mean|abmil]
-    python tests/bench/bench_evaluate.py suggest --weights deit_tiny_patch16_224_in1k.pth
+    python tests/bench/bench_evaluate.py suggest [--weights deit_tiny_patch16_224_in1k.pth]
 
 embed  the same tiles of a painted slide: region by OpenSlide, Pillow's transform and an fp32 forward, one after the
        other, against `embed_slides` on tiles that are packed already. Printed: seconds of each, and what everything
@@ -10,7 +10,8 @@ mean   200 slides x 3 starts x 6 budgets x 10 draws, and the intervals, verdict 
        on two cores.
 abmil  the same, projected from one start and two draws; the bound is ten minutes.
 suggest  not what it costs but what it is worth: 96 painted slides of three classes, of which two are rare; from one
-       labelled slide per class, 3 and 6 more by `histossl suggest` or at random, 20 times over. Printed: balanced
+       labelled slide per class, 3 and 6 more by `histossl suggest` or at random, 20 times over, in the features of a
+       backbone adapted to these slides as `histossl demo` does it, or of a DeiT-tiny with --weights. Printed: balanced
        accuracy on patients left out, and the difference with its standard error.
 """
 
@@ -29,7 +30,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from histossl.backbones import create_backbone
 from histossl.config import EmbedConfig, TileConfig, TissueConfig
-from histossl.demo.paint import paint_archive, paint_slide
+from histossl.demo.paint import paint_slide
+from histossl.demo.run import BACKBONE, MPP, TILE_PX, VIEW_PX, DemoConfig, paint_into, pretraining
 from histossl.evaluation import curves
 from histossl.evaluation.embed import Bags, backbone_embedder, embed_slides, slide_tiles
 from histossl.evaluation.heads import MeanHead, head_named
@@ -39,9 +41,11 @@ from histossl.evaluation.suggest import committee, picks
 from histossl.evaluation.tables import Prediction
 from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
+from histossl.training.pretrain import Operation, pretrain
 from histossl.workspace import Workspace
 
 STARTS, SLIDES, BUDGETS, DRAWS, DIM, TILES = 3, 200, (1, 2, 4, 8, 16, "all"), 10, 384, 300
+CPU = torch.device("cpu")
 
 
 def bench_embed(folder: Path) -> None:
@@ -160,20 +164,24 @@ def bench_heads(folder: Path, head: str, starts: int, draws: int) -> None:
 # ---- what suggestions are worth
 
 
-def bench_suggest(folder: Path, weights: str, num_draws: int = 20) -> None:
-    classes = ("normal", "adenoma", "carcinoma")
-    slides = folder / "painted"
-    paint_archive(slides, num_slides=96, seed=3, side_px=768, classes=classes, slides_per_patient=2, num_workers=1)
-    workspace = Workspace(folder / "painted-w").make()
-    tile_archive(slides, workspace, TileConfig(tile_px=128, grid="physical", tissue=TissueConfig(min_tissue=0.3)), 1)
+def bench_suggest(folder: Path, weights: str = "", num_draws: int = 20) -> None:
+    slides, workspace = folder / "painted", Workspace(folder / "painted-w").make()
+    paint_into(slides, slides=96, seed=3)
+    tile_archive(slides, workspace, TileConfig(tile_px=TILE_PX, mpp=MPP))
     index = TileIndex.open(workspace)
     names = [slide for slide in index.slides if len(slide_tiles(index, slide))]
-    backbone, info = create_backbone("deit_tiny_patch16_224", weights)
-    embedder = backbone_embedder("imagenet", backbone, info, 96, torch.device("cpu"))
+    if weights:
+        embedder = backbone_embedder("imagenet", *create_backbone("deit_tiny_patch16_224", weights), 96, CPU)
+    else:
+        run, settings = workspace.pretrain("adapted"), pretraining(DemoConfig())
+        pretrain(index, run, settings, Operation(num_workers=1))
+        backbone = create_backbone(BACKBONE, str(run.backbone))
+        embedder = backbone_embedder("adapted", *backbone, VIEW_PX, CPU)
     files = embed_slides(workspace, index, names, embedder, EmbedConfig())
     x = Bags([(files[name], None) for name in names]).pooled
     with (slides / "labels.csv").open() as file:
         told = {row["slide"]: (row["label"], row["patient"]) for row in csv.DictReader(file)}
+    classes = sorted({label for label, _ in told.values()})
     labels = np.array([classes.index(told[name][0]) for name in names])
     patients = np.unique([told[name][1] for name in names], return_inverse=True)[1]
 
@@ -234,6 +242,6 @@ if __name__ == "__main__":
         if "mean" in wanted:
             bench_heads(Path(name), "mean", STARTS, DRAWS)
         if "suggest" in wanted:
-            bench_suggest(Path(name), wanted[wanted.index("--weights") + 1] if "--weights" in wanted else "imagenet")
+            bench_suggest(Path(name), wanted[wanted.index("--weights") + 1] if "--weights" in wanted else "")
         if "abmil" in wanted:
             bench_heads(Path(name), "abmil", 1, 2)
