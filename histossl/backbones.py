@@ -260,7 +260,7 @@ def _require_hub(timm_name: str, backbone: nn.Module) -> None:
         raise WeightsError(
             f"ImageNet weights of {timm_name} are not in timm's cache and {host} cannot be reached ({error}). "
             "Three ways out: copy a weights file here and pass --weights FILE; set HF_HOME to a cache copied from a "
-            "machine with internet; or start from scratch with --weights random"
+            "machine with internet; or go without them (pretrain: --weights random; finetune: no imagenet in --starts)"
         ) from error
 
 

@@ -245,18 +245,17 @@ def compare(
     a, b = measured.number(start, head), measured.number(reference, reference_head or head)
     both = _has_budget(measured, metric, a) & _has_budget(measured, metric, b)
 
-    def contrast(weights_B: Floats) -> tuple[Estimate, float]:
+    def contrast(weights_B: Floats) -> Estimate:
         weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
         weights_SB[a] += weights_B
         weights_SB[b] -= weights_B
-        found = estimate(measured, metric, weights_SB)
         # Scores move in steps of about one slide: half a step is never called a difference, however alike the draws.
         slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
-        least = (0.5 / slides) ** 2 if metric in BOUNDED else 0.0
-        return found, math.sqrt(found.variance + least)
+        return estimate(measured, metric, weights_SB, (0.5 / slides) ** 2 if metric in BOUNDED else 0.0)
 
     def tested(budget: Budget | None, weights_B: Floats) -> tuple[Difference, float]:
-        found, se = contrast(weights_B)
+        found = contrast(weights_B)
+        se = math.sqrt(found.variance)
         t = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
         p = float(2 * stats.t.sf(abs(found.value) / se, found.df)) if se > 0 else float(found.value == 0)
         needed = float(stats.t.ppf(1 - VERDICT_P / 2, found.df) + stats.t.ppf(POWER, found.df)) * se
@@ -545,13 +544,18 @@ def most_telling(rows: Sequence[Saved]) -> Saved:
     return max(rows, key=lambda one: (not one.at_most, one.reference_slides))
 
 
+def fewest_patients(measured: Measured) -> int:
+    """Of the tested patients of any class that is tested at all."""
+    return min((count for count in measured.patients_per_class.values() if count), default=0)
+
+
 def _limits(
     measured: Measured,
     unit: str,
     seen_in_pretraining: int | None,
     site_statement: str,
 ) -> list[str]:
-    fewest = min((count for count in measured.patients_per_class.values() if count), default=0)
+    fewest = fewest_patients(measured)
     rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
     even = len(rare) == sum(count > 0 for count in measured.patients_per_class.values())
     if even:

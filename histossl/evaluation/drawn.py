@@ -22,23 +22,37 @@ from histossl.evaluation.labels import (
     Row,
     SlideNames,
     natural,
+    own_patients_note,
     patients_by_name,
     refuse_split_patients,
+    refuse_two_cases,
+    rows_by_slide,
 )
 from histossl.slides.files import SlideFile
 from histossl.slides.regions import Ring, read_regions, regions_in
 from histossl.tiles.index import TileIndex
 
 
-def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), classes: Sequence[str] = ()) -> LabelTable:
-    """Items of every annotation with a class, on the slides of `index`. `rows` say whose slide it is, and its side."""
+def drawn_items(
+    index: TileIndex,
+    directory: Path,
+    rows: Sequence[Row] = (),
+    classes: Sequence[str] = (),
+    *,
+    option: str = "--regions",
+    source: str = "labels.csv",
+) -> LabelTable:
+    """Items of every annotation with a class, on the slides of `index`.
+
+    `rows`, read from `source`, say whose slide it is, and its side; `option` is what named the directory.
+    """
     if not directory.is_dir():
-        raise LabelsError(f"--regions {directory}: no such folder")
+        raise LabelsError(f"{option} {directory}: no such folder")
     files = sorted(directory.rglob("*.geojson"))
     if not files:
-        raise LabelsError(f"--regions {directory}: holds no .geojson file; export annotations from QuPath as GeoJSON")
+        raise LabelsError(f"{option} {directory}: holds no .geojson file; export annotations from QuPath as GeoJSON")
     names = SlideNames.of(index)
-    about = {slide: row for row in rows for slide in names.find(row.slide)}
+    about = rows_by_slide(source, rows, names)
     notes: list[str] = []
     unread: list[tuple[str, str]] = []
     found: list[Item] = []
@@ -95,9 +109,12 @@ def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), cla
     if len(present) < 2:
         only = f"only {present[0]!r}" if present else "no class"
         why = f" ({unread[0][0]}: {unread[0][1]})" if unread else ""
-        raise LabelsError(f"--regions {directory}: tiles lie in {only}; two classes at least are needed{why}")
+        raise LabelsError(f"{option} {directory}: tiles lie in {only}; two classes at least are needed{why}")
     refuse_split_patients(directory.name, found)
-    from_rows = any(row.patient for row in about.values())
+    patients_from = "the patient column" if any(row.patient for row in about.values()) else patients_from
+    if patients_from != "the patient column":
+        for item in found:
+            refuse_two_cases(item.slide, names.cases(item.slide))
     labelled = {item.slide for item in found}
     return LabelTable(
         items=tuple(found),
@@ -106,8 +123,8 @@ def drawn_items(index: TileIndex, directory: Path, rows: Sequence[Row] = (), cla
         num_named=len(labelled) + len(unread),
         missing=tuple(sorted(unread)),
         unlabelled=tuple(sorted(set(index.slides) - labelled)),
-        patients_from="the patient column" if from_rows else patients_from,
-        notes=tuple(notes),
+        patients_from=patients_from,
+        notes=(*notes, *own_patients_note(patients_from)),
     )
 
 

@@ -105,6 +105,7 @@ def _finetune(
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
     _refuse_other_architecture(run, before.get("starts", {}), starts)
+    _refuse_other_runs(run, before.get("starts", {}), starts)
     _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
     if team.leads:
@@ -330,7 +331,8 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
     path = Path(config.labels)
     if config.regions or path.is_dir():
         rows = [] if path.is_dir() else labelling.read_rows(path, needs_label=False)
-        table = drawn_items(index, Path(config.regions) if config.regions else path, rows, config.classes)
+        option, folder = ("--regions", Path(config.regions)) if config.regions else ("--labels", path)
+        table = drawn_items(index, folder, rows, config.classes, option=option, source=path.name)
         if config.unit == "slide":
             raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
         return _in_unit(table, index, config)
@@ -443,6 +445,19 @@ def _refuse_other_weights(
             f"{known['digest']} at {known['input_px']} px, now {embedder.digest} at {embedder.input_px} px); "
             "use another --name"
         )
+
+
+def _refuse_other_runs(run: FinetuneDir, before: Mapping[str, Mapping[str, Any]], starts: Starts) -> None:
+    """A start that was measured may gain pretraining runs, and lose none: what was said of them would silently go."""
+    for name in dict.fromkeys(start.name for start in starts.chosen):
+        was = [str(one["backbone"]) for one in before.get(name, {}).get("seeds", [])]
+        now = [start.backbone for start in starts.chosen if start.name == name]
+        if not set(was) <= set(now):
+            before_it, after_it = (", ".join(runs) if any(runs) else "one backbone" for runs in (was, now))
+            raise MismatchError(
+                f"{run.root}: start {name!r} was measured as {before_it}, and is now {after_it}; "
+                "name all earlier runs too, or use another --name"
+            )
 
 
 def _labelled_digest(index: TileIndex, table: LabelTable) -> str:
@@ -814,6 +829,9 @@ def _facts(
         },
         "site_statement": "",
         "sites": {item.slide: item.site for item in table.items if item.site},
+        "region_tiles": {item.name: item.tiles.tolist() for item in table.items if item.tiles is not None}
+        if table.unit == "region"
+        else {},
     }
 
 

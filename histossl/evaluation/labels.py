@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import re
 from collections import Counter, defaultdict
@@ -136,7 +137,7 @@ def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LabelsError(f"{path}: is not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
-    lines = csv.reader(text.splitlines())
+    lines = csv.reader(io.StringIO(text, newline=""))
     header = [name.strip().lower() for name in next(lines, [])]
     _check_header(path, header, ("slide", "label") if needs_label else ("slide",))
     rows = []
@@ -148,6 +149,8 @@ def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
                 f"{path}, line {lines.line_num}: {len(cells)} columns where the first line has {len(header)}; "
                 "put text that holds a comma in double quotes"
             )
+        if any(ends in cell.strip() for cell in cells for ends in "\r\n"):
+            raise LabelsError(f"{path}, line {lines.line_num}: a cell holds a line break, or a quote is not closed")
         rows.append(_row(path, lines.line_num, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
     if not rows:
         raise LabelsError(f"{path}: has a first line but no slides below it")
@@ -324,10 +327,7 @@ def match_labels(
         if not hits:
             aside = without_tiles.find(row.slide)
             missing[row.slide] = f"no tiles: {(reasons or {})[aside[0]]}" if aside else names.hint(row.slide)
-        elif len(hits) > 1 and not (TCGA_CASE.match(PurePosixPath(row.slide).name) and not regions):
-            raise LabelsError(
-                f"{source}, line {row.line}: {row.slide!r} may be {_some(hits)}; write its path below the slides folder"
-            )
+        _refuse_several(source, row, hits, cases=not regions)
         for slide in hits:
             found[slide].append(row)
     if not found:
@@ -344,11 +344,7 @@ def match_labels(
     refuse_split_patients(source, items)
     if not regions and not mixed_patients:
         _refuse_mixed_patients(source, items)
-    if patients_from != "the patient column" and "own patient" in patients_from:
-        notes.append(
-            "no patient column: each slide counts as its own patient. If some patients have several slides, "
-            "the figures are too good; add a column 'patient'"
-        )
+    notes += own_patients_note(patients_from)
     return LabelTable(
         items=tuple(items),
         classes=present,
@@ -359,6 +355,48 @@ def match_labels(
         patients_from=patients_from,
         notes=tuple(notes),
     )
+
+
+def rows_by_slide(source: str, rows: Sequence[Row], names: SlideNames) -> dict[str, Row]:
+    """What a file without labels says of each slide it names; refuses contradictions as `match_labels` does."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        hits = names.find(row.slide)
+        _refuse_several(source, row, hits, cases=True)
+        for slide in hits:
+            found[slide].append(row)
+    for same in found.values():
+        _refuse_contradictions(source, same, ("patient", "site", "split"))
+    return {slide: same[0] for slide, same in found.items()}
+
+
+def own_patients_note(patients_from: str) -> list[str]:
+    if "own patient" not in patients_from:
+        return []
+    return [
+        "no patient column: each slide counts as its own patient. If some patients have several slides, "
+        "the figures are too good; add a column 'patient'"
+    ]
+
+
+def _refuse_several(source: str, row: Row, hits: Sequence[str], cases: bool) -> None:
+    """One name may mean several slides only where it is the barcode of their case, and `cases` may be named."""
+    if len(hits) > 1 and not (cases and TCGA_CASE.match(PurePosixPath(row.slide).name)):
+        raise LabelsError(
+            f"{source}, line {row.line}: {row.slide!r} may be {_some(hits)}; write its path below the slides folder"
+        )
+
+
+def _refuse_contradictions(source: str, rows: Sequence[Row], about: Sequence[str]) -> None:
+    first = rows[0]
+    for row in rows[1:]:
+        for what in about:
+            if getattr(row, what) != getattr(first, what):
+                same = f": {row.slide}, the same slide" if row.slide != first.slide else ""
+                raise LabelsError(
+                    f"{source}: {first.slide} is listed twice with different {what}: {getattr(first, what)!r} "
+                    f"(line {first.line}) and {getattr(row, what)!r} (line {row.line}{same})"
+                )
 
 
 def _is_number(label: str) -> bool:
@@ -412,14 +450,9 @@ def _items_of(
     source: str, slide: str, rows: Sequence[Row], patient: str, regions: bool, notes: list[str]
 ) -> list[Item]:
     first = rows[0]
-    for row in rows[1:]:
-        for what in ("patient", "site", "split") if regions else ("label", "patient", "site", "split"):
-            if getattr(row, what) != getattr(first, what):
-                same = f": {row.slide}, the same slide" if row.slide != first.slide else ""
-                raise LabelsError(
-                    f"{source}: {first.slide} is listed twice with different {what}: {getattr(first, what)!r} "
-                    f"(line {first.line}) and {getattr(row, what)!r} (line {row.line}{same})"
-                )
+    _refuse_contradictions(
+        source, rows, ("patient", "site", "split") if regions else ("label", "patient", "site", "split")
+    )
     if not regions:
         if len(rows) > 1:
             notes.append(f"{slide} is listed {len(rows)} times with the same label; it counts once")

@@ -23,7 +23,7 @@ from torch import nn
 
 from histossl.backbones import BackboneInfo, load_backbone, save_backbone
 from histossl.config import plain
-from histossl.errors import WeightsError
+from histossl.errors import UsageError, WeightsError
 from histossl.evaluation.embed import Embedder, backbone_embedder
 from histossl.evaluation.heads import HEADS, Fitted, Floats, Ints, load_head
 from histossl.workspace import written_aside
@@ -87,6 +87,8 @@ def save_model(
 
 def load_model(folder: Path, option: str = "--model") -> Model:
     path = folder / "model.json"
+    if not path.is_file():
+        raise UsageError(f"{option} {folder}: holds no model.json; a model lies in WORKSPACE/finetune/NAME/model")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         info = ModelInfo(**{**stored, "classes": tuple(stored["classes"])})

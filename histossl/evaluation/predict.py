@@ -226,7 +226,10 @@ def _draw(
 def _write(
     path: Path, found: Sequence[SlidePrediction], skipped: Sequence[tuple[str, str]], classes: Sequence[str]
 ) -> None:
-    """A slide that could not be predicted has a row too, with the reason and no probabilities."""
+    """A slide that could not be predicted has a row too, with the reason and no probabilities.
+
+    What the same model said of other slides before stays.
+    """
     columns = ["slide", "predicted", *(f"p_{name}" for name in classes)]
     columns += ["num_tiles", "distance", "usual_distance", "warning"]
     rows: list[list[Any]] = []
@@ -236,6 +239,11 @@ def _write(
         figures = [one.num_tiles, f"{one.distance:.4f}", f"{one.usual_distance:.4f}"]
         rows.append([one.slide, label, *shares, *figures, one.warning])
     rows += [[slide, "", *[""] * len(classes), 0, "", "", f"not predicted: {why}"] for slide, why in skipped]
+    now = {str(row[0]) for row in rows}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            before = list(csv.reader(file))
+        rows += [row for row in before[1:] if before[0] == columns and row[0] not in now]
     with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns)

@@ -432,14 +432,18 @@ class Estimate:
     df: float
     seeds_variance: float = 0.0
     worth: float = 1.0  # how many independent items a patient's tested items are worth
+    least_variance: float = 0.0  # of the steps that scores move in
 
     @property
     def variance(self) -> float:
-        return self.patients_variance + self.labelling_variance + self.seeds_variance
+        return self.patients_variance + self.labelling_variance + self.seeds_variance + self.least_variance
 
 
-def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
-    """The contrast sum(weights * scores), its variance and degrees of freedom. nan where a weighted cell is missing."""
+def estimate(measured: Measured, metric: str, weights_SB: Floats, least_variance: float = 0.0) -> Estimate:
+    """The contrast sum(weights * scores), its variance and degrees of freedom. nan where a weighted cell is missing.
+
+    `least_variance` comes on top, known as well as the patients' is: where all else is rounding, it gives the degrees.
+    """
     used = np.argwhere(weights_SB != 0)
     values_SBD, resampled_RSBD = measured.values_SBD[metric], measured.resampled_RSBD[metric]
     value = 0.0
@@ -462,7 +466,10 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
         between = float(labelling_D[seen_D].var(ddof=1))
         labelling_variance = max(0.0, between - _overlap(labelling_RD[:, seen_D]))
     df_patients = max(1, measured.num_patients - measured.num_strata)
-    parts: list[tuple[float, int]] = [(patients_variance, df_patients), (labelling_variance, max(1, num_draws - 1))]
+    parts: list[tuple[float, int]] = [
+        (patients_variance + least_variance, df_patients),
+        (labelling_variance, max(1, num_draws - 1)),
+    ]
     seeds: list[float] = [_seeds_variance(measured, metric, s, weights_SB[s]) for s in range(len(measured.series))]
     parts += [(variance, len(names) - 1) for variance, names in zip(seeds, measured.backbones, strict=True) if variance]
     total = sum(variance for variance, _ in parts)
@@ -471,7 +478,7 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
     alike = float(measured.alike_S[used[:, 0]].max(initial=0.0))
     each = measured.num_tested / sum(measured.patients_per_class.values())
     worth = each / (1 + (each - 1) * alike)
-    return Estimate(value, patients_variance, labelling_variance, df, sum(seeds), worth)
+    return Estimate(value, patients_variance, labelling_variance, df, sum(seeds), worth, least_variance)
 
 
 def _seeds_variance(measured: Measured, metric: str, s: int, weights_B: Floats) -> float:

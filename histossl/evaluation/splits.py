@@ -103,7 +103,8 @@ def make_splits(
     least = min(min(len(one) for one in part.order) for part in parts)
     whole = max(max(len(one) for one in part.order) for part in parts)
     taken = _budgets(budgets, least, whole, table)
-    notes += _short_classes(taken, parts, table) + _no_verdict(table, parts) + _one_draw(num_draws, table)
+    notes += _short_classes(taken, parts, table) + _untested(table, parts)
+    notes += _no_verdict(table, parts) + _one_draw(num_draws, table)
     splits = Splits(group, folds, taken, parts, tuple(notes))
     check(splits, table)
     return splits
@@ -145,6 +146,13 @@ def _few_patients(table: LabelTable, groups: NDArray[np.int64], group: Group) ->
                 f"class {label!r} has {count} {group}{'s' * (count != 1)}: what is said of it rests on very few"
             )
     return notes
+
+
+def _untested(table: LabelTable, parts: Sequence[Part]) -> list[str]:
+    """Classes that no test set holds."""
+    tested = {table.items[item].label for part in parts for item in part.test}
+    absent = [repr(label) for label in table.classes if label not in tested]
+    return [f"no tested {table.unit} is {' or '.join(absent)}: how well it is told is not measured"] if absent else []
 
 
 def _no_verdict(table: LabelTable, parts: Sequence[Part]) -> list[str]:

@@ -269,6 +269,8 @@ def _is_taught(backbone: Path) -> bool:
 def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str, str]:
     """('imagenet' or a file, '') or ('', why there are none)."""
     if config.weights:
+        if config.weights == "random":
+            raise UsageError("--weights random: no ImageNet start; random weights are compared with --starts random")
         if recorded_with(config.weights) is not None:
             raise UsageError(
                 f"--weights {config.weights}: histossl wrote this backbone, so it is no ImageNet start; "

@@ -38,7 +38,7 @@ STANDS_FOR = 0.1  # gain in similarity (0 to 1) from which a slide is told to st
 class Suggestion:
     slide: str
     score: float
-    stands_for: int  # unlabelled slides that it covers better than anything labelled or picked before
+    stands_for: int  # other unlabelled slides that it covers better than anything labelled or picked before
     disagreement: float  # 0: all heads agree; 1: as much as they can
     nearest_labelled: str
     reason: str
@@ -167,23 +167,29 @@ def picks(
         gain = np.maximum(similar - covered[:, None], 0)
         worth = np.where(free, gain.sum(0) * (1 + DISAGREEMENT_COUNTS * doubt), -np.inf)
         best = int(worth.argmax())
-        stands_for = int((gain[:, best] > STANDS_FOR).sum())
+        own = float(gain[best, best])
+        stands_for = int((gain[:, best] > STANDS_FOR).sum()) - (own > STANDS_FOR)
         nearest = labelled_names[int(to_known[best].argmin())] if len(a) else ""
-        reason = _reason(stands_for, float(doubt[best]), shares[:, best], classes, nearest)
+        if not len(a) or to_known[best].min() > width:
+            apart = "resembles nothing labelled"
+        else:
+            apart = f"differs from {nearest}, the labelled slide nearest to it" if own > STANDS_FOR else ""
+        reason = _reason(stands_for, apart, float(doubt[best]), shares[:, best], classes, nearest)
         found.append(Suggestion(names[best], float(worth[best]), stands_for, float(doubt[best]), nearest, reason))
         covered = np.maximum(covered, similar[:, best])
         free[best] = False
     return found
 
 
-def _reason(stands_for: int, doubt: float, shares: Floats, classes: Sequence[str], nearest: str) -> str:
+def _reason(stands_for: int, apart: str, doubt: float, shares: Floats, classes: Sequence[str], nearest: str) -> str:
     mean = shares.mean(0)
     first, second = np.argsort(-mean)[:2]
     said = []
-    if stands_for > 1:
-        said.append(f"stands for {stands_for} unlabelled slides that nothing labelled resembles as much")
-    elif stands_for == 1:
-        said.append("resembles nothing labelled")
+    if stands_for:
+        others = f"{stands_for} other unlabelled slide{'s' * (stands_for > 1)}"
+        said.append(f"stands for {others} that nothing labelled or picked before resembles as much")
+    elif apart:
+        said.append(apart)
     if doubt > 0.1:
         votes = np.bincount(shares.argmax(1), minlength=len(classes))
         said.append(

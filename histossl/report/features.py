@@ -138,21 +138,28 @@ def _folder(content: Content, workspace: Workspace, start: str) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _tested(content: Content) -> dict[str, list[tuple[int | None, str, str]]]:
-    """Per slide: (row of its embedding or None for all, label, patient) of its tested items.
+def _tested(content: Content) -> dict[str, dict[int | None, tuple[str, str]]]:
+    """Per slide: (label, patient) of each row of its embedding that a tested item holds, or of None: of all its rows.
 
-    A slide with regions of several labels is left out: which of its tiles lies where is not in the predictions.
+    Where regions of two labels overlap, a tile has no label and is left out.
     """
-    found: dict[str, list[tuple[int | None, str, str]]] = {}
+    found: dict[str, dict[int | None, tuple[str, str]]] = {}
+    torn: set[tuple[str, int | None]] = set()
+    in_region = content.facts.get("region_tiles", {})
     for one in content.at_largest(content.compared[0])[0]:
-        slide, _, tile = one.slide.rpartition("@") if content.unit == "tile" else (one.slide, "", "")
-        if content.unit == "region":
-            slide = one.slide.rpartition("#")[0] or one.slide
-        row = int(tile) if content.unit == "tile" and tile.isdecimal() else None
-        found.setdefault(slide or one.slide, []).append((row, one.label, one.patient))
-    if content.unit == "tile":
-        return found
-    return {slide: items[:1] for slide, items in found.items() if len({label for _, label, _ in items}) == 1}
+        slide, rows = one.slide, list[int | None]([None])
+        if content.unit == "tile":
+            slide, _, tile = one.slide.rpartition("@")
+            rows = [int(tile)]
+        elif content.unit == "region":
+            slide, rows = one.slide.rpartition("#")[0], in_region.get(one.slide, [])
+        for row in rows:
+            before = found.setdefault(slide, {}).setdefault(row, (one.label, one.patient))
+            if before[0] != one.label:
+                torn.add((slide, row))
+    for slide, row in torn:
+        del found[slide][row]
+    return {slide: rows for slide, rows in found.items() if rows}
 
 
 def _sample(content: Content, workspace: Workspace, starts: Sequence[str]) -> Sample | None:
@@ -165,9 +172,8 @@ def _sample(content: Content, workspace: Workspace, starts: Sequence[str]) -> Sa
     patients: list[str] = []
     features: dict[str, list[Floats]] = {start: [] for start in starts}
     try:
-        for slide, items in sorted(tested.items()):
+        for slide, of_row in sorted(tested.items()):
             taken: NDArray[np.int64] | None = None
-            of_row = {row: (label, patient) for row, label, patient in items}
             for start in starts:
                 folder = _folder(content, workspace, start)
                 assert folder is not None
@@ -286,7 +292,9 @@ def _tile(index: TileIndex, slide: str, row: int) -> str:
 def _deciding(
     content: Content, workspace: Workspace, index: TileIndex
 ) -> tuple[list[tuple[str, list[Picture]]], str, str, int]:
-    """Per class the tile of each of some slides that weighs most in the saved model: by attention, else probability.
+    """Per class the labelled tile of some slides that weighs most in the saved model: by attention, else probability.
+
+    Slides with tiles or regions of several labels are left out: they are slides of no class.
 
     The slides are seen through the model's own backbone: trained end to end, it is no longer that of its start.
     """
@@ -302,8 +310,9 @@ def _deciding(
     found: list[tuple[str, list[Picture]]] = []
     by_attention = False
     shown: dict[str, list[str]] = {}
+    tested = _tested(content)
     for label in model.info.classes[:MOST_CLASSES]:
-        slides = sorted({slide for slide, items in _tested(content).items() if items[0][1] == label})
+        slides = sorted(slide for slide, rows in tested.items() if {its for its, _ in rows.values()} == {label})
         shown[label] = [slides[n] for n in sorted(rng.permutation(len(slides))[:NUM_SHOWN].tolist())]
     wanted = sorted({slide for some in shown.values() for slide in some})
     files = embed_slides(workspace, index, wanted, model.embedder(device_of("auto")), EmbedConfig())
@@ -311,12 +320,13 @@ def _deciding(
         row_of_pictures: list[Picture] = []
         for slide in slides:
             with h5py.File(files[slide]) as file:
-                features = file["features"][:]
+                rows = np.array([row for row in tested[slide] if row is not None] or range(len(file["features"])))
+                features = file["features"][:][rows]
             prediction, each, attention = predict_tiles(model, slide, features)
             by_attention |= attention is not None
             weight: NDArray[Any] = each[:, number] if attention is None else attention
             called = model.info.classes[int(prediction.shares.argmax())]
-            row_of_pictures.append(Picture(_tile(index, slide, int(weight.argmax())), called, called == label))
+            row_of_pictures.append(Picture(_tile(index, slide, int(rows[weight.argmax()])), called, called == label))
         if row_of_pictures:
             found.append((label, row_of_pictures))
     return found, "attention" if by_attention else "probability", model.info.start, model.info.num_items

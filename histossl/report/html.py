@@ -193,8 +193,8 @@ def key_figures(
                     "found four times in five",
                 )
             )
-    fewest = min(found.patients_per_class.values(), default=0)
-    figures.append(("patients tested", str(found.num_patients), f"rarest class: {fewest}"))
+    rarest = f"rarest class: {curves.fewest_patients(found)}"
+    figures.append(("patients tested", str(found.num_patients), rarest))
     folds = found.pool.num_folds
     figures.append(
         (
@@ -236,6 +236,11 @@ def simulated(content: Content) -> list[str]:
         said.append(
             f"Folds with several {content.unit}s per patient, as here, were simulated with 8 per patient only: the "
             "intervals held 97 to 98 of 100, a little wider than they need be."
+        )
+    if content.facts.get("split", {}).get("group") == "site":
+        said.append(
+            "Whole sites left out, as here, were not simulated: the intervals take patients for independent, and "
+            "patients of one site share what makes it different, so the intervals are too narrow."
         )
     if sum(found.patients_per_class.values()) > found.num_patients:
         said.append("Patients who are in several classes, as here, were not simulated.")

@@ -234,7 +234,7 @@ def _plan(
         more = f" and {len(replaced) - 5} more" if len(replaced) > 5 else ""
         raise MismatchError(
             f"{len(replaced)} slide(s) are not what they were when they were tiled: {told}{more}. "
-            "--retry tiles them anew; another --workspace keeps the old tiles"
+            "histossl tile --retry tiles them anew; another --workspace keeps the old tiles"
         )
     for position, row in enumerate(plan.rows):
         job = jobs.get(row.file)

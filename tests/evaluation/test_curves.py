@@ -333,6 +333,8 @@ def test_identical_starts_make_no_difference():
     assert found.area.value == pytest.approx(0, abs=1e-12)
     assert found.area.p == pytest.approx(1)
     assert verdict(measured).outcome == "no measurable difference"
+    # Half a slide of 36 is the least that counts; rounding decides nothing about how well that is known.
+    assert [row.high for row in (*found.budgets, found.area)] == pytest.approx([0.5 / 36 * 2.03] * 4, rel=0.01)
 
 
 def test_a_big_effect_is_found_and_told():

@@ -78,6 +78,24 @@ def test_patients_and_split_come_from_the_csv(drawn, tmp_path):
     assert ("B1", "has annotations, but no line in the labels file") in table.missing
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("A1,P1,train\nB1,P2,test\nA1.svs,P3,train\n", "listed twice with different patient"),
+        ("A1,P1,train\nB1,P2,test\nA1,P1,test\n", "listed twice with different split"),
+        ("A1,P1,train\nB1,P1,test\n", "in both train and test"),
+    ],
+)
+def test_contradicting_lines_about_a_slide_are_refused(drawn, tmp_path, lines, said):
+    (tmp_path / "who.csv").write_text("slide,patient,split\n" + lines)
+    with pytest.raises(LabelsError, match=said):
+        drawn_items(*drawn, rows=read_rows(tmp_path / "who.csv", needs_label=False))
+
+
+def test_without_patients_it_is_said_that_slides_count_as_patients(drawn):
+    assert any("the figures are too good" in note for note in drawn_items(*drawn).notes)
+
+
 def test_one_class_or_no_file_is_one_clear_line(drawn, tmp_path):
     index, folder = drawn
     with pytest.raises(LabelsError, match="only 'tumour'"):

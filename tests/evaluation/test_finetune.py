@@ -331,6 +331,7 @@ def test_without_names_all_starts_that_can_be_made_are_compared(ready):
         ({"starts": ("randon",)}, "did you mean 'random'"),
         ({"starts": ("nowhere.safetensors",)}, "neither a file nor one of"),
         ({"adapted": "nowhere"}, "no such file or run"),
+        ({"starts": ("imagenet",), "weights": "random"}, "--weights random: no ImageNet start"),
         ({"weights": "w.pth"}, "--weights w.pth: is the imagenet start, which --starts random,colour"),
     ],
 )
@@ -477,6 +478,18 @@ def test_a_seed_may_be_added_later(ready):
     after, _, _ = tables_of(ready)
     assert [point for point in after if point.backbone != "s3"] == before
     assert {point.backbone for point in after if point.start == "more"} == {"s1", "s2", "s3"}
+
+
+def test_a_start_keeps_the_runs_it_was_measured_with(ready):
+    for seed in (1, 2, 3):
+        export(ready, f"s{seed}", seed)
+    options = {"starts": ("adapted",), "backbone": "", **ONE}
+    finetune(ready, "a", config_of(ready, **options, adapted="s1,s2"))
+    said = ready.finetune("a").run_json.read_text()
+    for other in ("s3", "s1,s3", "s1"):
+        with pytest.raises(MismatchError, match="measured as s1, s2, and is now"):
+            finetune(ready, "a", config_of(ready, **options, adapted=other))
+    assert ready.finetune("a").run_json.read_text() == said
 
 
 def test_seeds_of_another_architecture_or_given_twice_are_refused(ready):

@@ -178,6 +178,11 @@ def test_what_a_spreadsheet_saves_otherwise_is_named(tmp_path, raw, said):
         read_rows(path)
 
 
+def test_only_line_ends_end_a_line(tmp_path):
+    (tmp_path / "labels.csv").write_text("slide,label\nA1,lo\u2028w\r\nA2,high\r\n", encoding="utf-8", newline="")
+    assert [row.label for row in read_rows(tmp_path / "labels.csv")] == ["lo\u2028w", "high"]
+
+
 def test_mixed_patients_and_fewer_classes_when_asked(tmp_path):
     text = "slide,label,patient\nA1,x,P\nA2,y,P\ncase1/B1,z,Q\n"
     assert table_of(tmp_path, text, mixed_patients=True).classes == ("x", "y", "z")

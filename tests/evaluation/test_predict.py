@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def test_a_model_predicts_in_another_place_what_it_learnt(workspace, tmp_path, h
 
 def test_without_a_model_folder_or_with_other_tiles_it_says_so(workspace, tmp_path, cli):
     model, _ = trained(workspace)
+    (tmp_path / "model.json").write_text("{}")
     with pytest.raises(WeightsError, match="is not a model that histossl finetune wrote"):
         load_model(tmp_path)
     other = Workspace(tmp_path / "other").make()
@@ -88,7 +90,7 @@ def test_without_a_model_folder_or_with_other_tiles_it_says_so(workspace, tmp_pa
     assert code == 2
     assert "add --slides DIR" in err
     code, _, err = cli("predict", "--model", tmp_path / "nowhere", "-w", workspace.root)
-    assert code == 1
+    assert code == 2
     assert "WORKSPACE/finetune/NAME/model" in err
 
 
@@ -107,6 +109,23 @@ def test_another_model_does_not_write_over_what_the_first_said(workspace, tmp_pa
         predict(workspace, other, heatmaps=False)
     assert workspace.predictions("default").table.read_text() == said
     predict(workspace, other, "second", heatmaps=False)
+
+
+def test_what_was_said_of_other_slides_stays(workspace, monkeypatch, tmp_path):
+    model, _ = trained(workspace)
+    table = workspace.predictions("default").table
+    predict(workspace, model, heatmaps=False)
+    before = table.read_text().splitlines()
+    only = [
+        SimpleNamespace(slide="s03", num_tiles=6),
+        SimpleNamespace(slide="", file="x.svs", num_tiles=0, tile_reason="", reason="torn"),
+    ]
+    monkeypatch.setattr("histossl.evaluation.predict.tile_archive", lambda *args, **named: only)
+    predict(workspace, model, slides=tmp_path, heatmaps=False)
+    after = table.read_text().splitlines()
+    assert set(after) == {*before, after[-1]}
+    assert after[-1].startswith("x.svs,")
+    assert len(after) == len(before) + 1
 
 
 def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):

@@ -101,6 +101,32 @@ def test_of_equals_the_one_that_heads_disagree_on_comes_first_and_says_so():
     assert "heads disagree (2 of 4 say" in found[0].reason
 
 
+def test_reasons_say_what_is_so():
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=(6, 30)) * 3
+    shares = np.tile([0.9, 0.1], (4, 7, 1))
+
+    def reasons(x):
+        return [
+            one.reason
+            for one in picks(
+                known,
+                x,
+                shares[:, : len(x)],
+                len(x),
+                labelled_names="uvwxyz",
+                names=[str(n) for n in range(len(x))],
+                classes="ab",
+            )
+        ]
+
+    assert not any("nothing labelled" in reason for reason in reasons(known + rng.normal(size=known.shape) * 0.5))
+    far = np.concatenate([known + 0.1, rng.normal(size=(1, 30)) * 3 + 6])
+    assert "resembles nothing labelled" in reasons(far)[0]
+    twins = np.concatenate([known[:4] + 0.1, np.repeat(far[-1:], 3, 0) + rng.normal(size=(3, 30)) * 0.1])
+    assert "stands for 2 other unlabelled slides" in reasons(twins)[0]
+
+
 def test_the_command_leaves_a_list_of_unlabelled_slides_with_reasons(workspace, cli, tmp_path):
     write_synthetic_store(workspace, [f"s{n:02d}" for n in range(12)], tiles_per_slide=3, tile_px=32)
     labels = tmp_path / "labels.csv"

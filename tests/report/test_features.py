@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from simulated import write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
 from histossl.report.content import read_content
-from histossl.report.features import look_at_features, neighbourhoods
+from histossl.report.features import _sample, look_at_features, neighbourhoods
 from histossl.report.html import render
 from histossl.workspace import Workspace
 
@@ -103,6 +104,25 @@ def test_sites_colour_the_map_where_they_are_known(content):
     assert "by site" in text
     assert "balanced accuracy of 0.91 (chance 0.50)" in text
     assert "not entangled" in text
+
+
+def test_of_a_region_only_its_own_tiles_are_shown(content):
+    """Each slide has two regions, of its label and another; tile 2 lies in both, the rest in none."""
+    page, workspace = content
+    rows, of_regions = [], {}
+    for one in page.predictions:
+        other = next(label for label in page.classes if label != one.label)
+        for number, (label, tiles) in enumerate(((one.label, [0, 2]), (other, [1, 2])), start=1):
+            rows.append(replace(one, slide=f"{one.slide}#{number}", label=label))
+            of_regions[rows[-1].slide] = tiles
+    regions = replace(page, predictions=rows, facts={**page.facts, "unit": "region", "region_tiles": of_regions})
+    sample = _sample(regions, workspace, ["imagenet"])
+    label_of = {one.slide: one.label for one in page.predictions}
+    assert sorted(zip(sample.slide, sample.row.tolist(), strict=True)) == sorted(
+        (s, n) for s in label_of for n in (0, 1)
+    )
+    for slide, row, label in zip(sample.slide, sample.row.tolist(), sample.label, strict=True):
+        assert (label == label_of[slide]) == (row == 0)
 
 
 def test_missing_embeddings_are_said_and_break_nothing(content, tmp_path):
