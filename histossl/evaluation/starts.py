@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from histossl.backbones import BackboneInfo, create_backbone, load_backbone, recorded_with
-from histossl.config import FinetuneConfig, nearest, read_run
+from histossl.config import FinetuneConfig, PretrainConfig, nearest, plain, read_run
 from histossl.errors import UsageError, WeightsError
 from histossl.evaluation.embed import COLOUR, Embedder, backbone_embedder, colour_embedder
 from histossl.methods import TAUGHT
@@ -235,12 +235,13 @@ def _pool(name: str, files: Sequence[Path], option: str) -> list[Start]:
 
 def _pool_notes(pool: Sequence[Start]) -> Iterator[str]:
     """Runs that differ in more than their seed do not show what a recipe's seeds do."""
+    usual = plain(asdict(PretrainConfig()))
     configs = []
     for start in pool:
         run_json = start.exported.parent / "run.json" if start.exported else None
         if run_json is None or not run_json.is_file():
             return
-        configs.append(read_run(run_json)["config"])
+        configs.append(usual | read_run(run_json)["config"])  # a younger setting was at its default
     for start, config in zip(pool[1:], configs[1:], strict=True):
         other = sorted(key for key in {*configs[0], *config} - {"seed"} if configs[0].get(key) != config.get(key))
         if other:

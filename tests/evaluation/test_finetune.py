@@ -511,6 +511,9 @@ def test_pooled_runs_that_differ_in_more_than_their_seed_are_told(ready):
         ready.pretrain(run).run_json.write_text(json.dumps({"config": {"lr": rate, "seed": seed}}))
     alike = resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,two", backbone=""))
     assert alike.notes == ()
+    younger = json.dumps({"config": {"lr": 0.1, "seed": 2, "view_set": []}})  # of a younger histossl
+    ready.pretrain("two").run_json.write_text(younger)
+    assert resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,two", backbone="")).notes == ()
     mixed = resolve_starts(ready, config_of(ready, starts=("adapted",), adapted="one,three", backbone=""))
     assert "differ in lr, not only in their seed" in mixed.notes[0]
 
