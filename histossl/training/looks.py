@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,10 +14,19 @@ from torch import Tensor, nn
 from histossl import console
 from histossl.backbones import save_backbone
 from histossl.errors import TrainingError
-from histossl.methods.batchnorm import still_as_in_training
+from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
 from histossl.training.export import BEST_BATCHNORM_TILES, adapted_info, clean_backbone, plain_backbone
 from histossl.training.log import RunLog
-from histossl.training.monitor import UNMOVED, Ceiling, Health, KeyDrift, ProbeTrend, Watch, weight_change
+from histossl.training.monitor import (
+    UNMOVED,
+    Ceiling,
+    Health,
+    KeyDrift,
+    ProbeTrend,
+    Shortcut,
+    Watch,
+    weight_change,
+)
 from histossl.training.operation import Probe
 from histossl.training.prepared import MONITOR, Prepared
 from histossl.workspace import PretrainDir
@@ -55,7 +65,9 @@ class Looks:
         self.probe_trend = ProbeTrend()
         self.key_drift = KeyDrift(prepared.plan.knobs.get("queue_size", 0) / prepared.plan.batch_size)
         self.best = Best()
+        self.shortcut = Shortcut(has_batchnorm(prepared.method.backbone))
         self.loss = math.nan  # of the last logged step
+        self.tile_s = 0.0  # of the last look: to embed one
         self.last_look: list[str] = []
         self.told = ""
 
@@ -63,7 +75,10 @@ class Looks:
         """Embed the fixed tiles, log their health, ask the probe, keep the best, and stop a collapse."""
         prepared, writes = self.prepared, self.prepared.processes.writes
         method, run = prepared.method, prepared.run
-        health = self.watch.look(monitor_features(prepared, method.backbone), method.judges_rank)
+        began_s = time.monotonic()
+        features_ND = monitor_features(prepared, method.backbone)
+        self.tile_s = (time.monotonic() - began_s) / len(features_ND)
+        health = self.watch.look(features_ND, method.judges_rank)
         change = weight_change(method.backbone, prepared.start_weights)
         row = {
             "step": done,
@@ -103,7 +118,8 @@ class Looks:
         if health.collapsed and prepared.operation.stop_on_collapse and done:
             raise _collapse(health, done, run)
         if not health.collapsed and done and writes:
-            save_backbone(run.healthy_backbone, plain_backbone(prepared), adapted_info(prepared, done))
+            # With statistics of clean tiles each time: whatever ends the run, what lies there is fit to be used.
+            save_backbone(run.healthy_backbone, clean_backbone(prepared, MONITOR_TILES), adapted_info(prepared, done))
 
     @torch.no_grad()
     def _look_at_keys(self, done: int) -> dict[str, float]:
@@ -131,11 +147,13 @@ class Looks:
         return {"student_feature_std": health.spread, "student_effective_rank_share": health.rank_share}
 
     def logged(self, row: dict[str, float], done: int) -> None:
-        """Judge what a logged step says: a loss at its ceiling, and what the method itself finds wrong."""
-        self.loss = row["loss"]
-        stuck = self.ceiling.stuck(row["loss"], row.get("loss_ceiling"), done, self.prepared.plan.num_steps)
-        if stuck and self.prepared.processes.writes:
-            console.warn(f"step {done}: {stuck}")
+        """Judge what a logged step says: a loss at its ceiling, a task too easy, what the method itself finds wrong."""
+        self.loss, num_steps = row["loss"], self.prepared.plan.num_steps
+        stuck = self.ceiling.stuck(row["loss"], row.get("loss_ceiling"), done, num_steps)
+        easy = self.shortcut.taken(row, done, num_steps, helps=self.best.score > self.best.at_start)
+        for told in (stuck, easy):
+            if told and self.prepared.processes.writes:
+                console.warn(f"step {done}: {told}")
         self._tell_ailment(row, done)
 
     def _tell_ailment(self, row: dict[str, float], done: int) -> None:

@@ -19,19 +19,20 @@ from histossl import console
 from histossl.backbones import save_backbone, save_tensors
 from histossl.config import PretrainConfig, read_run, refuse_other_config, write_run
 from histossl.errors import MismatchError, StoreError, TrainingError
+from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
 from histossl.tiles.subset import open_subset
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, is_lost_process, joined
-from histossl.training.export import adapted_info, clean_backbone
+from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
 from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
 from histossl.training.looks import Looks, probe_verdict
 from histossl.training.loop import HalfDoneError, Step, train
 from histossl.training.operation import Operation, Probe
-from histossl.training.pace import Pace
+from histossl.training.pace import Expected, Pace, clock
 from histossl.training.planner import Plan, batch_bounds
 from histossl.training.prepared import PREFILL, Prepared
 from histossl.training.schedules import warmup_cosine
@@ -304,9 +305,7 @@ class _Pretraining:
                     with self.pace.look():
                         self.looks.look(done)
                 if (expected := self.pace.expected(done)) and self.processes.writes:
-                    larger = larger_share(self.prepared)
-                    later = f"; the last {larger:.0%} of the steps have larger views and take longer" if larger else ""
-                    console.say(f"from here {expected}{later}")
+                    self._tell_time(replace(expected, rest_s=self._finish_s()))
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
@@ -318,6 +317,17 @@ class _Pretraining:
                     break
                 self.pace.resumed()
         return done
+
+    def _tell_time(self, expected: Expected) -> None:
+        larger = larger_share(self.prepared)
+        later = f"; the last {larger:.0%} of the steps have larger views and take longer" if larger else ""
+        console.say(f"time: from here {expected}, until {clock(expected.total_s)}{later}")
+
+    def _finish_s(self) -> float:
+        """What BatchNorm's statistics of clean tiles take at the end; 0 before a look has timed a tile."""
+        if not has_batchnorm(self.method.backbone):
+            return 0.0
+        return self.looks.tile_s * min(BATCHNORM_TILES, self.prepared.order.num_tiles)
 
     def _damaged(self) -> dict[int, str]:
         """Tile number -> what is wrong with it, of all that this process and the run before it have met."""

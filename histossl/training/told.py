@@ -21,7 +21,7 @@ AUTO_BATCH = (
 def announce(
     prepared: Prepared,
     asked: PretrainConfig,
-    time_told: str = "told after the first steps; `histossl plan` times them beforehand",
+    time_told: str = "told after the run's first 20 steps, or 20 s of them; `histossl plan` times them beforehand",
 ) -> None:
     planned = prepared.plan
     lines = [

@@ -137,6 +137,8 @@ def beside_steps(prepared: Prepared, probe: Probe | None) -> tuple[float, float]
     tile_s = (time.perf_counter() - began_s) / num_tiles
     look_s = tile_s * min(MONITOR_TILES, prepared.order.num_tiles)
     look_s *= 1 if prepared.method.learner() is prepared.method.backbone else 2
+    if has_batchnorm(prepared.method.backbone):  # the healthy backbone's statistics
+        look_s += tile_s * min(MONITOR_TILES, prepared.order.num_tiles)
     if probe is not None:
         began_s = time.perf_counter()
         probe(plain_backbone(prepared), prepared.info)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import timm
@@ -235,11 +236,12 @@ def test_best_look_is_kept_beside_the_last(index: TileIndex, tmp_path: Path) -> 
 
 def test_the_best_look_is_kept_with_statistics_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
     """All 64 tiles, as in the last backbone's own; the run itself goes on with those of its crops."""
-    scores, run = iter([0.4, 0.5, 0.6, 0.9]), run_dir(tmp_path)  # the last look is the best one
+    scores, run = iter([0.4, 0.5, 0.6, 0.9]), run_dir(tmp_path)  # the last look is the best one, and healthy
     pretrain(index, run, TINY, QUICK, probe=lambda *_: next(scores))
-    best, last = load_file(run.best_backbone), load_file(run.backbone)
-    for name, value in last.items():
-        torch.testing.assert_close(best[name], value, msg=name)
+    last = load_file(run.backbone)
+    for kept in (load_file(run.best_backbone), load_file(run.healthy_backbone)):
+        for name, value in last.items():
+            torch.testing.assert_close(kept[name], value, msg=name)
 
 
 def test_forced_collapse_is_named(index: TileIndex, tmp_path: Path) -> None:
@@ -270,6 +272,65 @@ def test_the_last_healthy_backbone_outlives_a_collapse(
     assert load_backbone(run.healthy_backbone)[1].provenance["steps"] == 3
     assert any(value.abs().sum() > 0 for value in load_file(run.healthy_backbone).values())
     assert not run.backbone.exists()
+    kept, info = load_backbone(run.healthy_backbone)
+    tiles = decode_tiles(index.read_many(range(len(index))), index.tile_px)
+    with torch.no_grad():
+        before_norm = kept.conv1(normalise(clean_view(tiles, 32), info.mean, info.std))
+    torch.testing.assert_close(kept.bn1.running_mean, before_norm.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+VIEWS_THAT_SHOW_ALL = (
+    "scale=1,1", "ratio=1,1", "mirror_p=0", "flip_p=0", "quarter_turns=false", "rotation_deg=0", "stain_p=0",
+    "jitter_p=0", "grey_p=0", "blur_p=0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [VIEWS_THAT_SHOW_ALL, ()])
+def test_views_that_are_the_tile_itself_are_called_a_shortcut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], views: tuple[str, ...]
+) -> None:
+    def noise(slide: int, tile: int, tile_px: int) -> np.ndarray:
+        colours = np.random.default_rng([slide, tile]).integers(0, 255, (5, 5, 3), np.uint8)
+        return colours.repeat(tile_px // 5, 0).repeat(tile_px // 5, 1)
+
+    index = write_synthetic_store(Workspace(tmp_path), tiles_per_slide=40, tile_px=40, picture=noise)
+    config = replace(TINY, backbone="test_vit", set=("queue_size=100",), view_set=views, steps=4, lr=1e-6)
+    pretrain(index, run_dir(tmp_path), config, QUICK)
+    assert ("shortcut: a tile's other view is found among 100 others" in capsys.readouterr().err) == bool(views)
+
+
+def test_a_queue_of_one_slide_is_named_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = Workspace(tmp_path)
+    index = write_synthetic_store(at, slides=("A", "B"), tiles_per_slide=(62, 2), tile_px=40)
+    pretrain(index, run_dir(tmp_path, "plain"), replace(TINY, steps=1), QUICK)
+    said = capsys.readouterr().err
+    assert re.search(r"step 0: the queue is nearly all of one slide \(as good as 1\.\d slides\)", said)
+    assert "use --slide-balance 1" in said
+    pretrain(index, run_dir(tmp_path, "balanced"), replace(TINY, steps=1, slide_balance=1.0), QUICK)
+    assert "nearly all of one slide" not in capsys.readouterr().err
+
+
+def test_a_plan_or_a_process_of_torchrun_says_that_it_cuts_no_tiles(
+    index: TileIndex, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = index.path.parents[1]
+    told = cli("plan", *command(workspace, "--slides", tmp_path)[1:])
+    assert told.code == 0
+    assert f"--slides {tmp_path}: histossl plan cuts no tiles; with the 64 that are in" in told.err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    told = cli(*command(workspace, "--slides", tmp_path, "--name", "launched", steps=1))
+    assert told.code == 0
+    assert "a process of torchrun or SLURM cuts no tiles" in told.err
+
+
+def test_the_time_is_told_in_the_plan_s_line_and_by_the_run_itself(
+    index: TileIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(index, run_dir(tmp_path), TINY, QUICK)
+    said = capsys.readouterr().err
+    assert "time: told after the run's first 20 steps" in said
+    assert re.search(r"time: from here about .* \(\d steps of .* s, .*\), until \d\d:\d\d", said)
 
 
 def test_a_signal_before_the_first_step_is_obeyed(
@@ -482,9 +543,8 @@ def test_what_comes_next_names_the_run_and_the_batch_gives_its_reason(index: Til
     assert "--batch-size auto: 1% of the tiles" in told.err
 
 
-@pytest.mark.parametrize("line", [(), ("bench",)])
-def test_help_alone_is_no_error(cli, line: tuple[str, ...]) -> None:
-    assert "error:" not in cli(*line).err
+def test_help_alone_is_no_error(cli) -> None:
+    assert "error:" not in cli().err
 
 
 def test_weights_of_another_architecture_name_the_keys(index: TileIndex, tmp_path: Path, cli) -> None:
