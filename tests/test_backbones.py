@@ -11,7 +11,7 @@ from torch import Tensor
 
 from histossl.backbones import create_backbone
 from histossl.methods.tokens import Tokens
-from histossl.training.pretrain import _weights_told
+from histossl.training.told import _weights_told
 
 NAME = "vit_tiny_patch16_224"
 

@@ -20,6 +20,7 @@ SMALL = {
     "finetune": "--draws 2 --folds 2 --budgets 1,2 --starts random,adapted,colour",
     "demo": "--slides 12 --steps 2",
     "views": "--tiles 2",
+    "bench": "--backbone resnet10t --batch-size 8 --view-px 32 --steps 1",
 }
 COMMAND_LINES = sorted(
     {
@@ -61,7 +62,7 @@ def test_there_are_command_lines_to_try() -> None:
 
 def test_command_lines_run_as_written(lab: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lab)
-    order = ("scan", "tile", "views", "plan", "pretrain", "finetune", "demo")
+    order = ("scan", "tile", "views", "bench", "plan", "pretrain", "finetune", "demo")
     lines = sorted(COMMAND_LINES, key=lambda line: (order.index(shlex.split(line)[1]), line))
     for line in lines:
         name, *rest = shlex.split(line.replace("/data/slides", "slides"))[1:]

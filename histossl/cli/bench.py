@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,11 +16,16 @@ from histossl.cli.options import WorkspaceOption
 from histossl.errors import StoreError, UsageError
 from histossl.workspace import Workspace
 
+if TYPE_CHECKING:
+    from histossl.tiles.index import TileIndex
+
 bench = typer.Typer(
-    help="Measure this machine: how fast each stage is, and which one limits.",
-    epilog="Example: histossl bench views",
-    no_args_is_help=True,
+    help="Measure this machine: how fast tiles are read, decoded, made into views and learnt from, what limits, and "
+    "what to change. Alone all of it in a minute or two; each command below measures one part closer.",
+    epilog="Example: histossl bench -w WORKSPACE   With a part alone: histossl bench views",
+    invoke_without_command=True,
 )
+STEPS_CPU, STEPS_GPU = 3, 20
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +36,90 @@ def register(app: typer.Typer) -> None:
     bench.command(epilog="Example: histossl bench train -w WORKSPACE --backbone resnet50 --batch-size 256")(train)
     bench.command(epilog="Example: histossl bench tile /data/slides/A1.svs")(tile)
     app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def whole(
+    context: typer.Context,
+    workspace: WorkspaceOption = None,
+    backbone: Annotated[
+        str, typer.Option(help="Any timm model. Default: resnet50 on a GPU, resnet18 without.", show_default=False)
+    ] = "",
+    method: Annotated[str, typer.Option(help="See `histossl methods`.")] = "mocov2",
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="Tiles per step. Default: 64 on a GPU, 16 without.", show_default=False)
+    ] = 0,
+    view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = 224,
+    tile_px: Annotated[int, typer.Option(help="Side of synthetic tiles, where the workspace has none.")] = 256,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Steps to time. Default: 20 on a GPU, 3 without.", show_default=False)
+    ] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read and decode. Default: one per core.", show_default=False)
+    ] = None,
+) -> None:
+    """Read, decode, view and step rates of this machine in one table, which is the limit, and what to change."""
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name and getattr(context.get_parameter_source(option.name), "name", "") == "COMMANDLINE"
+    ]
+    if context.invoked_subcommand is not None:
+        if given:
+            raise UsageError(f"{given[0]}: goes after `histossl bench {context.invoked_subcommand}`, not before it")
+        return
+    if not 32 <= tile_px <= 4096:
+        raise UsageError(f"--tile-px {tile_px}: must be 32 to 4096")
+    import torch
+
+    from histossl.config import PretrainConfig
+    from histossl.training.operation import Operation
+    from histossl.training.rates import advice, measure
+
+    gpu = torch.cuda.is_available()
+    config = PretrainConfig(
+        method=method,
+        backbone=backbone or ("resnet50" if gpu else "resnet18"),
+        weights="random",
+        steps=1000,
+        batch_size=batch_size or (64 if gpu else 16),
+        view_px=view_px,
+    )
+    operation = Operation(num_workers=workers or _cores())
+    with _tiles(workspace, tile_px) as index:
+        rates = measure(index, config, operation, steps or (STEPS_GPU if gpu else STEPS_CPU))
+    console.table(
+        f"{method} on {torch.cuda.get_device_name() if gpu else f'{_cores()} CPU cores'}",
+        ("part", "ms per tile", "tiles/s", ""),
+        [(each.name, f"{each.ms:.3f}", each.rate, each.note) for each in rates.figures],
+        right=("ms per tile", "tiles/s"),
+    )
+    for line in advice(rates):
+        console.say(line)
+
+
+@contextmanager
+def _tiles(workspace: Path | None, tile_px: int) -> Iterator[TileIndex]:
+    """Those of the workspace; synthetic ones where it was not named and has none."""
+    from histossl.tiles.index import TileIndex
+    from histossl.training.rates import synthetic_tiles
+
+    at = Workspace.at(workspace)
+    try:
+        index = TileIndex.open(at)
+    except StoreError:
+        if workspace is not None:
+            raise
+        console.say(f"no tiles in {at.root}: measuring with synthetic ones of {tile_px} px")
+        with synthetic_tiles(tile_px) as index:
+            yield index
+        return
+    console.say(f"tiles of {at.root}: {len(index):,} of {index.tile_px} px")
+    yield index
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def views(
@@ -56,8 +147,7 @@ def views(
     if workers is not None and not 1 <= workers <= 256:
         raise UsageError(f"--workers {workers}: must be 1 to 256")
     chosen = recipe_named(recipe, view_px)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_workers = workers or cores
+    num_workers = workers or _cores()
     at = Workspace.at(workspace)
     store: TileStore
     try:
@@ -98,7 +188,8 @@ def train(
 
     from histossl.config import PretrainConfig
     from histossl.tiles.index import TileIndex
-    from histossl.training.pretrain import Operation, step_times_s
+    from histossl.training.operation import Operation
+    from histossl.training.pretrain import step_times_s
 
     at = Workspace.at(workspace)
     index = TileIndex.open(at)

@@ -9,7 +9,6 @@ import typer
 
 from histossl import console
 from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
-from histossl.cli.pretrain import excluded_slides, slides_of_test_patients
 from histossl.config import CurateConfig, EmbedConfig
 from histossl.errors import UsageError
 
@@ -95,6 +94,7 @@ def curate(
     """
     from histossl.curation.curate import curate as stage
     from histossl.curation.curate import embedder_for, example_slides
+    from histossl.evaluation.left_out import excluded_slides, slides_of_test_patients
     from histossl.tiles.index import TileIndex
 
     del config

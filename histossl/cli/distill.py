@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from histossl.evaluation.model import Model
     from histossl.methods.distillation import Teacher
     from histossl.tiles.index import TileIndex
-    from histossl.training.pretrain import Operation
+    from histossl.training.operation import Operation
 
 NAME = "distillation"
 # Of pretrain's options: those that a teacher decides, or that are spelled otherwise here.
@@ -95,6 +95,7 @@ def distill(
     Leaves a backbone as `pretrain` does, and a model folder for `histossl predict`. The same command resumes.
     """
     from histossl.evaluation.distill import leave_model, look_at_teacher, sample_of, slides_held_out
+    from histossl.evaluation.left_out import excluded_slides, labelled_slides, slides_of_test_patients, without
     from histossl.evaluation.model import load_model
     from histossl.evaluation.predict import refuse_other_tiles, tile_config
     from histossl.evaluation.probe import probe_of
@@ -117,10 +118,10 @@ def distill(
         tile_archive(slides, at, tile_config(model), slide_mpp=shared["slide_mpp"])
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
-    table = pretraining.labelled_slides(labels, index) if labels else None
+    table = labelled_slides(labels, index) if labels else None
     tested = slides_held_out(model, index)
-    left_out = tested | pretraining.excluded_slides(shared["exclude"], index)
-    left_out |= pretraining.slides_of_test_patients(labels, index) if labels else set()
+    left_out = tested | excluded_slides(shared["exclude"], index)
+    left_out |= slides_of_test_patients(labels, index) if labels else set()
     student_info = _student_info(settings)
     taught = teacher_of(model, student_info)
     settings = replace(settings, excluded_slides=tuple(left_out), teacher=taught.facts["digest"])
@@ -129,7 +130,7 @@ def distill(
         _say_who(settings, model, taught, tested, index)
         if not run.run_json.exists():
             look_at_teacher(sample_of(index, settings), taught, student_info, settings)
-    judge = probe_of(index, pretraining.without(table, left_out), settings.view_px) if table else None
+    judge = probe_of(index, without(table, left_out), settings.view_px) if table else None
     if only_plan:
         show_plan(index, run, settings, operation, num_processes, judge, teacher=taught)
         return 0
@@ -193,7 +194,7 @@ def _student_info(settings: DistillConfig) -> BackboneInfo:
 
 
 def _operation(shared: dict[str, Any], num_processes: int) -> Operation:
-    from histossl.training.pretrain import Operation
+    from histossl.training.operation import Operation
 
     every_s, every_steps = pretraining._every(shared["checkpoint_every"])
     workers = shared["workers"]

@@ -85,7 +85,8 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
     from histossl.slides.scan import scan
     from histossl.tiles.index import TileIndex
     from histossl.tiles.tiling import tile_archive
-    from histossl.training.pretrain import Operation, pretrain
+    from histossl.training.operation import Operation
+    from histossl.training.pretrain import pretrain
 
     started_s = time.monotonic()
     at = DemoDir(output)

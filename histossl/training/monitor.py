@@ -7,6 +7,7 @@ how far they moved since the last look and since the start. Thresholds and cause
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 LINES_ABOVE = 5  # logged lines with a loss above its ceiling
 FALLING = 4  # looks, each with a lower score than the one before
 KEY_DRIFT_WARN = 0.1
+TOO_EASY, EASY_LINES = 0.9, 3  # instance accuracy, and logged lines that have it
+EARLY_STEPS, EARLY_SHARE = 100, 0.05  # of a run; the longer of both
+FEW_NEGATIVES = 64  # among so few a pretrained backbone finds a tile's own key honestly
 SPREAD_WARN, SPREAD_STOP = 0.3, 0.05
 RANK_WARN, RANK_STOP = 0.7, 0.25  # of the value at step 0
 UNMOVED = (
@@ -194,6 +198,39 @@ class ProbeTrend:
                 "run may be too long for these tiles; fewer --steps, or the best look's backbone"
             )
         return ""
+
+
+class Shortcut:
+    """Notice a contrastive task that is solved too early: who finds a tile's own key at once need not see tissue.
+
+    A healthy run from ImageNet weights begins near 0.1 (examples/LOG.md) and takes most of its length to get far.
+    """
+
+    def __init__(self, batchnorm: bool) -> None:
+        self.batchnorm = batchnorm
+        self.lines = 0
+
+    def taken(self, row: Mapping[str, float], done: int, num_steps: int, helps: bool = False) -> str:
+        """'' while all is well. `helps`: the probe on labelled slides has risen, so what is learnt is of use."""
+        accuracy = row.get("instance_accuracy")
+        negatives = row.get("negatives") or math.exp(row.get("loss_ceiling", 0.0)) - 1  # a ring's are ln(K+1)'s K
+        if accuracy is None:
+            return ""
+        early = done <= max(EARLY_STEPS, EARLY_SHARE * num_steps)
+        easy = early and negatives >= FEW_NEGATIVES and accuracy >= TOO_EASY and not helps
+        self.lines = self.lines + 1 if easy else 0
+        if self.lines != EASY_LINES:
+            return ""
+        leak = (
+            "query and key that share BatchNorm statistics (--set batchnorm_group_tiles=32, or less than half a pass); "
+            if self.batchnorm
+            else ""
+        )
+        return (
+            f"shortcut: a tile's other view is found among {negatives:,.0f} others with {accuracy:.0%} accuracy this "
+            f"early. Likely causes: {leak}views of a tile that differ too little (look at them with histossl views); "
+            "slides that their stain or scanner gives away (more stain jitter, --slide-balance 1)"
+        )
 
 
 class Ceiling:

@@ -81,6 +81,12 @@ def steps_within(total_s: float, step_s: float, look_s: float, look_every: int, 
     return max(1, int((total_s - look_s - rest_s) / (step_s + look_s / look_every)))
 
 
+def clock(after_s: float) -> str:
+    """The time of day in so many seconds, and the day where it is another one."""
+    now, then = time.localtime(), time.localtime(time.time() + after_s)
+    return time.strftime("%H:%M" if now[:3] == then[:3] else "%H:%M on %a %d %b", then)
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"

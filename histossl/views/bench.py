@@ -49,6 +49,11 @@ class Figure:
         return 1000 / self.ms
 
     @property
+    def rate(self) -> str:
+        """Tiles a second for a person."""
+        return f"{self.tiles_per_s:,.0f}" if self.tiles_per_s >= 10 else f"{self.tiles_per_s:.2g}"
+
+    @property
     def spread(self) -> str:
         return f"{min(self.repeats_ms):.3f}-{max(self.repeats_ms):.3f}"
 
@@ -130,8 +135,8 @@ def view_rates(
     # As in a training process, which has freed larger arrays: the C library then keeps memory for the next ones.
     torch.ones(24 << 20, dtype=torch.uint8)
     try:
-        read = _timed("read", num_tiles, repeats, lambda: store.read_many(numbers))
-        decode = _timed("decode", num_tiles, repeats, lambda: decode_tiles(jpegs, store.tile_px))
+        read = _timed("read", num_tiles, repeats, lambda: store.read_many(numbers), "on one core")
+        decode = _timed("decode", num_tiles, repeats, lambda: decode_tiles(jpegs, store.tile_px), "on one core")
         views = _timed(
             f"views: {recipe.name}", num_tiles, repeats, lambda: _views(tiles, recipe, positions), "on one core"
         )

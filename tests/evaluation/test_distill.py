@@ -27,7 +27,8 @@ from histossl.evaluation.teacher import teacher_of, tile_head
 from histossl.methods.distillation import Teacher
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.operation import Operation
+from histossl.training.pretrain import pretrain
 from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import Workspace
 

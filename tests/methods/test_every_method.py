@@ -29,7 +29,8 @@ from histossl.methods.method import Method, Views
 from histossl.tiles.index import TileIndex
 from histossl.training.checkpoint import load_checkpoint
 from histossl.training.loop import Precision, train
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.operation import Operation
+from histossl.training.pretrain import pretrain
 from histossl.views.recipe import ViewRecipe, make_views, recipe_named
 from histossl.workspace import PretrainDir, Workspace
 

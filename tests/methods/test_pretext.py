@@ -37,7 +37,8 @@ from histossl.methods.jigsaw import JigsawConfig, cells, far_orders, laid_out
 from histossl.methods.method import Views
 from histossl.methods.pretext import Layout, Pretext, cut, only_one_channel, standardised
 from histossl.methods.rotation import in_all_turns
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.operation import Operation
+from histossl.training.pretrain import pretrain
 from histossl.views.draws import Draws
 from histossl.views.recipe import make_views, recipe_named
 from histossl.workspace import PretrainDir, Workspace

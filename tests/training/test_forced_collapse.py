@@ -12,7 +12,8 @@ from histossl.errors import TrainingError
 from histossl.methods import REGISTRY, TAUGHT
 from histossl.tiles.index import TileIndex
 from histossl.training.monitor import UNMOVED
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.operation import Operation
+from histossl.training.pretrain import pretrain
 from histossl.workspace import PretrainDir, Workspace
 
 NAMES = [name for name in REGISTRY if name not in TAUGHT]

@@ -9,7 +9,7 @@ from synthetic_store import write_synthetic_store
 
 from histossl.config import PretrainConfig
 from histossl.training import loop, pretrain
-from histossl.training.pretrain import Operation
+from histossl.training.operation import Operation
 from histossl.workspace import PretrainDir, Workspace
 
 pytestmark = pytest.mark.gpu

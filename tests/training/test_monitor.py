@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from histossl.training.monitor import (
     Ceiling,
     KeyDrift,
     ProbeTrend,
+    Shortcut,
     Watch,
     effective_rank,
     feature_spread,
@@ -97,6 +100,36 @@ def test_a_loss_that_rises_above_its_ceiling_again_is_told() -> None:
     said = [ceiling.stuck(9.0, 6.93, done, 200) for done in range(110, 180, 10)]
     assert [bool(each) for each in said] == [False] * 4 + [True] + [False] * 2
     assert "above its ceiling 6.93 for 5 logged lines (now 9.00)" in said[4]
+
+
+def told_of(accuracies: list[float], negatives: float = 4096, helps: bool = False, num_steps: int = 1000) -> list[str]:
+    shortcut = Shortcut(batchnorm=True)
+    row = {"loss_ceiling": math.log(negatives + 1)}
+    return [
+        shortcut.taken({**row, "instance_accuracy": each}, 10 * number, num_steps, helps)
+        for number, each in enumerate(accuracies, 1)
+    ]
+
+
+def test_a_task_that_is_solved_at_once_is_told_as_a_shortcut_with_its_causes() -> None:
+    said = told_of([0.5, 0.95, 0.97, 0.99, 1.0])
+    assert [bool(each) for each in said] == [False, False, False, True, False]  # once, and not for one lucky line
+    assert "among 4,096 others with 99% accuracy this early" in said[3]
+    assert "--set batchnorm_group_tiles=32" in said[3]
+    assert "stain or scanner" in said[3]
+    without = Shortcut(batchnorm=False)
+    row = {"instance_accuracy": 1.0, "negatives": 200.0}
+    told = [without.taken(row, step, 1000) for step in (10, 20, 30)]
+    assert "among 200 others" in told[2]
+    assert "BatchNorm" not in told[2]
+
+
+def test_what_is_learnt_in_its_time_or_helps_or_is_easy_by_nature_is_no_shortcut() -> None:
+    assert not any(told_of([0.1] * 10 + [1.0] * 30))  # after the first 100 steps of 1,000
+    assert any(told_of([0.1] * 10 + [1.0] * 30, num_steps=10_000))  # still in the first twentieth
+    assert not any(told_of([1.0] * 9, helps=True))
+    assert not any(told_of([1.0] * 9, negatives=16))
+    assert Shortcut(True).taken({"loss": 1.0}, 10, 1000) == ""  # of a method without negatives
 
 
 def test_a_probe_that_stays_below_the_start_is_told_once_a_fifth_of_the_run_is_over() -> None:

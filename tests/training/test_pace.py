@@ -1,8 +1,10 @@
 """The time that is told beforehand is the time that it takes."""
 
+import time
+
 import pytest
 
-from histossl.training.pace import Expected, Pace, duration, steps_within
+from histossl.training.pace import Expected, Pace, clock, duration, steps_within
 
 
 def paced(num_steps: int, step_s: float, monkeypatch: pytest.MonkeyPatch, first: int = 0) -> tuple[int, Expected]:
@@ -47,6 +49,14 @@ def test_a_run_that_goes_on_counts_from_where_it_is(monkeypatch: pytest.MonkeyPa
 
 def test_durations_read_as_people_say_them() -> None:
     assert [duration(s) for s in (0.25, 42, 90, 5400)] == ["0.25 s", "42 s", "1.5 min", "1 h 30 min"]
+
+
+def test_the_end_is_a_time_of_day_and_a_day_where_it_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    noon_s = time.mktime((2026, 11, 25, 12, 0, 0, 0, 0, -1))
+    monkeypatch.setattr("time.time", lambda: noon_s)
+    monkeypatch.setattr("time.localtime", lambda s=noon_s, real=time.localtime: real(s))
+    assert clock(90 * 60) == "13:30"
+    assert clock(25 * 3600) == "13:00 on Thu 26 Nov"
 
 
 def test_steps_of_a_number_of_hours_leave_time_for_looks_and_the_rest() -> None:

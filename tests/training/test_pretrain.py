@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import timm
@@ -23,35 +24,29 @@ from synthetic_store import write_synthetic_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
-from histossl.cli.pretrain import excluded_slides, slides_of_test_patients, without
 from histossl.config import PretrainConfig
-from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError
+from histossl.errors import MismatchError, StoreError, TrainingError
 from histossl.evaluation.labels import Item, LabelTable
 from histossl.evaluation.probe import probe_of
 from histossl.methods.dinov2 import DINOv2
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
-from histossl.slides.ledger import LedgerRow, write_ledger
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
+from histossl.training import trial
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.distributed import Processes
 from histossl.training.loop import Step
-from histossl.training.pretrain import (
-    Best,
-    Operation,
-    _Pretraining,
-    _probe_verdict,
-    _refuse_other_format,
-    fewest_pieces,
-    pretrain,
-)
+from histossl.training.operation import Operation
+from histossl.training.prepared import Prepared
+from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretrain
 from histossl.views.recipe import clean_view, normalise
 from histossl.workspace import PretrainDir, Workspace
 
 TINY = PretrainConfig(
     backbone="resnet10t", weights="random", steps=8, batch_size=8, view_px=32, set=("batchnorm_group_tiles=4",)
 )
+CPU = torch.device("cpu")
 QUICK = Operation(num_workers=0, log_every=1, monitor_every=3)
 
 
@@ -200,8 +195,8 @@ def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_pat
 def test_one_tile_more_than_a_batch_weighs_no_more_than_the_others(tmp_path: Path) -> None:
     """65 tiles, 64 at a time: the last one by itself would be half of the statistics, and too few for a BatchNorm."""
     index = write_synthetic_store(Workspace(tmp_path / "odd"), slides=("A1",), tiles_per_slide=65, tile_px=40)
-    stage = _Pretraining(index, run_dir(tmp_path), TINY, QUICK, None, Processes(0, 0, 1, torch.device("cpu")))
-    assert [len(batch) for batch in stage._clean_batches(2, 1000)] == [33, 32]
+    stage = Prepared(index, run_dir(tmp_path), TINY, QUICK, Processes(0, 0, 1, CPU))
+    assert [len(batch) for batch in stage.clean_batches(2, 1000)] == [33, 32]
 
 
 def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
@@ -239,37 +234,14 @@ def test_best_look_is_kept_beside_the_last(index: TileIndex, tmp_path: Path) -> 
     assert load_backbone(run.best_backbone)[1].provenance["steps"] == 3
 
 
-def test_the_last_score_is_told_whatever_the_best_one_was(tmp_path: Path) -> None:
-    best = Best()
-    for step, score in ((0, 0.5), (3, 0.501), (6, 0.3), (9, 0.2)):
-        best = best.with_look(step, score)
-    said = _probe_verdict(best, 9, run_dir(tmp_path))
-    assert "rose from 0.500 to 0.501 (step 3 of 9)" in said
-    assert "what finetune takes, has 0.200, no more than the start" in said
-    assert "highest of 3 looks is partly luck" in said
-
-
-def test_a_probe_that_reads_the_same_did_not_rise(tmp_path: Path) -> None:
-    said = _probe_verdict(Best().with_look(0, 0.45931).with_look(6, 0.45940), 6, run_dir(tmp_path))
-    assert "stayed at 0.459" in said
-    assert "rose" not in said
-
-
-def test_labels_that_come_late_are_compared_with_no_start(tmp_path: Path) -> None:
-    best = Best().with_look(6, 0.4).with_look(9, 0.3)
-    assert (best.step, best.score) == (6, 0.4)
-    said = _probe_verdict(best, 9, run_dir(tmp_path))
-    assert "no score of the start to compare with" in said
-    assert "nan" not in said
-
-
 def test_the_best_look_is_kept_with_statistics_of_clean_tiles(index: TileIndex, tmp_path: Path) -> None:
     """All 64 tiles, as in the last backbone's own; the run itself goes on with those of its crops."""
-    scores, run = iter([0.4, 0.5, 0.6, 0.9]), run_dir(tmp_path)  # the last look is the best one
+    scores, run = iter([0.4, 0.5, 0.6, 0.9]), run_dir(tmp_path)  # the last look is the best one, and healthy
     pretrain(index, run, TINY, QUICK, probe=lambda *_: next(scores))
-    best, last = load_file(run.best_backbone), load_file(run.backbone)
-    for name, value in last.items():
-        torch.testing.assert_close(best[name], value, msg=name)
+    last = load_file(run.backbone)
+    for kept in (load_file(run.best_backbone), load_file(run.healthy_backbone)):
+        for name, value in last.items():
+            torch.testing.assert_close(kept[name], value, msg=name)
 
 
 def test_forced_collapse_is_named(index: TileIndex, tmp_path: Path) -> None:
@@ -300,6 +272,65 @@ def test_the_last_healthy_backbone_outlives_a_collapse(
     assert load_backbone(run.healthy_backbone)[1].provenance["steps"] == 3
     assert any(value.abs().sum() > 0 for value in load_file(run.healthy_backbone).values())
     assert not run.backbone.exists()
+    kept, info = load_backbone(run.healthy_backbone)
+    tiles = decode_tiles(index.read_many(range(len(index))), index.tile_px)
+    with torch.no_grad():
+        before_norm = kept.conv1(normalise(clean_view(tiles, 32), info.mean, info.std))
+    torch.testing.assert_close(kept.bn1.running_mean, before_norm.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+VIEWS_THAT_SHOW_ALL = (
+    "scale=1,1", "ratio=1,1", "mirror_p=0", "flip_p=0", "quarter_turns=false", "rotation_deg=0", "stain_p=0",
+    "jitter_p=0", "grey_p=0", "blur_p=0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [VIEWS_THAT_SHOW_ALL, ()])
+def test_views_that_are_the_tile_itself_are_called_a_shortcut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], views: tuple[str, ...]
+) -> None:
+    def noise(slide: int, tile: int, tile_px: int) -> np.ndarray:
+        colours = np.random.default_rng([slide, tile]).integers(0, 255, (5, 5, 3), np.uint8)
+        return colours.repeat(tile_px // 5, 0).repeat(tile_px // 5, 1)
+
+    index = write_synthetic_store(Workspace(tmp_path), tiles_per_slide=40, tile_px=40, picture=noise)
+    config = replace(TINY, backbone="test_vit", set=("queue_size=100",), view_set=views, steps=4, lr=1e-6)
+    pretrain(index, run_dir(tmp_path), config, QUICK)
+    assert ("shortcut: a tile's other view is found among 100 others" in capsys.readouterr().err) == bool(views)
+
+
+def test_a_queue_of_one_slide_is_named_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = Workspace(tmp_path)
+    index = write_synthetic_store(at, slides=("A", "B"), tiles_per_slide=(62, 2), tile_px=40)
+    pretrain(index, run_dir(tmp_path, "plain"), replace(TINY, steps=1), QUICK)
+    said = capsys.readouterr().err
+    assert re.search(r"step 0: the queue is nearly all of one slide \(as good as 1\.\d slides\)", said)
+    assert "use --slide-balance 1" in said
+    pretrain(index, run_dir(tmp_path, "balanced"), replace(TINY, steps=1, slide_balance=1.0), QUICK)
+    assert "nearly all of one slide" not in capsys.readouterr().err
+
+
+def test_a_plan_or_a_process_of_torchrun_says_that_it_cuts_no_tiles(
+    index: TileIndex, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = index.path.parents[1]
+    told = cli("plan", *command(workspace, "--slides", tmp_path)[1:])
+    assert told.code == 0
+    assert f"--slides {tmp_path}: histossl plan cuts no tiles; with the 64 that are in" in told.err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    told = cli(*command(workspace, "--slides", tmp_path, "--name", "launched", steps=1))
+    assert told.code == 0
+    assert "a process of torchrun or SLURM cuts no tiles" in told.err
+
+
+def test_the_time_is_told_in_the_plan_s_line_and_by_the_run_itself(
+    index: TileIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(index, run_dir(tmp_path), TINY, QUICK)
+    said = capsys.readouterr().err
+    assert "time: told after the run's first 20 steps" in said
+    assert re.search(r"time: from here about .* \(\d steps of .* s, .*\), until \d\d:\d\d", said)
 
 
 def test_a_signal_before_the_first_step_is_obeyed(
@@ -320,7 +351,7 @@ def test_processes_that_found_different_checkpoints_do_not_go_on(
     index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one has none: its step is -1."""
-    stage = _Pretraining(index, run_dir(tmp_path), TINY, QUICK, None, Processes(0, 0, 1, torch.device("cpu")))
+    stage = _Pretraining(Prepared(index, run_dir(tmp_path), TINY, QUICK, Processes(0, 0, 1, CPU)), None)
     stage._refuse_apart(4)
     other = torch.tensor([-1, 1])
     monkeypatch.setattr("histossl.training.pretrain.max_over_processes", lambda steps: torch.maximum(steps, other))
@@ -450,11 +481,6 @@ def test_a_probe_looks_at_no_more_tiles_than_it_says_however_many_slides_there_a
     assert sum(seen) == 3
 
 
-def test_slides_left_out_do_not_judge_the_run() -> None:
-    items = tuple(Item(name, name, "ill", name) for name in "AB")
-    assert without(LabelTable(items, ("ill",)), {"A"}).slides == ("B",)
-
-
 def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
     options = "--backbone resnet10t --weights random --batch-size 8 --view-px 32 --log-every 1 --monitor-every 50"
     knobs = "--set batchnorm_group_tiles=4 --workers 0"
@@ -517,9 +543,8 @@ def test_what_comes_next_names_the_run_and_the_batch_gives_its_reason(index: Til
     assert "--batch-size auto: 1% of the tiles" in told.err
 
 
-@pytest.mark.parametrize("line", [(), ("bench",)])
-def test_help_alone_is_no_error(cli, line: tuple[str, ...]) -> None:
-    assert "error:" not in cli(*line).err
+def test_help_alone_is_no_error(cli) -> None:
+    assert "error:" not in cli().err
 
 
 def test_weights_of_another_architecture_name_the_keys(index: TileIndex, tmp_path: Path, cli) -> None:
@@ -704,13 +729,13 @@ def test_hours_become_steps_once_and_a_resumed_run_keeps_them(
 ) -> None:
     run = run_dir(tmp_path)
     config = replace(TINY, steps=0, hours=0.0004)  # 1.44 s: a look at the start, and four steps with a look each
-    monkeypatch.setattr(_Pretraining, "step_s", lambda _: 0.3)  # whatever else this machine is doing
-    monkeypatch.setattr(_Pretraining, "_beside_steps", lambda _: (0.02, 0.0))
+    monkeypatch.setattr("histossl.training.trial.timed_step_s", lambda _: 0.3)  # whatever else this machine is doing
+    monkeypatch.setattr("histossl.training.trial.beside_steps", lambda *_: (0.02, 0.0))
     with pytest.raises(Killed):
         pretrain(index, run, config, replace(QUICK, monitor_every=1, checkpoint_every_steps=1), probe=die_at_look(2))
     planned = json.loads(run.run_json.read_text())["plan"]["num_steps"]
     assert planned == 4
-    monkeypatch.setattr(_Pretraining, "step_s", lambda _: 0.1)
+    monkeypatch.setattr("histossl.training.trial.timed_step_s", lambda _: 0.1)
     pretrain(index, run, config, QUICK)
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, planned + 1))
 
@@ -722,19 +747,6 @@ def test_trying_out_changes_nothing_of_the_run(index: TileIndex, tmp_path: Path)
     num_steps = json.loads(timed.run_json.read_text())["plan"]["num_steps"]
     pretrain(index, plain, replace(TINY, steps=num_steps), QUICK)
     assert timed.backbone.read_bytes() == plain.backbone.read_bytes()
-
-
-def test_micro_batches_double_until_a_pass_fits() -> None:
-    asked: list[int] = []
-
-    def fits(tiles: int) -> bool:
-        asked.append(tiles)
-        return tiles <= 20
-
-    assert fewest_pieces(fits, 256, 2) == 8
-    assert asked == [128, 64, 32, 16]
-    with pytest.raises(TrainingError, match="out of GPU memory even with 3 tiles a pass"):
-        fewest_pieces(lambda _: False, 12, 2)
 
 
 def test_out_of_memory_keeps_the_run_and_says_what_to_change(
@@ -763,7 +775,7 @@ def broken_off(index: TileIndex, run: PretrainDir, rank: int, error: RuntimeErro
         raise error
 
     processes = Processes(rank, rank, 2, torch.device("cpu"))
-    list(_Pretraining(index, run, TINY, QUICK, None, processes)._guarded(steps(), 0))
+    list(_Pretraining(Prepared(index, run, TINY, QUICK, processes), None)._guarded(steps(), 0))
 
 
 def test_a_process_that_does_not_write_never_says_that_it_saved(index: TileIndex, tmp_path: Path) -> None:
@@ -851,8 +863,8 @@ def test_a_last_phase_with_larger_views_counts_in_the_time_planned(
         return forward(made, views)
 
     monkeypatch.setattr(DINOv2, "forward", watched)
-    timed = _Pretraining._step_s
-    monkeypatch.setattr(_Pretraining, "_step_s", lambda *asked: (timed(*asked), 31.0 if asked[4:] else 1.0)[1])
+    timed = trial._step_s
+    monkeypatch.setattr(trial, "_step_s", lambda *asked: (timed(*asked), 31.0 if asked[4:] else 1.0)[1])
     knobs = ("high_resolution_px=64", "high_resolution_share=0.1", "hidden_dim=8", "num_local=0")
     options = "--method dinov2 --backbone test_vit --weights random --batch-size 8 --view-px 32 --workers 0 --steps 10"
     sets = itertools.chain.from_iterable(("--set", knob) for knob in knobs)
@@ -959,33 +971,6 @@ def test_slides_named_in_a_file_are_left_out(
         assert told.code == 0, told.err
         run = PretrainDir(index.path.parents[1] / "pretrain" / "without")
         assert json.loads(run.run_json.read_text())["config"]["excluded_slides"] == slides
-
-
-def test_every_slide_of_a_test_patient_stays_out(tmp_path: Path) -> None:
-    names = ("A1", "A2", "B1", "TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "C1")
-    index = write_synthetic_store(Workspace(tmp_path), slides=names, tiles_per_slide=4, tile_px=16)
-    labels = tmp_path / "labels.csv"
-    labels.write_text(
-        "slide,label,patient,split\nA1,x,P1,test\nA2,,P1,\nB1,y,P2,train\nC1,x,P3,train\nTCGA-AA-0001-01Z-00-DX1,,,test\n"
-    )
-    assert slides_of_test_patients(labels, index) == {"A1", "A2", "TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2"}
-
-
-def test_a_test_slide_that_is_tiled_under_another_name_stays_out(tmp_path: Path) -> None:
-    at = Workspace(tmp_path)
-    index = write_synthetic_store(at, slides=("A1", "A2", "0f3a"), tiles_per_slide=4, tile_px=16)
-    write_ledger(at.archive_csv, [LedgerRow("case7/B1.svs", slide="case7/B1", tile_twin="A1")])
-    at.anonymous_names.write_text("# key 00\nname,slide,file\n0f3a,Doe,Doe.svs\n")
-    labels = tmp_path / "labels.csv"
-    labels.write_text("slide,label,patient,split\nB1,x,P1,test\nDoe,y,P2,test\nA2,x,P3,train\n")
-    assert slides_of_test_patients(labels, index) == {"A1", "0f3a"}
-    (tmp_path / "out.txt").write_text("B1\nDoe.svs\n")
-    assert excluded_slides(tmp_path / "out.txt", index) == {"A1", "0f3a"}
-    labels.write_text("slide,label,patient,split\nB1,x,P1,test\nA1,y,P1,train\n")
-    with pytest.raises(
-        LabelsError, match=r"B1 \(line 2\) and A1 \(line 3\) name one slide, with split 'test' and 'train'"
-    ):
-        slides_of_test_patients(labels, index)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050", "lcnet_050", "convnext_atto", "test_vit"])

@@ -9,8 +9,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from histossl.errors import UsageError
 from histossl.training.loop import Precision
-from histossl.training.setup import recompute_cheap
+from histossl.training.setup import precision_for, recompute_cheap
 
 CPU = torch.device("cpu")
 
@@ -73,6 +74,31 @@ def test_the_same_gradients_from_two_thirds_of_the_memory(precision: str) -> Non
         else:  # autocast casts a weight once for both passes, and then sums its gradients in bf16
             torch.testing.assert_close(one, other, rtol=0.05, atol=0.01 * float(one.abs().max()))
     assert held_now < 0.7 * held
+
+
+@pytest.mark.parametrize(("bf16", "chosen", "scaled"), [(True, "bf16", False), (False, "fp16", True)])
+def test_a_gpu_without_bf16_gets_fp16_with_a_scaler(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, chosen: str, scaled: bool
+) -> None:
+    """Emulated bf16, which older cards have, does not count: it is slower than fp32."""
+    asked: list[bool] = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    precision = precision_for("auto", torch.device("cuda"))
+    assert precision.name == chosen
+    assert asked == [False]
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    assert precision.scaler(torch.device("cuda")).is_enabled() == scaled
+    assert precision_for("auto", CPU).name == "fp32"
+
+
+def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match="--precision fp16: needs a GPU; use --precision fp32 or bf16"):
+        precision_for("fp16", CPU)
 
 
 def test_without_gradients_it_is_the_network_alone() -> None:

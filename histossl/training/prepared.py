@@ -1,0 +1,165 @@
+"""A run with everything that it is made of, as it stands before its first step: tiles, method, plan, optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from histossl.backbones import create_backbone, recorded_with
+from histossl.config import PretrainConfig, with_overrides
+from histossl.errors import UsageError
+from histossl.methods import TAUGHT, classes_of, entry_of, self_supervised
+from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.method import Method, Views
+from histossl.tiles.index import TileIndex
+from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
+from histossl.tiles.sampling import TileOrder
+from histossl.tiles.subset import open_subset
+from histossl.training.distributed import Processes
+from histossl.training.operation import Operation
+from histossl.training.planner import plan
+from histossl.training.setup import optimizer_for, precision_for, recompute_cheap, tune
+from histossl.views.recipe import clean_view, make_views, normalise, recipe_named, with_settings
+from histossl.workspace import PretrainDir
+
+# Added to the run's seed: other tiles, in another order, than the training stream begins with.
+PREFILL, MONITOR, BATCHNORM = 1, 2, 3
+
+RECOMPUTED = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
+
+
+class Prepared:
+    """What the parts of `pretrain` would otherwise pass from hand to hand. `plan` may still be cut to fit."""
+
+    def __init__(
+        self,
+        index: TileIndex,
+        run: PretrainDir,
+        config: PretrainConfig,
+        operation: Operation,
+        processes: Processes,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
+        self.device = processes.device
+        if operation.decode_on_gpu and self.device.type != "cuda":
+            raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
+        self.precision = precision_for(operation.precision, self.device)
+        excluded = set(config.excluded_slides)
+        self.subset = open_subset(index, config.subset) if config.subset else None
+        self.keep = np.array([slide not in excluded for slide in index.slides])
+        if self.subset is not None:
+            self.keep &= self.subset.counts(index) > 0
+        self.order = self.order_of(0)
+        if teacher is None:
+            self_supervised(config.method)
+        taught = (teacher,) if config.method in TAUGHT else ()
+        method_class, knobs_class = classes_of(config.method)
+        knobs = with_overrides(knobs_class(), config.set)
+        backbone, self.info = create_backbone(
+            config.backbone, config.weights, config.seed, getattr(knobs, "drop_path", 0.0)
+        )
+        self.earlier = recorded_with(config.weights) or {}  # of weights that an earlier run left
+        _refuse_view_size(backbone, config, config.view_px, "--view-px")
+        by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
+        self.plan_of = partial(
+            plan,
+            config,
+            self.order.num_tiles,
+            self.order.num_slides,
+            {name: value for name, value in asdict(knobs).items() if name in by_hand},
+            processes.count,
+            batchnorm=has_batchnorm(backbone),
+            training=method_class.trained_with(knobs),
+            to_fit=method_class.planned,
+            batchnorm_group=getattr(knobs, "batchnorm_group_tiles", 0),
+            company=self.order.company(),
+        )
+        self.plan = self.plan_of(micro_batches=operation.micro_batches or 1)
+        self.knobs = knobs = replace(knobs, **self.plan.knobs)
+        self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
+        recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
+        recipe = with_settings(recipe, config.view_set)
+        torch.manual_seed(config.seed)  # of the heads
+        method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs, *taught)
+        for side_px in {view.size_px for view in method.views().views} - {config.view_px}:
+            _refuse_view_size(backbone, config, side_px, "--set local_px")
+        self.method = method.to(self.device).train()
+        tune(self.method, self.device, self.precision.name, operation.compiled, operation.deterministic)
+        self.optimizer = optimizer_for(self.method, self.plan, self.device)
+        self.scaler = self.precision.scaler(self.device)
+        if operation.recompute:
+            self.recompute(asked=True)
+
+    def recompute(self, asked: bool = False) -> None:
+        """Before a batch is cut, which some methods pay for: what is cheap of a ViT's activations is not kept."""
+        if asked and self.operation.compiled:
+            raise UsageError("--recompute: what is compiled does so by itself; leave it or --compile out")
+        if self.plan.recompute or self.operation.compiled:
+            return
+        if not recompute_cheap(self.method.learner()):
+            if asked:
+                raise UsageError(f"--recompute: {self.config.backbone} is no ViT, whose blocks it is for; leave it out")
+            return
+        self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, RECOMPUTED))
+
+    # ---- tiles and views
+
+    def order_of(self, purpose: int) -> TileOrder:
+        tiles = None if self.subset is None else self.subset.tiles
+        return TileOrder(self.index, self.config.seed + purpose, self.config.slide_balance, self.keep, tiles)
+
+    def tile_batches(self, first: int, order: TileOrder | None = None, num_steps: int | None = None) -> TileBatches:
+        parts = self.plan.micro_batches
+        return tile_batches(
+            self.index,
+            order or self.order,
+            self.plan.batch_size // parts,
+            first * parts,
+            ((self.plan.num_steps - first) if num_steps is None else num_steps) * parts,
+            self.processes.rank,
+            self.processes.count,
+            self.operation.num_workers,
+            pin_memory=self.device.type == "cuda",
+            decode_on=self.device if self.operation.decode_on_gpu else None,
+        )
+
+    def views(self, tiles: TileBatches, first: int = 0) -> Iterator[Views]:
+        """What the method sees of each batch, from step `first` on."""
+        for batch, (pixels, numbers, positions) in enumerate(tiles):
+            recipe = self.method.views((first + batch // self.plan.micro_batches) / self.plan.num_steps)
+            on_device = pixels.to(self.device, non_blocking=True)
+            statistics = (self.info.mean, self.info.std)
+            images = make_views(on_device, recipe, self.config.seed, positions, statistics)
+            images = [image.contiguous(memory_format=torch.channels_last) for image in images]
+            owners = torch.stack([numbers, torch.from_numpy(self.index.slide_of(numbers.numpy()))])
+            if self.device.type == "cuda":
+                owners = owners.pin_memory()
+            tiles_B, slides_B = owners.to(self.device, non_blocking=True)
+            yield Views(images, tiles_B, slides_B, step=0, positions_B=positions, seed=self.config.seed)
+
+    def clean_batches(self, purpose: int, num_tiles: int, size: int = 64) -> Iterator[Tensor]:
+        """Tiles as they are, at the size of the views, normalised: the same ones whenever asked."""
+        order = self.order_of(purpose)
+        numbers = order.tile_numbers(0, min(num_tiles, order.num_tiles))
+        for some in np.array_split(numbers, math.ceil(len(numbers) / size)):  # alike: BatchNorm weighs them alike
+            pixels, good = decode_good_tiles(self.index, some)
+            if len(good):
+                view = clean_view(pixels.to(self.device), self.config.view_px)
+                yield normalise(view, self.info.mean, self.info.std)
+
+
+@torch.no_grad()
+def _refuse_view_size(backbone: nn.Module, config: PretrainConfig, side_px: int, option: str) -> None:
+    """One empty image through the backbone, before anything else: some take no other size than their own."""
+    backbone.eval()
+    try:
+        backbone(torch.zeros(1, 3, side_px, side_px))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{option} {side_px}: {config.backbone} does not take that size ({error})") from error

@@ -1,0 +1,204 @@
+"""Trying a run out before step 0: into how many passes a batch must be cut to fit memory, and how long a step takes.
+
+Real passes through the real method; what they change is put back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from histossl.config import read_run
+from histossl.errors import TrainingError
+from histossl.methods import gather
+from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.gather import max_over_processes, mean_over_processes
+from histossl.methods.method import Views
+from histossl.training.export import BATCHNORM_TILES, plain_backbone
+from histossl.training.looks import MONITOR_TILES, monitor_features
+from histossl.training.operation import Probe
+from histossl.training.pace import Expected, steps_within
+from histossl.training.planner import in_batch_reason, of_the_pass_reason
+from histossl.training.prepared import PREFILL, RECOMPUTED, Prepared
+from histossl.views.recipe import make_views
+
+
+def fit_memory(prepared: Prepared) -> None:
+    """Into how many micro-batches a batch is cut: as the run was before, or on a GPU until a pass fits on all."""
+    before = read_run(prepared.run.run_json)["plan"] if prepared.run.run_json.exists() else {}
+    if before.get("recompute"):
+        prepared.recompute()
+    if prepared.operation.micro_batches:
+        return
+    if before.get("num_processes") == prepared.processes.count and before["batch_size"] == prepared.plan.batch_size:
+        pieces = int(before["micro_batches"])
+    elif prepared.device.type == "cuda":
+        if not fits(prepared, prepared.plan.tiles_per_pass):
+            prepared.recompute()
+        pieces = fewest_pieces(partial(fits, prepared), prepared.plan.batch_size, prepared.processes.count)
+    else:
+        return
+    reasons = prepared.plan.reasons
+    training = prepared.method.trained_with(prepared.knobs)
+    if training.of_the_pass and pieces > 1:
+        told = of_the_pass_reason(training, prepared.plan.batch_size, pieces)
+        reasons = (*(each for each in reasons if "tiles of a pass, not" not in each), told)
+    if training.in_batch and pieces > 1:
+        before_cut, cut = (in_batch_reason(prepared.plan.batch_size, each) for each in (1, pieces))
+        reasons = tuple(cut if reason == before_cut else reason for reason in reasons)
+    prepared.plan = replace(
+        prepared.plan,
+        micro_batches=pieces,
+        tiles_per_pass=prepared.plan.batch_size // pieces // prepared.processes.count,
+        reasons=reasons,
+    )
+
+
+def fewest_pieces(fits_in_memory: Callable[[int], bool], batch_size: int, num_processes: int) -> int:
+    """In how many micro-batches a batch must come so that `fits_in_memory(tiles of one pass)`. Doubles from one."""
+    pieces = 1
+    while batch_size % (pieces * num_processes) == 0:
+        if fits_in_memory(batch_size // pieces // num_processes):
+            return pieces
+        pieces *= 2
+    raise TrainingError(
+        f"out of GPU memory even with {2 * batch_size // pieces // num_processes} tiles a pass; "
+        "use a smaller --view-px, a smaller --backbone, or a --batch-size with more factors of two"
+    )
+
+
+def fits(prepared: Prepared, tiles_per_pass: int) -> bool:
+    failed = torch.zeros((), device=prepared.device)
+    with _unchanged(prepared), gather.alone():  # who runs out of memory would keep the others waiting
+        try:
+            optimizer_state = _like_optimizer_state(prepared)  # which comes with the first step, and stays
+            side = prepared.index.tile_px
+            tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=prepared.device)
+            numbers = torch.arange(tiles_per_pass)
+            images = make_views(tiles, prepared.method.views(1.0), 0, numbers, (prepared.info.mean, prepared.info.std))
+            on_device = numbers.to(prepared.device)
+            _pass(prepared, Views(images, on_device, on_device, 0, positions_B=numbers))
+            del optimizer_state
+        except torch.OutOfMemoryError:
+            failed += 1
+    torch.cuda.empty_cache()
+    return not bool(mean_over_processes(failed))
+
+
+def _like_optimizer_state(prepared: Prepared) -> list[Tensor]:
+    """As much memory as the optimizer will take: one value a weight for sgd and lars, two for adamw."""
+    trained = [parameter for group in prepared.optimizer.param_groups for parameter in group["params"]]
+    return [torch.empty_like(each) for each in trained for _ in range(2 if prepared.plan.optimizer == "adamw" else 1)]
+
+
+def fit_hours(prepared: Prepared, probe: Probe | None, step_s: float | None = None) -> None:
+    """Steps from `--hours`: those of the run's first start, else what the time of a few steps gives."""
+    if prepared.run.run_json.exists():
+        num_steps = int(read_run(prepared.run.run_json)["plan"]["num_steps"])
+    else:
+        step_s = _slowest(prepared, step_s or timed_step_s(prepared))
+        look_s, rest_s = (_slowest(prepared, each) for each in beside_steps(prepared, probe))
+        num_steps = steps_within(prepared.config.hours * 3600, step_s, look_s, prepared.operation.monitor_every, rest_s)
+    before = prepared.plan
+    prepared.plan = prepared.plan_of(micro_batches=before.micro_batches, num_steps=num_steps)
+    if before.recompute:
+        prepared.plan = replace(prepared.plan, recompute=True, reasons=(*prepared.plan.reasons, RECOMPUTED))
+    prepared.knobs = replace(prepared.knobs, **prepared.plan.knobs)
+    vars(prepared.method).update(config=prepared.knobs)  # the momentum follows the length
+
+
+def _slowest(prepared: Prepared, seconds: float) -> float:
+    """Of all processes: the others wait for the one that asks the probe."""
+    return float(max_over_processes(torch.tensor(seconds, device=prepared.device)))
+
+
+def expected_time(prepared: Prepared, probe: Probe | None, step_s: float) -> Expected:
+    """The whole run's time, with what is not steps."""
+    look_s, rest_s = beside_steps(prepared, probe)
+    num_looks = 1 + math.ceil(prepared.plan.num_steps / prepared.operation.monitor_every)
+    return Expected(step_s, prepared.plan.num_steps, look_s, num_looks, rest_s)
+
+
+def beside_steps(prepared: Prepared, probe: Probe | None) -> tuple[float, float]:
+    """Seconds of a look, and of the rest: filling the queue, BatchNorm's statistics at the end."""
+    num_tiles = min(64, prepared.order.num_tiles)
+    monitor_features(prepared, prepared.method.backbone, num_tiles)  # warms up
+    began_s = time.perf_counter()
+    monitor_features(prepared, prepared.method.backbone, num_tiles)
+    tile_s = (time.perf_counter() - began_s) / num_tiles
+    look_s = tile_s * min(MONITOR_TILES, prepared.order.num_tiles)
+    look_s *= 1 if prepared.method.learner() is prepared.method.backbone else 2
+    if has_batchnorm(prepared.method.backbone):  # the healthy backbone's statistics
+        look_s += tile_s * min(MONITOR_TILES, prepared.order.num_tiles)
+    if probe is not None:
+        began_s = time.perf_counter()
+        probe(plain_backbone(prepared), prepared.info)
+        look_s += time.perf_counter() - began_s
+    other_tiles = prepared.method.num_prefill_tiles() / prepared.processes.count
+    if has_batchnorm(prepared.method.backbone):
+        other_tiles += min(BATCHNORM_TILES, prepared.order.num_tiles)
+    return look_s, other_tiles * tile_s
+
+
+def timed_step_s(prepared: Prepared, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
+    """Seconds per step: tiles, views, forward, backward; of a last phase with larger views its share of the steps.
+
+    Nothing of the run is changed by it. `resident`: with the same views again and again, which never leave the
+    device: what loading costs is the rest.
+    """
+    step_s, share = _step_s(prepared, num_steps, at_most_s, resident), larger_share(prepared)
+    if share:
+        step_s += share * (_step_s(prepared, num_steps, at_most_s, resident, prepared.plan.num_steps) - step_s)
+    return step_s
+
+
+def larger_share(prepared: Prepared) -> float:
+    """Share of the steps, in thousandths, in which the method sees other views than in the first."""
+    first = prepared.method.views()
+    return sum(prepared.method.views(thousandth / 1000) != first for thousandth in range(1000)) / 1000
+
+
+def _step_s(prepared: Prepared, num_steps: int, at_most_s: float, resident: bool, first: int = 0) -> float:
+    tiles = prepared.tile_batches(0, prepared.order_of(PREFILL), num_steps + 1)
+    taken: list[float] = []
+    with tiles, _unchanged(prepared), gather.alone():  # processes may differ in when they have seen enough
+        views = prepared.views(tiles, first)
+        if resident:
+            views = itertools.repeat(next(views))
+        began_s = time.perf_counter()
+        for _ in range(num_steps + 1):
+            for _ in range(prepared.plan.micro_batches):
+                _pass(prepared, next(views))
+            if prepared.device.type == "cuda":
+                torch.cuda.synchronize(prepared.device)
+            now_s = time.perf_counter()
+            taken.append(now_s - began_s)
+            began_s = now_s
+            if sum(taken) > at_most_s:
+                break
+    return float(np.median(taken[1:] or taken))  # the first one warms up
+
+
+def _pass(prepared: Prepared, views: Views) -> None:
+    with prepared.precision.autocast(prepared.device):
+        loss = prepared.method(views).loss
+    loss.backward()
+
+
+@contextmanager
+def _unchanged(prepared: Prepared) -> Iterator[None]:
+    before = {name: value.detach().clone() for name, value in prepared.method.state_dict().items()}
+    try:
+        yield
+    finally:
+        prepared.method.load_state_dict(before)
+        prepared.optimizer.zero_grad(set_to_none=True)
