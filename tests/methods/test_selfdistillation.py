@@ -334,7 +334,9 @@ def stepped() -> list[Tensor]:
     for name, backbone, knobs in (
         ("dino", cnn(), {}),
         ("ibot", vit(), {}),
+        ("ibot", vit(), {"assign": "centre"}),  # of all patches
         ("dinov2", vit(), {"koleo_weight": 0.1}),
+        ("dinov2", vit(), {"assign": "centre"}),  # of the masked ones, whose number differs from process to process
     ):
         made = method(name, backbone, **knobs)
         optimizer = torch.optim.SGD([each for each in made.parameters() if each.requires_grad], lr=0.05)
