@@ -101,6 +101,10 @@ class Method(nn.Module):
         """What the tiles must become at this share of the run; 1 gives the largest views of all."""
         raise NotImplementedError
 
+    def lr_factor(self, progress: float) -> float:
+        """What the run's learning rate is multiplied by at this share of it (DINOv2: less in its last phase)."""
+        return 1.0
+
     def forward(self, views: Views) -> Outcome:
         raise NotImplementedError
 

@@ -115,6 +115,7 @@ class MaskedConfig(SelfDistillationConfig):
     kde_kappa: float = knob(10.0, "its sharpness", "5 (Virchow2), 10 (nanopath)", NANOPATH)
     high_resolution_px: int = knob(0, "side of the global crops in the last phase; 0: there is none", "-", ZHOU)
     high_resolution_share: float = knob(0.1, "share of that phase, where there is one", "-", ZHOU)
+    high_resolution_lr: float = knob(0.5, "factor on the learning rate in that phase", "-", ZHOU)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +131,8 @@ class MaskedConfig(SelfDistillationConfig):
         require(self.patch_centre in ("all", "masked"), "set patch_centre", self.patch_centre, "all or masked")
         share = self.high_resolution_share
         require(0 < share < 1, "set high_resolution_share", share, "a share of the steps, 0 to 1")
+        factor = self.high_resolution_lr
+        require(0 < factor <= 1, "set high_resolution_lr", factor, "above 0, at most 1")
 
 
 class Means(NamedTuple):
@@ -212,11 +215,17 @@ class SelfDistillation(Method):
         return self
 
     def views(self, progress: float = 0.0) -> ViewRecipe:
-        masks = self.masks
-        if masks is None or not masks.high_resolution_px or progress < 1 - masks.high_resolution_share:
+        if self.masks is None or not self._in_high_resolution(progress):
             return self.recipe
-        large = [replace(view, size_px=masks.high_resolution_px) for view in self.recipe.views[:NUM_GLOBAL]]
+        large = [replace(view, size_px=self.masks.high_resolution_px) for view in self.recipe.views[:NUM_GLOBAL]]
         return ViewRecipe(self.recipe.name, (*large, *self.recipe.views[NUM_GLOBAL:]))
+
+    def lr_factor(self, progress: float) -> float:
+        return self.masks.high_resolution_lr if self.masks and self._in_high_resolution(progress) else 1.0
+
+    def _in_high_resolution(self, progress: float) -> bool:
+        masks = self.masks
+        return bool(masks and masks.high_resolution_px and progress >= 1 - masks.high_resolution_share)
 
     # ---- forward: computes, changes nothing
 
