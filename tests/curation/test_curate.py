@@ -196,13 +196,22 @@ def test_random_weights_are_told_which_threshold_they_need(lab, cli):
     assert "right for" not in cli("curate", "-w", workspace.root, *NET, "--name", "b", "--duplicate-cosine", 0.94).err
 
 
-def test_slides_retrieve_from_labelled_training_slides_too(lab, cli, tmp_path):
+def test_slides_retrieve_from_what_has_no_label_and_from_all_others_without_labels(lab, cli, tmp_path):
     workspace, index = lab
-    how = ("--labels", tmp_path / "labels.csv", "--like-slides", "A", "--tiles", 35)
-    told = cli("curate", "-w", workspace.root, *NET, *how)
-    assert told.code == 0, told.err
-    slides = {index.slides[number] for number in index.slide_of(open_subset(index, "curated").tiles)}
-    assert slides == {"A", "B", "C", "D"}  # not E, which is for testing
+
+    def retrieved(name, *how):
+        told = cli("curate", "-w", workspace.root, *NET, "--like-slides", "C", "--name", name, *how)
+        assert told.code == 0, told.err
+        tiles = open_subset(index, name).tiles
+        found = ledger_of(workspace, name)["retrieved"]
+        own = int(np.isin(tiles, [*index.tiles_of("C")]).sum())
+        assert (own, own + found["tiles"]) == (found["own_tiles"], len(tiles))  # its own tiles are kept, not retrieved
+        return {index.slides[number] for number in index.slide_of(tiles)}
+
+    assert retrieved("labels", "--labels", tmp_path / "labels.csv", "--tiles", 20) == {"C", "D"}  # A, B labelled; E test
+    assert retrieved("plain", "--tiles", 50) == {"A", "B", "C", "D", "E"}
+    (tmp_path / "some.csv").write_text("slide,label,patient,split\nA,,P1,train\nB,normal,P2,train\nE,,P5,test\n")
+    assert retrieved("some", "--labels", tmp_path / "some.csv", "--tiles", 30) == {"A", "C", "D"}  # A waits for a label
 
 
 def test_the_same_command_does_nothing_and_another_is_refused(lab, cli):
@@ -276,6 +285,7 @@ def test_a_damaged_tile_is_left_out_and_not_tried_again(lab, cli):
         (("--like-slides", "A", "--tiles", "3"), "hold 11 tiles by themselves"),
         (("--clusters", "90,10", "--tiles", "5"), "more than the 60 tiles"),
         (("--like-slides", "A,B,C,D,E"), "nothing to retrieve from"),
+        (("--like-slides", "C,D", "--labels", "labels.csv"), "name the test slides by --exclude instead"),
         (("--name", "a/b"), "one plain directory name"),
     ],
 )
