@@ -82,6 +82,9 @@ class Method(nn.Module):
     trained_by: ClassVar[Training] = Training()
     planned: ClassVar[tuple[str, ...]] = ()  # knobs that the planner fits to tiles, slides and steps
     caution: ClassVar[str] = ""  # what a person should know before a run is begun, in a line
+    # What a loss at its ceiling, or above it, may come from besides the rate: told with the warning.
+    stuck_by: ClassVar[tuple[str, ...]] = ("views that share nothing",)
+    above_by: ClassVar[tuple[str, ...]] = ()
     judges_rank: ClassVar[bool] = True  # whether features of fewer directions are an ailment (to a classifier not)
 
     @classmethod

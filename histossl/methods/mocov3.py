@@ -61,6 +61,8 @@ class MoCoV3Config:
 
 class MoCoV3(Method):
     planned = ("momentum",)
+    stuck_by = ("views that share nothing", "a batch of tiles all alike (--slide-balance 1)", "--set temperature too high")
+    above_by = ("--set momentum too low",)
     trained_by = Training(
         for_batchnorm="lars",
         adamw=Rate(1.5e-4, 1e-4, 256, "linear", 0.1, "MoCo v3's 1.5e-4"),

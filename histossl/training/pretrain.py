@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import re
 import threading
 import time
 from collections import Counter
@@ -295,7 +296,7 @@ class _Pretraining:
         if operation.recompute:
             self._recompute(asked=True)
         self.watch = Watch()
-        self.ceiling = Ceiling()
+        self.ceiling = Ceiling(method.stuck_by, method.above_by)
         self.probe_trend = ProbeTrend()
         self.loss = math.nan  # of the last logged step
         self.best = Best()
@@ -891,9 +892,10 @@ class _Pretraining:
     def _tell_ailment(self, row: dict[str, float], done: int) -> None:
         """What the method itself finds wrong with a logged step, once for as long as it lasts."""
         ailment = self.method.ailment(row)
-        if ailment and ailment != self.told and self.processes.writes:
+        kind = re.sub(r"\d[\d.,]*", "", ailment)  # the next line has other figures for the same
+        if ailment and kind != self.told and self.processes.writes:
             console.warn(f"step {done}: {ailment}")
-        self.told = ailment
+        self.told = kind
 
     def _collapse(self, health: Health, done: int) -> TrainingError:
         kept = self.run.healthy_backbone
