@@ -37,8 +37,8 @@ def curate(
         str,
         typer.Option(
             metavar="A,B,...",
-            help="Retrieve the tiles most like those of these slides, from the others; with --labels from those without a "
-            "label. Their own tiles are kept too.",
+            help="Retrieve the tiles most like those of these slides, from the others; with --labels from slides "
+            "without a label. Their own tiles are kept too.",
             show_default=False,
         ),
     ] = "",
