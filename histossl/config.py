@@ -220,7 +220,7 @@ class CurateConfig:
     like_slides: tuple[str, ...] = ()  # retrieve what is most like these
     like_classes: tuple[str, ...] = ()  # retrieve what is most like the training slides of these
     queries: tuple[str, ...] = ()  # the slides that these two stand for
-    labelled_slides: tuple[str, ...] = ()  # with like_classes: nothing is retrieved from these
+    labelled_slides: tuple[str, ...] = ()  # where labels are given: nothing is retrieved from these
     embedder: str = ""  # name, digest and input size of the backbone
     seed: int = 0
     excluded_slides: tuple[str, ...] = ()

@@ -36,7 +36,8 @@ def curate(
         str,
         typer.Option(
             metavar="A,B,...",
-            help="Retrieve the tiles most like those of these slides, from all others (labelled training slides too).",
+            help="Retrieve the tiles most like those of these slides, from the others; with --labels from slides "
+            "without a label. Their own tiles are kept too.",
             show_default=False,
         ),
     ] = "",
@@ -45,13 +46,17 @@ def curate(
         typer.Option(
             metavar="A,B,...",
             help="Retrieve the tiles most like those of the training slides of these classes, from slides without a "
-            "label; needs --labels.",
+            "label; needs --labels. Their own tiles are kept too.",
             show_default=False,
         ),
     ] = "",
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.csv", help="labels.csv: patients marked `test` are left out of everything."),
+        typer.Option(
+            metavar="FILE.csv",
+            help="labels.csv: patients marked `test` are left out of everything; with --like-..., nothing is "
+            "retrieved from slides that have a label.",
+        ),
     ] = None,
     exclude: Annotated[Path | None, typer.Option(metavar="FILE", help="Slides to leave out: one name a line.")] = None,
     backbone: Annotated[str, typer.Option(help="Embed with this timm model; with --weights.", show_default=False)] = "",

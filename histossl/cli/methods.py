@@ -85,6 +85,7 @@ def _trained_by(entry: Any, method: Any) -> list[tuple[str, str]]:
         *rows,
         ("--layer-decay", f"{training.layer_decay:g} with adamw from pretrained weights, else 1"),
         ("--warmup", f"{training.warmup:g} of the steps"),
+        ("--final-lr", f"{training.final_lr:g} of the peak, at the last step"),
         (
             "--clip-norm",
             {"all": "3 over all", "parameter": "3, each parameter by itself"}[training.clip_by],

@@ -9,6 +9,12 @@ written here from the paper:
 * **Levels.** The same again on the centres, and on the centres of those: a rare tissue that holds one fine cluster in a
   hundred holds one coarse cluster in ten.
 
+What that flattens is density over what the features spread out, so **a rare kind gains only if it takes room of its
+own there**. Kinds of vectors that lie apart go from 100:1 to under 10:1 (tests/curation/test_balance.py). The painter's
+classes do not: to ImageNet's features a few tiles of carcinoma are among many of all sorts, and 109:1 stays above 60:1
+(bench_curate.py painted; examples/LOG.md, 2026-11-25). A kind that is compact loses, even.
+`--like-slides` is the way to have more of something rare that is known.
+
 Then the wanted number is poured over the coarsest clusters like water (the same for each, a small one gives all it has
 and the rest is shared by the others), each share over the finer clusters below, and in a finest cluster chance chooses.
 

@@ -130,8 +130,8 @@ def _refuse_impossible(index: TileIndex, numbers: Ints, config: CurateConfig) ->
         )
     if config.queries and _are_of(index, numbers, (*config.queries, *config.labelled_slides)).all():
         raise UsageError(
-            "nothing to retrieve from: every slide that is not asked for has a label or is left out; "
-            "name examples with --like-slides, or tile unlabelled slides too"
+            "nothing to retrieve from: every slide that is not asked for has a label or is left out; tile unlabelled "
+            "slides too, or, with --like-slides, name the test slides by --exclude instead of --labels"
         )
 
 
@@ -424,7 +424,10 @@ def embedder_for(
 def example_slides(
     index: TileIndex, slides: Sequence[str], classes: Sequence[str], labels: Path | None, excluded: set[str]
 ) -> tuple[set[str], set[str]]:
-    """(slides whose tiles are the examples, slides with a label). Test patients are neither: `excluded` holds them."""
+    """(slides whose tiles are the examples, slides with a label: not of the pool). Test patients are neither.
+
+    `excluded` holds the test patients. A line of labels.csv whose label is empty is an unlabelled slide.
+    """
     names = SlideNames.of(index)
     examples: set[str] = set()
     for name in slides:
@@ -434,11 +437,11 @@ def example_slides(
         if set(found) <= excluded:
             raise UsageError(f"--like-slides {name}: is left out (a test patient, or --exclude), so it is no example")
         examples |= set(found) - excluded
-    if not classes:
-        return examples, set()
-    if labels is None:
+    if classes and labels is None:
         raise UsageError(f"--like-classes {','.join(classes)}: needs --labels FILE.csv, which says what is of them")
-    rows = read_rows(labels)
+    if labels is None or not (slides or classes):
+        return examples, set()
+    rows = [row for row in read_rows(labels) if row.label]
     known = sorted({row.label for row in rows})
     labelled = {slide for row in rows for slide in names.find(row.slide)} - excluded
     for label in classes:

@@ -78,6 +78,7 @@ class Colorization(Pretext):
     )
     question = "a tile's colours"
     shortcuts = "one stain for all tiles, JPEG's coarser chroma"
+    stuck_by = ("one stain for all tiles, of which lightness tells the rest", "too few steps for so new a decoder")
     caution = (
         "colorization on tissue is to a good part telling the stain of a batch from its texture, which amplifies that "
         "shortcut: use it as a control"

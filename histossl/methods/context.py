@@ -65,6 +65,7 @@ class ContextConfig:
 class Context(Pretext):
     question = "on which side of a patch its neighbour lies"
     shortcuts = "edges that run on over the gap, shading, chromatic aberration, the JPEG grid"
+    stuck_by = ("tissue that looks alike in every direction, which is to be expected of this control",)
     caution = (
         "context prediction is close to ill-posed on tissue, most of which looks alike in every direction: "
         "use it as a control. Chance is 12.5 %"

@@ -170,6 +170,8 @@ class Distillation(Method):
         now_C = gather.mean_over_processes(torch.stack(list(carries)).mean(0))
         self.answer_C.copy_(now_C if not bool(self.answer_C.any()) else self.answer_C.lerp(now_C, 1 - REMEMBERED))
 
+    stuck_by = ("a teacher that says nearly the same of all tiles (--temperature too high)", "views that hide tissue")
+
     def loss_ceiling(self) -> float | None:
         """Of a student that answers every tile alike: at best T^2 times the entropy of the teacher's mean answer."""
         if not bool(self.answer_C.any()):

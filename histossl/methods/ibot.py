@@ -19,6 +19,8 @@ from histossl.methods.selfdistillation import ZHOU, MaskedConfig, SelfDistillati
 @dataclass(frozen=True)
 class IBOTConfig(MaskedConfig):
     prototypes: int = knob(8192, "of the head; the planner gives what fits the tile set", "8192", ZHOU)
+    trainable_norm: bool = knob(False, "prototypes have a gain of their own", "true (code: false)", ZHOU)
+    num_local: int = knob(8, "small crops", "10", ZHOU)
     patch_teacher_temperature: float = knob(0.07, "of the teacher at patches", "0.04 to 0.07", ZHOU)
 
 

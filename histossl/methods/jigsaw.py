@@ -65,6 +65,10 @@ class JigsawConfig:
 class Jigsaw(Pretext):
     question = "in which order patches lie"
     shortcuts = "edges that run on over the gap, shading, chromatic aberration, the JPEG grid"
+    stuck_by = (
+        "tissue that has no order of its parts, which is to be expected of this control",
+        "too many --set num_orders",
+    )
     caution = "jigsaw is close to ill-posed on tissue, most of which has no order of its parts: use it as a control"
     orders_KN: Tensor
 

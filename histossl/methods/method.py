@@ -82,6 +82,9 @@ class Method(nn.Module):
     trained_by: ClassVar[Training] = Training()
     planned: ClassVar[tuple[str, ...]] = ()  # knobs that the planner fits to tiles, slides and steps
     caution: ClassVar[str] = ""  # what a person should know before a run is begun, in a line
+    # What a loss at its ceiling, or above it, may come from besides the rate: told with the warning.
+    stuck_by: ClassVar[tuple[str, ...]] = ("views that share nothing",)
+    above_by: ClassVar[tuple[str, ...]] = ()
     judges_rank: ClassVar[bool] = True  # whether features of fewer directions are an ailment (to a classifier not)
 
     @classmethod
@@ -100,6 +103,10 @@ class Method(nn.Module):
     def views(self, progress: float = 0.0) -> ViewRecipe:
         """What the tiles must become at this share of the run; 1 gives the largest views of all."""
         raise NotImplementedError
+
+    def lr_factor(self, progress: float) -> float:
+        """What the run's learning rate is multiplied by at this share of it (DINOv2: less in its last phase)."""
+        return 1.0
 
     def forward(self, views: Views) -> Outcome:
         raise NotImplementedError

@@ -75,6 +75,8 @@ class MoCoV2Config:
 class MoCoV2(Ring):
     planned = ("queue_size", "momentum")
     trained_by = Training(decay_flat=True)  # biases and norms too, as the official code
+    stuck_by = ("views that share nothing", "a queue full of a tile's own neighbours", "--set temperature too high")
+    above_by = ("--set momentum too low",)
 
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: MoCoV2Config) -> None:
         super().__init__()

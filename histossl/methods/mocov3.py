@@ -47,7 +47,7 @@ class MoCoV3Config:
     momentum: float = knob(
         0.99, "of the key encoder at the start, rising to 1; the planner gives what fits the run's length", "0.99", CHEN
     )
-    temperature: float = knob(0.2, "of the softmax over the batch's keys", "0.2 (ViT)", CHEN)
+    temperature: float = knob(0.2, "of the softmax over the batch's keys", "0.2 (ResNet-50: 1.0)", CHEN)
     embedding_dim: int = knob(256, "of queries and keys", "256", CHEN)
     hidden_dim: int = knob(4096, "of projector and predictor", "4096", CHEN)
     freeze_patch_embed: bool = knob(True, "leave a ViT's patch embedding as it is; CNNs have none", "true", CHEN)
@@ -61,6 +61,12 @@ class MoCoV3Config:
 
 class MoCoV3(Method):
     planned = ("momentum",)
+    stuck_by = (
+        "views that share nothing",
+        "a batch of tiles that are all alike",
+        "--set temperature too high",
+    )
+    above_by = ("--set momentum too low",)
     trained_by = Training(
         for_batchnorm="lars",
         adamw=Rate(1.5e-4, 1e-4, 256, "linear", 0.1, "MoCo v3's 1.5e-4"),

@@ -44,6 +44,7 @@ class Pretext(Method):
     trained_by: ClassVar[Training] = Training(sgd=Rate(0.1, 0.03, 256, "linear", 1e-4, "VISSL's 0.1"))
     question: ClassVar[str]
     shortcuts: ClassVar[str] = "the JPEG grid, shading, a slide's edge"
+    above_by = ("a head that is still new, and answers by chance",)
     chance: Tensor
     recent: Tensor
 

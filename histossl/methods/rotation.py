@@ -39,6 +39,7 @@ class RotationConfig:
 
 class Rotation(Pretext):
     question = "how a tile was turned"
+    stuck_by = ("tissue that has no up, which is to be expected of this control",)
     caution = (
         "rotation is ill-posed on tissue, which has no up: use it as a negative control. Accuracy should stay near 25 %"
     )

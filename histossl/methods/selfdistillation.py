@@ -62,11 +62,11 @@ class SelfDistillationConfig:
     bottleneck_dim: int = knob(256, "width before the prototypes", "256", CARON)
     hidden_dim: int = knob(2048, "width of the head's hidden layers", "2048", CARON)
     head_layers: int = knob(3, "linear layers of the head, the bottleneck among them", "3", CARON)
-    trainable_norm: bool = knob(False, "prototypes have a gain of their own", "false (norm_last_layer)", CARON)
+    trainable_norm: bool = knob(False, "prototypes have a gain of their own", "false (ViT-S: true)", CARON)
     student_temperature: float = knob(0.1, "of the student's softmax", "0.1", CARON)
     teacher_temperature: float = knob(0.04, "of the teacher's; 0.08 and more end at ln K", "0.04 to 0.07", CARON)
     warmup_teacher_temperature: float = knob(0.04, "where it begins", "0.04", CARON)
-    teacher_temperature_warmup: float = knob(0.3, "share in which it rises", "30 of 100-800 epochs", CARON)
+    teacher_temperature_warmup: float = knob(0.3, "share in which it rises", "30 epochs (code: 0)", CARON)
     momentum: float = knob(0.996, "of the teacher; less in a short run ends uniform", "0.996", CARON)
     momentum_end: float = knob(1.0, "to which it rises by a cosine; 0: it stays", "1", CARON)
     assign: str = knob("sinkhorn", "how prototypes share the tiles: sinkhorn or centre", "centre", CARON)
@@ -102,7 +102,7 @@ class MaskedConfig(SelfDistillationConfig):
 
     crop_weight: float = knob(1.0, "of the loss between crops", "1", ZHOU)
     patch_weight: float = knob(1.0, "of the loss at masked patches", "1", ZHOU)
-    share_head: bool = knob(True, "one head for crops and patches", "true", ZHOU)
+    share_head: bool = knob(True, "one head for crops and patches", "true (code: false)", ZHOU)
     mask_probability: float = knob(0.5, "share of the global crops that are masked", "0.5", ZHOU)
     mask_low: float = knob(0.1, "least share of patches masked in one of them", "0.1", ZHOU)
     mask_high: float = knob(0.5, "most", "0.5", ZHOU)
@@ -115,6 +115,7 @@ class MaskedConfig(SelfDistillationConfig):
     kde_kappa: float = knob(10.0, "its sharpness", "5 (Virchow2), 10 (nanopath)", NANOPATH)
     high_resolution_px: int = knob(0, "side of the global crops in the last phase; 0: there is none", "-", ZHOU)
     high_resolution_share: float = knob(0.1, "share of that phase, where there is one", "-", ZHOU)
+    high_resolution_lr: float = knob(0.5, "factor on the learning rate in that phase", "-", ZHOU)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,6 +131,8 @@ class MaskedConfig(SelfDistillationConfig):
         require(self.patch_centre in ("all", "masked"), "set patch_centre", self.patch_centre, "all or masked")
         share = self.high_resolution_share
         require(0 < share < 1, "set high_resolution_share", share, "a share of the steps, 0 to 1")
+        factor = self.high_resolution_lr
+        require(0 < factor <= 1, "set high_resolution_lr", factor, "above 0, at most 1")
 
 
 class Means(NamedTuple):
@@ -212,11 +215,17 @@ class SelfDistillation(Method):
         return self
 
     def views(self, progress: float = 0.0) -> ViewRecipe:
-        masks = self.masks
-        if masks is None or not masks.high_resolution_px or progress < 1 - masks.high_resolution_share:
+        if self.masks is None or not self._in_high_resolution(progress):
             return self.recipe
-        large = [replace(view, size_px=masks.high_resolution_px) for view in self.recipe.views[:NUM_GLOBAL]]
+        large = [replace(view, size_px=self.masks.high_resolution_px) for view in self.recipe.views[:NUM_GLOBAL]]
         return ViewRecipe(self.recipe.name, (*large, *self.recipe.views[NUM_GLOBAL:]))
+
+    def lr_factor(self, progress: float) -> float:
+        return self.masks.high_resolution_lr if self.masks and self._in_high_resolution(progress) else 1.0
+
+    def _in_high_resolution(self, progress: float) -> bool:
+        masks = self.masks
+        return bool(masks and masks.high_resolution_px and progress >= 1 - masks.high_resolution_share)
 
     # ---- forward: computes, changes nothing
 

@@ -55,6 +55,11 @@ class SimCLRConfig:
 class SimCLR(Method):
     # SGD, where it is asked for, takes MoCo's rates: our loss is a mean of cross-entropies, as MoCo's is.
     trained_by = Training(for_batchnorm="lars", warmup=0.1, in_batch=True)
+    stuck_by = (
+        "views that share nothing",
+        "a batch of tiles that are all alike",
+        "--set temperature too high",
+    )
     head_layers = 2
 
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: SimCLRConfig) -> None:

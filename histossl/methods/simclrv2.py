@@ -50,6 +50,7 @@ class SimCLRv2Config(SimCLRConfig):
 
 class SimCLRv2(SimCLR, Ring):
     head_layers = 3
+    above_by = ("--set momentum too low, where queue_size is set",)
     config: SimCLRv2Config
 
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: SimCLRv2Config) -> None:

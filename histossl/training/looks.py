@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +62,7 @@ class Looks:
         self.probe = probe if prepared.processes.writes else None
         self.log: RunLog | None = None
         self.watch = Watch()
-        self.ceiling = Ceiling()
+        self.ceiling = Ceiling(prepared.method.stuck_by, prepared.method.above_by)
         self.probe_trend = ProbeTrend()
         self.key_drift = KeyDrift(prepared.plan.knobs.get("queue_size", 0) / prepared.plan.batch_size)
         self.best = Best()
@@ -159,9 +160,10 @@ class Looks:
     def _tell_ailment(self, row: dict[str, float], done: int) -> None:
         """What the method itself finds wrong with a logged step, once for as long as it lasts."""
         ailment = self.prepared.method.ailment(row)
-        if ailment and ailment != self.told and self.prepared.processes.writes:
+        kind = re.sub(r"\d[\d.,]*", "", ailment)  # the next line has other figures for the same
+        if ailment and kind != self.told and self.prepared.processes.writes:
             console.warn(f"step {done}: {ailment}")
-        self.told = ailment
+        self.told = kind
 
     def state_dict(self) -> dict[str, Any]:
         """Under the names that a checkpoint has them."""

@@ -70,9 +70,10 @@ def train(
     """Yield after each optimizer step from `start_step` up to `num_steps`.
 
     `batches` gives `micro_batches` batches per step; their mean loss is the step's. `parallel` is the method wrapped
-    for several processes (DistributedDataParallel). Each parameter group's learning rate is `lr_at(step)` times its
-    `lr_scale`; a group that decays at all decays by `weight_decay_at(step)` where that is given. Gradients are clipped
-    as the method's `trained_by.clip_by` says. Raises TrainingError when five steps in a row are not finite.
+    for several processes (DistributedDataParallel). The learning rate is `lr_at(step)` times the method's `lr_factor`,
+    and in each parameter group times its `lr_scale`; a group that decays at all decays by `weight_decay_at(step)` where
+    that is given. Gradients are clipped as the method's `trained_by.clip_by` says. Raises TrainingError when
+    five steps in a row are not finite.
     """
     clipped = _clipped_together(method, optimizer)
     wrapped = parallel if parallel is not None else method
@@ -81,7 +82,7 @@ def train(
     before = [buffer.clone() for buffer in statistics]
     views = next(batches, None)
     for number in range(start_step, num_steps):
-        lr = lr_at(number)
+        lr = lr_at(number) * method.lr_factor(number / num_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
             if weight_decay_at is not None and group["weight_decay"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,7 +236,10 @@ class Shortcut:
 class Ceiling:
     """Notice a loss that stays where features that tell nothing would put it (InfoNCE: ln(K+1)), or rises above it."""
 
-    def __init__(self) -> None:
+    def __init__(self, stuck_by: Sequence[str] = (), above_by: Sequence[str] = ()) -> None:
+        """Besides the rate: what may keep this method's loss there, and what may raise it above."""
+        self.stuck_by = ", ".join(("--lr too low or too high", *stuck_by))
+        self.above_by = ", ".join(("--lr too high", *above_by))
         self.lowest = float("inf")
         self.told = False
         self.lines_above = 0
@@ -250,12 +253,12 @@ class Ceiling:
         if self.lines_above == LINES_ABOVE:  # once each time
             return (
                 f"the loss has been above its ceiling {ceiling:.2f} for {LINES_ABOVE} logged lines (now {loss:.2f}): "
-                "it is worse than telling nothing. Likely causes: --lr too high, --set momentum too low"
+                f"it is worse than telling nothing. Likely causes: {self.above_by}"
             )
         if ceiling is None or self.told or early or self.lowest < 0.98 * ceiling:
             return ""
         self.told = True
         return (
             f"the loss never left its ceiling {ceiling:.2f} (lowest {self.lowest:.2f}): nothing is being learnt. "
-            "Likely causes: --lr too low or too high, views that share nothing, a queue full of a tile's own neighbours"
+            f"Likely causes: {self.stuck_by}"
         )

@@ -62,7 +62,8 @@ def optimizer_for(method: Method, planned: Plan, device: torch.device) -> torch.
         chosen = [parameter for parameter in heads if (parameter.ndim <= 1) == flat]
         if chosen:
             groups.append({"params": chosen, "weight_decay": decay, "lr_scale": 1.0})
-    fused = device.type == "cuda"
+    # On a CPU too: a fifth of the time of the loop over parameters, which was 5 % of a DINOv2 step (bench_methods.py).
+    fused = device.type in ("cuda", "cpu")
     if planned.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=planned.lr, momentum=0.9, fused=fused)
     if planned.optimizer == "lars":

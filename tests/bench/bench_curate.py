@@ -1,10 +1,15 @@
 """Time and peak memory of curating ready features: copies, balance and retrieval. Random clustered vectors.
 
     python tests/bench/bench_curate.py [TILES] [--tmp DIR]        default: 1,000,000 tiles of 384 features
+    python tests/bench/bench_curate.py painted [--tmp DIR] [--weights DEIT_TINY.pth]
 
 2,000 kinds whose frequency falls like a Zipf law; 2 % of the tiles are copies of others with noise. The features' file
 (1.3 GB for a million) is written first, and neither its time nor its memory is counted. Peak memory is that of the
 process (VmHWM), mapped pages of the file included.
+
+`painted`: slides painted, tiled and curated by the commands, as a user would. The painter's three classes stand 100:1,
+and two slides lie there a second time, encoded anew. Told: copies found, others dropped, and what balancing made of the
+classes beside what chance would. With DeiT-tiny's weights at 64 px, else with a ResNet-10t that has learnt nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +23,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from histossl.cli import main as histossl
 from histossl.curation.balance import balanced, clusters_for, tree_of
 from histossl.curation.duplicates import find_copies
 from histossl.curation.features import PICTURE, features_of, release
 from histossl.curation.retrieve import retrieve
+from histossl.demo.paint import CLASSES, paint_slide
+from histossl.tiles.index import TileIndex
+from histossl.tiles.subset import open_subset
+from histossl.workspace import Workspace
 
 DIM, KINDS, COPIED, PIECE = 384, 2000, 0.02, 50_000
+PAINTED = (("normal", 12, 1024), ("adenoma", 2, 720), ("carcinoma", 1, 320))  # class, slides, their side in pixels
+KEPT = (60, 150, 300)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -69,10 +81,61 @@ def timed(what: str, function: Callable[[], object]) -> object:
     return found
 
 
+def painted(folder: Path, weights: str) -> None:
+    slides, place = folder / "slides", Workspace.at(folder / "workspace")
+    slides.mkdir()
+    seed = 0
+    for label, count, side_px in PAINTED:
+        for number in range(count):
+            again = [("", "jpeg"), ("-again", "deflate")] if label == "normal" and number < 2 else [("", "jpeg")]
+            for name, compression in again:
+                path = slides / f"{label}-{number}{name}.tif"
+                paint_slide(path, width_px=side_px, height_px=side_px, label=label, seed=seed, compression=compression)
+            seed += 1
+    where = ("-w", str(place.root))
+    histossl(["tile", "--slides", str(slides), *where, "--tile-px", "64", "--mpp", "0.5", "--grid", "physical"])
+    net = ("deit_tiny_patch16_224", weights, "64", "0.9") if weights else ("resnet10t", "random", "32", "0.94")
+    options = ("--backbone", "--weights", "--input-px", "--duplicate-cosine")
+    embed = [word for pair in zip(options, net, strict=True) for word in pair]
+    for name, more in (("copies", []), *((f"kept-{tiles}", ["--tiles", str(tiles)]) for tiles in KEPT)):
+        histossl(["curate", *where, "--name", name, *embed, *more])
+    index = TileIndex.open(place)
+    numbers = np.arange(len(index))
+    slide_of = np.array(index.slides)[index.slide_of(numbers)]
+    of_class = np.array([CLASSES.index(slide.split("-")[0]) for slide in slide_of])
+    at = [
+        (slide.replace("-again", ""), *xy)
+        for slide, xy in zip(slide_of, index.coords_l0(numbers).tolist(), strict=True)
+    ]
+    pairs = {key: [n for n in numbers if at[n] == key] for key in set(at)}
+    twice = [both for both in pairs.values() if len(both) == 2]
+    kept = open_subset(index, "copies").tiles
+    dropped = set(numbers.tolist()) - set(kept.tolist())
+    found = np.mean([bool(dropped & set(both)) for both in twice])
+    false = len(dropped) - sum(min(1, len(dropped & set(both))) for both in twice)
+    print(f"{len(index):,} tiles, {net[0]}: {found:.2%} of {len(twice)} copies found, ", end="")
+    print(f"{false / len(index):.2%} of all dropped besides")
+    before = np.bincount(of_class[kept], minlength=len(CLASSES))
+    print(f"  {dict(zip(CLASSES, before.tolist(), strict=True))}: {before.max() / before.min():.0f}:1")
+    for tiles in KEPT:
+        after = np.bincount(of_class[open_subset(index, f"kept-{tiles}").tiles], minlength=len(CLASSES))
+        drawn = before / before.sum() * tiles
+        ratio = after.max() / max(1, after.min())
+        print(f"  {tiles} kept: {after.tolist()}, {ratio:.0f}:1; by chance {drawn.round(1)}")
+
+
+def _after(option: str) -> str | None:
+    return sys.argv[sys.argv.index(option) + 1] if option in sys.argv else None
+
+
 def main() -> None:
+    if "painted" in sys.argv:
+        with tempfile.TemporaryDirectory(dir=_after("--tmp")) as folder:
+            painted(Path(folder), _after("--weights") or "")
+        return
     given = [word for word in sys.argv[1:] if word.isdecimal()]
     num = int(given[0]) if given else 1_000_000
-    where = sys.argv[sys.argv.index("--tmp") + 1] if "--tmp" in sys.argv else None
+    where = _after("--tmp")
     with tempfile.TemporaryDirectory(dir=where) as folder:
         table, of_kind, originals = written(Path(folder) / "features.npy", num)
         numbers = np.arange(num)

@@ -49,7 +49,7 @@ def ours(name: str) -> Callable[[list[Tensor]], None]:
         knobs |= {"assign": "centre", "koleo_weight": 0.1, "kde_weight": 0.0, "mask_kind": "block", "mask_high": 0.5}
     method = made(name, BACKBONE, SIDE, **knobs)
     learning = [each for each in method.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)  # as the stage's own (training/setup.py)
     numbers = torch.arange(BATCH)
 
     def step(images: list[Tensor]) -> None:

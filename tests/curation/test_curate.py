@@ -16,6 +16,7 @@ from histossl.config import EmbedConfig
 from histossl.curation.curate import embedder_for
 from histossl.curation.duplicates import find_copies
 from histossl.curation.features import embed_tiles
+from histossl.demo.paint import CLASSES, paint_slide
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches
 from histossl.tiles.subset import open_subset
@@ -115,6 +116,32 @@ def test_the_default_threshold_finds_them_with_imagenet_weights(planted, tmp_pat
     assert false <= 0.01
 
 
+def test_a_slide_that_lies_there_twice_is_found_by_the_commands_and_hardly_any_other_tile(workspace, cli, tmp_path):
+    """Painted slides, tiled and curated as a user does; one comes again without the JPEG's traces."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    how = {"width_px": 640, "height_px": 640}
+    for seed, label in enumerate(CLASSES):
+        paint_slide(slides / f"{label}.tif", label=label, seed=seed, **how)
+    paint_slide(slides / "zagain.tif", label=CLASSES[0], seed=0, compression="deflate", **how)
+    at = ("-w", workspace.root)
+    assert cli("tile", "--slides", slides, *at, "--tile-px", 64, "--mpp", 0.5, "--grid", "physical").code == 0
+    told = cli("curate", *at, *NET, "--duplicate-cosine", 0.94)
+    assert told.code == 0, told.err
+    index = TileIndex.open(workspace)
+    numbers = np.arange(len(index))
+    keys = zip(index.slide_of(numbers), *index.coords_l0(numbers).T, strict=True)
+    place = {key: n for n, key in enumerate(keys)}
+    names = {name.removesuffix(".tif"): number for number, name in enumerate(index.slides)}
+    again = [n for key, n in place.items() if key[0] == names["zagain"]]
+    first = {n: place.get((names[CLASSES[0]], *index.coords_l0([n])[0])) for n in again}
+    dropped = set(range(len(index))) - set(open_subset(index, "curated").tiles.tolist())
+    found = [n in dropped or first[n] in dropped for n in again]
+    assert len(again) > 40
+    assert np.mean(found) >= 0.95
+    assert len(dropped) - sum(found) <= 0.01 * len(index)
+
+
 # ---- the command
 
 NET = ("--backbone", "resnet10t", "--weights", "random", "--input-px", "32")
@@ -196,13 +223,22 @@ def test_random_weights_are_told_which_threshold_they_need(lab, cli):
     assert "right for" not in cli("curate", "-w", workspace.root, *NET, "--name", "b", "--duplicate-cosine", 0.94).err
 
 
-def test_slides_retrieve_from_labelled_training_slides_too(lab, cli, tmp_path):
+def test_slides_retrieve_from_what_has_no_label_and_from_all_others_without_labels(lab, cli, tmp_path):
     workspace, index = lab
-    how = ("--labels", tmp_path / "labels.csv", "--like-slides", "A", "--tiles", 35)
-    told = cli("curate", "-w", workspace.root, *NET, *how)
-    assert told.code == 0, told.err
-    slides = {index.slides[number] for number in index.slide_of(open_subset(index, "curated").tiles)}
-    assert slides == {"A", "B", "C", "D"}  # not E, which is for testing
+
+    def retrieved(name, *how):
+        told = cli("curate", "-w", workspace.root, *NET, "--like-slides", "C", "--name", name, *how)
+        assert told.code == 0, told.err
+        tiles = open_subset(index, name).tiles
+        found = ledger_of(workspace, name)["retrieved"]
+        own = int(np.isin(tiles, [*index.tiles_of("C")]).sum())
+        assert (own, own + found["tiles"]) == (found["own_tiles"], len(tiles))  # its own tiles are kept, not retrieved
+        return {index.slides[number] for number in index.slide_of(tiles)}
+
+    assert retrieved("labels", "--labels", tmp_path / "labels.csv", "--tiles", 20) == {"C", "D"}  # E is for testing
+    assert retrieved("plain", "--tiles", 50) == {"A", "B", "C", "D", "E"}
+    (tmp_path / "some.csv").write_text("slide,label,patient,split\nA,,P1,train\nB,normal,P2,train\nE,,P5,test\n")
+    assert retrieved("some", "--labels", tmp_path / "some.csv", "--tiles", 30) == {"A", "C", "D"}  # A waits for a label
 
 
 def test_the_same_command_does_nothing_and_another_is_refused(lab, cli):
@@ -276,6 +312,7 @@ def test_a_damaged_tile_is_left_out_and_not_tried_again(lab, cli):
         (("--like-slides", "A", "--tiles", "3"), "hold 11 tiles by themselves"),
         (("--clusters", "90,10", "--tiles", "5"), "more than the 60 tiles"),
         (("--like-slides", "A,B,C,D,E"), "nothing to retrieve from"),
+        (("--like-slides", "C,D", "--labels", "labels.csv"), "name the test slides by --exclude instead"),
         (("--name", "a/b"), "one plain directory name"),
     ],
 )

@@ -1,4 +1,6 @@
-"""SimCLR, SimCLR v2 with a memory, MoCo v3: two processes compute the loss, gradients and queue of one."""
+"""SimCLR, SimCLR v2 with a memory, every MoCo: two processes compute the loss, gradients and queue of one."""
+
+from typing import Any
 
 import pytest
 from contrast import WIDTH, backbone, loss_and_gradients, own_views
@@ -9,7 +11,15 @@ from histossl.methods.method import Method
 from histossl.views.recipe import recipe_named
 from tests.methods.test_gather import on_two
 
-KNOBS: dict[str, dict[str, int]] = {"simclr": {}, "simclrv2": {"queue_size": 12}, "mocov3": {"hidden_dim": 8}}
+# 12 is no multiple of 8: the queue's writing point wraps. Groups of two tiles for BatchNorm fit either half of a batch.
+MOCO: dict[str, Any] = {"queue_size": 12, "same_slide_weight": 0.5, "batchnorm_group_tiles": 2}
+KNOBS: dict[str, dict[str, Any]] = {
+    "simclr": {},
+    "simclrv2": {"queue_size": 12},
+    "mocov1": MOCO,
+    "mocov2": {**MOCO, "symmetric": True},
+    "mocov3": {"hidden_dim": 8},
+}
 
 
 def steps() -> dict[str, list[Tensor]]:

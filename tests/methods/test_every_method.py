@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from histossl import console
 from histossl.backbones import create_backbone
 from histossl.config import PretrainConfig
-from histossl.methods import REGISTRY, classes_of
+from histossl.methods import REGISTRY, TAUGHT, classes_of
 from histossl.methods.method import Method, Views
 from histossl.tiles.index import TileIndex
 from histossl.training.checkpoint import load_checkpoint
 from histossl.training.loop import Precision, train
+from histossl.training.monitor import LINES_ABOVE, Ceiling
 from histossl.training.operation import Operation
 from histossl.training.pretrain import pretrain
 from histossl.views.recipe import ViewRecipe, make_views, recipe_named
@@ -89,6 +91,21 @@ def test_eighty_columns_break_no_word_of_a_method(name: str, cli, monkeypatch: p
     for field in fields(classes_of(name)[1]):
         for text in (field.name, field.metadata["meaning"], field.metadata["paper"]):
             assert words >= {word for word in text.split() if len(word) <= console.SHORT}, field.name
+
+
+@pytest.mark.parametrize("name", [*REGISTRY, *TAUGHT])
+def test_a_loss_at_its_ceiling_is_laid_to_what_the_method_has(name: str) -> None:
+    method_class, config = classes_of(name)
+    ceiling = Ceiling(method_class.stuck_by, method_class.above_by)
+    told = ceiling.stuck(7.0, 6.93, 500, 1000)
+    for _ in range(LINES_ABOVE):
+        told += ceiling.stuck(7.0, 6.93, 500, 1000)
+    assert told.count("Likely causes") == 2
+    own = {field.name for field in fields(config)}
+    assert own >= set(re.findall(r"--set (\w+)", told))
+    assert ("queue" in told) <= ("queue_size" in own)
+    assert ("momentum" in told) <= ("momentum" in own)
+    assert ("control" in told) == (name in PRETEXT - {"colorization"})
 
 
 def test_a_mistyped_method_or_knob_is_refused_with_the_nearest(cli, workspace: Workspace) -> None:

@@ -15,11 +15,12 @@ from histossl.errors import UsageError
 from histossl.methods import classes_of, gather
 from histossl.methods.heads import PrototypeHead
 from histossl.methods.method import Method, Views
-from histossl.training.loop import clip_gradients
+from histossl.training.loop import Precision, clip_gradients, train
 from histossl.training.planner import plan
 from histossl.training.setup import in_parallel, optimizer_for
 from histossl.views.recipe import recipe_named
 
+CPU = torch.device("cpu")
 SMALL = {"prototypes": 16, "hidden_dim": 12, "bottleneck_dim": 8, "num_local": 2, "drop_path": 0.0}
 METHODS = ("dino", "ibot", "dinov2")
 
@@ -226,6 +227,27 @@ def test_the_last_phase_is_seen_larger() -> None:
     assert [view.size_px for view in made.views(0.8).views] == [64, 64, 16, 16]
 
 
+def test_the_last_phase_has_a_lower_rate_of_its_own() -> None:
+    made = method("dinov2", high_resolution_px=64, high_resolution_share=0.4, high_resolution_lr=0.25)
+    optimizer = torch.optim.SGD([{"params": list(made.learner().parameters()), "lr_scale": 0.5}], lr=1.0)
+    batches = iter(
+        views()._replace(images=make_larger(views().images) if number > 2 else views().images) for number in range(5)
+    )
+    precision, rates = Precision(), []
+    loop = train(
+        made, optimizer, batches, lambda step: 0.1 - 0.01 * step, 0, 5, CPU, precision, precision.scaler(CPU), 3
+    )
+    for done in loop:
+        rates.append((done.lr, optimizer.param_groups[0]["lr"]))
+    assert [lr for lr, _ in rates] == pytest.approx([0.1, 0.09, 0.08, 0.07 / 4, 0.06 / 4])
+    assert [own for _, own in rates] == pytest.approx([lr / 2 for lr, _ in rates])
+    assert method("dinov2", high_resolution_lr=0.25).lr_factor(1.0) == 1.0  # there is no such phase
+
+
+def make_larger(images: list[Tensor]) -> list[Tensor]:
+    return [nn.functional.interpolate(image, 64) for image in images[:2]] + images[2:]
+
+
 def test_recipes_without_small_crops_are_refused_unless_none_are_wanted() -> None:
     cls, config = classes_of("dino")
     with pytest.raises(UsageError, match="has no small crops; use dino or dinov2, or --set num_local=0"):
@@ -334,7 +356,9 @@ def stepped() -> list[Tensor]:
     for name, backbone, knobs in (
         ("dino", cnn(), {}),
         ("ibot", vit(), {}),
+        ("ibot", vit(), {"assign": "centre"}),  # of all patches
         ("dinov2", vit(), {"koleo_weight": 0.1}),
+        ("dinov2", vit(), {"assign": "centre"}),  # of the masked ones, whose number differs from process to process
     ):
         made = method(name, backbone, **knobs)
         optimizer = torch.optim.SGD([each for each in made.parameters() if each.requires_grad], lr=0.05)

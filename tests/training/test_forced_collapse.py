@@ -9,7 +9,7 @@ from synthetic_store import write_synthetic_store
 from histossl import console
 from histossl.config import PretrainConfig
 from histossl.errors import TrainingError
-from histossl.methods import REGISTRY, TAUGHT
+from histossl.methods import REGISTRY, TAUGHT, pretext
 from histossl.tiles.index import TileIndex
 from histossl.training.monitor import UNMOVED
 from histossl.training.operation import Operation
@@ -59,6 +59,15 @@ def test_a_student_that_dies_under_a_teacher_that_rests_is_named(
     told = "\n".join(warned)
     assert "the student, whom the exported teacher follows: complete collapse" in told
     assert UNMOVED in told
+
+
+def test_an_ailment_that_lasts_is_told_once_though_its_figures_change(
+    index: TileIndex, tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretext, "AT_CHANCE_AFTER", 1)
+    monkeypatch.setattr(pretext, "AT_CHANCE", 100.0)  # any accuracy is no better than so many guesses
+    carried_out(index, tmp_path, "rotation", 1e-3)  # logged ten times
+    assert sum("is no better than chance" in told for told in warned) == 1
 
 
 @pytest.mark.parametrize("name", DISTILLED)

@@ -1,6 +1,8 @@
-"""Computing cheap activations twice: the same gradients from two thirds of the memory."""
+"""How a method is set on its device: fused steps, and cheap activations computed twice from less memory."""
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from histossl.backbones import create_backbone
 from histossl.errors import UsageError
+from histossl.methods.mocov2 import MoCoV2, MoCoV2Config
 from histossl.training.loop import Precision
-from histossl.training.setup import precision_for, recompute_cheap
+from histossl.training.setup import optimizer_for, precision_for, recompute_cheap, tune
+from histossl.views.recipe import recipe_named
 
 CPU = torch.device("cpu")
 
@@ -99,6 +104,31 @@ def test_a_gpu_without_bf16_gets_fp16_with_a_scaler(
 def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
     with pytest.raises(UsageError, match="--precision fp16: needs a GPU; use --precision fp32 or bf16"):
         precision_for("fp16", CPU)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_steps_are_those_of_the_loop_also_in_channels_last(name: str) -> None:
+    """Fused kernels walk through memory as it lies: a gradient laid out otherwise would be taken for another's."""
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        backbone, info = create_backbone("test_resnet", "random")
+        made = MoCoV2(backbone, info.feature_dim, recipe_named("mocov2", 32), MoCoV2Config(queue_size=8)).train()
+        tune(made, CPU, "fp32", compiled=False, deterministic=False)
+        planned: Any = SimpleNamespace(optimizer=name, lr=1e-2, weight_decay=0.1, layer_decay=0.75)
+        optimizer = optimizer_for(made, planned, CPU)
+        assert optimizer.defaults["fused"]
+        if not fused:
+            for group in optimizer.param_groups:
+                group["fused"] = False
+        for _ in range(3):
+            optimizer.zero_grad()
+            made.head(made.backbone(torch.randn(8, 3, 32, 32))).square().sum().backward()
+            optimizer.step()
+        ends.append([each.detach().clone() for each in made.parameters()])
+    for one, other in zip(*ends, strict=True):
+        # By the norm: where a gradient is nearly 0, AdamW makes a whole step of its rounding.
+        assert float((one - other).norm()) <= 1e-3 * float(other.norm()) + 1e-5
 
 
 def test_without_gradients_it_is_the_network_alone() -> None:
