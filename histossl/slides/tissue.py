@@ -1,7 +1,7 @@
 """Find tissue on a slide, so that tiling does not spend its budget on glass, ink and dirt.
 
 Everything is judged in optical density (OD), where stains add up and the lamp divides out. Tissue is what absorbs
-light *and* has a stain's colour: glass absorbs nothing, a cover slip's edge and dirt are grey, ink is too pure.
+light *and* has a stain's colour: glass absorbs nothing, dirt and most edges of cover slips are grey, ink is too pure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from histossl.config import TissueConfig
 from histossl.errors import SlideError
+from histossl.slides.edges import edge_mask
 from histossl.slides.reader import Slide
 from histossl.units import l0_from_um, um_from_l0
 
@@ -194,6 +195,9 @@ def tissue_mask(thumbnail: Image, um_per_px: float, config: TissueConfig | None 
         other = ink | grey_mask(density)
     # Ink and dirt are left out of Otsu's histogram too: they would pull the threshold above pale tissue.
     mask = ~other & (score > (config.tissue_threshold or otsu_within(score[~other], *OTSU_BOUNDS)))
+    if config.reject_pen:
+        edges = edge_mask(mask, density, um_per_px)
+        mask, ink = mask & ~edges, ink | edges
     return _cleaned(mask, um_per_px, config, ink) & ~ink
 
 
