@@ -72,13 +72,13 @@ def _narrow(mask: Mask, max_px: int) -> Mask:
 
 def _pieces(mask: Mask, reach_px: int, min_length_px: float) -> Iterator[tuple[tuple[slice, slice], Mask]]:
     """What belongs together over small gaps and is long enough."""
-    labels, count = ndimage.label(ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=reach_px))
+    labels, count = ndimage.label(ndimage.binary_dilation(mask, np.ones((3, 3), bool), iterations=reach_px))
     if not count:
         return
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
-        height, width = (side.stop - side.start for side in box)
-        if np.hypot(height, width) >= min_length_px:
-            yield box, mask[box] & (labels[box] == number)
+        rows, columns = box
+        if math.hypot(rows.stop - rows.start, columns.stop - columns.start) >= min_length_px:
+            yield (rows, columns), mask[box] & (labels[box] == number)
 
 
 def _line(part: Mask, density: NDArray[np.float32], min_length_px: float) -> Mask:

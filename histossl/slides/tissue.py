@@ -208,12 +208,15 @@ def glass_colour(thumbnail: Image) -> NDArray[np.float64]:
     return np.where(brightest.min() >= 205, brightest, np.maximum(brightest, 240.0))
 
 
-def optical_density(thumbnail: Image) -> NDArray[np.float32]:
-    """(h, w, 3) float32, 0 for glass; lightly smoothed, so that sensor noise is not taken for stain."""
+def optical_density(thumbnail: Image, glass: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+    """(h, w, 3) float32, 0 for glass; lightly smoothed, so that sensor noise is not taken for stain.
+
+    `glass` is its colour where the picture cannot tell, being part of a slide.
+    """
     density: NDArray[np.float32] = thumbnail.astype(np.float32)
     ndimage.uniform_filter(density, size=(3, 3, 1), mode="nearest", output=density)
     density += 1  # in place from here on: the thumbnail of a large slide is the most that a worker ever holds
-    density /= glass_colour(thumbnail).astype(np.float32) + 1
+    density /= (glass_colour(thumbnail) if glass is None else glass).astype(np.float32) + 1
     np.log10(density, out=density)
     np.negative(density, out=density)
     np.maximum(density, 0, out=density)
