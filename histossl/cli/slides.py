@@ -85,7 +85,11 @@ def scan(
         int | None, typer.Option(help="Processes, one file each. Default: one per core.", show_default=False)
     ] = None,
     time_limit: Annotated[
-        float, typer.Option(help="Seconds after which a file is taken for hung and given up.")
+        float,
+        typer.Option(
+            help="Seconds that one file's whole look may take (opening, thumbnail, tissue, sample tiles); after them it "
+            "is stopped and told as unreadable."
+        ),
     ] = DEFAULTS.time_limit_s,
 ) -> None:
     """Look through an archive: which slides can be read, at which scale, with how much tissue, and what is wrong.
@@ -93,7 +97,7 @@ def scan(
     Writes WORKSPACE/archive.csv with one row per file. Exit code 0 also with warnings, 1 if nothing can be read.
 
     Tiles and disk are an estimate by tissue and regions. It leaves out what tile sees only when it cuts (blur, folds,
-    pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its quality.
+    ink, pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its quality.
     """
     from histossl.slides.scan import scan as scan_archive
 

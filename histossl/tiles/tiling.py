@@ -121,7 +121,8 @@ def stored_config(workspace: Workspace) -> TileConfig | None:
 
 def _config_from(stored: Mapping[str, Any]) -> TileConfig:
     values = dict(stored)
-    return TileConfig(**{**values, "tissue": TissueConfig(**values["tissue"])})
+    older = {"max_ink": 1.0}  # a store from before this filter has tiles with ink
+    return TileConfig(**{**values, "tissue": TissueConfig(**{**older, **values["tissue"]})})
 
 
 def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
@@ -539,6 +540,7 @@ def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRo
         rejected_region=counts["region"],
         rejected_blur=counts["blur"],
         rejected_fold=counts["fold"],
+        rejected_ink=counts.get("ink", 0),  # no zip of before 2026-11-25 says it
         rejected_saturation=counts["saturation"],
         rejected_damaged=counts["damaged"],
     )
@@ -585,6 +587,7 @@ def _untiled(row: LedgerRow) -> LedgerRow:
         rejected_region=None,
         rejected_blur=None,
         rejected_fold=None,
+        rejected_ink=None,
         rejected_saturation=None,
         rejected_damaged=None,
     )
@@ -605,11 +608,12 @@ def why_none(tiling: Mapping[str, Any]) -> str:
         "region": "lie outside the regions",
         "tissue": f"have less than {tiling['config']['tissue']['min_tissue']:.0%} tissue",
         "fold": "are folded",
+        "ink": f"have more than {tiling['config']['tissue'].get('max_ink', 1):.0%} pen ink",
         "saturation": "have no colour",
         "blur": "are out of focus",
         "damaged": "are damaged",
     }
-    parts = [f"{counts[name]} {what}" for name, what in words.items() if counts[name]]
+    parts = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]
     return f"no tiles: of {counts['places']} places on the grid {', '.join(parts)}"
 
 
