@@ -47,7 +47,7 @@ from histossl.tiles.one_slide import (
     size_mark,
     tile_slide,
 )
-from histossl.tiles.store import new_store, read_store
+from histossl.tiles.store import new_store, read_store, read_tiling
 from histossl.units import um_from_l0
 from histossl.workers import Event, Report, num_cores, run_jobs
 from histossl.workspace import Workspace, alone_in
@@ -113,7 +113,7 @@ def stored_config(workspace: Workspace) -> TileConfig | None:
     """The config of the tiles that a workspace holds; None if it holds none."""
     for path in find_zips(workspace.tiles):
         try:
-            return _config_from(read_store(path).tiling["config"])
+            return _config_from(read_tiling(path)["config"])
         except (StoreError, TypeError, KeyError):
             continue  # a damaged zip: `tile` will make it anew
     return None
@@ -213,7 +213,7 @@ def _plan(
     _refuse_same_zip(jobs)
     with ThreadPoolExecutor(8) as pool:  # reading the ends of thousands of zips is waiting, not work
         zips = [path.absolute() for path in find_zips(workspace.tiles)]
-        stored = dict(zip(zips, pool.map(_outcome, zips), strict=True))
+        stored = dict(zip(zips, pool.map(lambda path: _outcome(path, whole=retry), zips), strict=True))
         arguments = [(job, known.get(file), stored.get(job.zip_path)) for file, job in jobs.items()]
         states = dict(zip(jobs, pool.map(lambda each: _state(*each), arguments), strict=True))
         files_of = {path: _file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
@@ -259,9 +259,11 @@ def _plan(
     return plan
 
 
-def _outcome(path: Path) -> SlideOutcome | StoreError:
+def _outcome(path: Path, whole: bool) -> SlideOutcome | StoreError:
+    """What a zip says. `whole` checks its table of tiles, too; else the index does that, before a tile is used."""
     try:
-        return SlideOutcome(read_store(path).tiling, path.stat().st_size)
+        tiling = read_store(path).tiling if whole else read_tiling(path)
+        return SlideOutcome(tiling, path.stat().st_size)
     except StoreError as error:
         return error
     except OSError as error:
