@@ -71,6 +71,7 @@ class TissueConfig:
     reject_pen: bool = True  # blue, green, red and black ink, and grey: cover-slip edges, dirt
     min_sharpness: float = 0.15  # blur: share of contrast in detail of 3-7 px; in focus 0.3 and more, 3 px blurred 0.12
     max_fold: float = 0.5  # share of a tile that may be folded tissue
+    max_ink: float = 0.01  # share of a tile that pen ink may cover; looked for only with reject_pen
     min_saturation: float = 0.02  # mean colour saturation (0 grey, 1 pure colour)
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class TissueConfig:
         require(self.max_hole_um >= 0, "max-hole-um", self.max_hole_um, "a length in microns, 0 or more")
         require(0 <= self.min_sharpness <= 1, "min-sharpness", self.min_sharpness, "between 0 (off) and 1")
         require(0 <= self.max_fold <= 1, "max-fold", self.max_fold, "a share between 0 and 1 (off)")
+        require(0 <= self.max_ink <= 1, "max-ink", self.max_ink, "a share between 0 and 1 (off)")
         require(0 <= self.min_saturation <= 1, "min-saturation", self.min_saturation, "between 0 (off) and 1")
 
 

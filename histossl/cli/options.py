@@ -95,8 +95,8 @@ MaxHoleOption = Annotated[float, typer.Option(help="A hole smaller than a square
 RejectPenOption = Annotated[
     bool,
     typer.Option(
-        help="Count pen ink and grey edges as no tissue. A tile with ink on it is kept where the rest of it is enough "
-        "for --min-tissue."
+        help="Count pen ink, dirt and the edges of cover slips, grey or coloured, as no tissue. What ink a tile may "
+        "hold beside enough tissue is tile's --max-ink."
     ),
 ]
 

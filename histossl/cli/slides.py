@@ -77,7 +77,8 @@ def scan(
     contact_sheet: Annotated[
         bool,
         typer.Option(
-            "--contact-sheet", help="Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles."
+            "--contact-sheet",
+            help="Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles; of many slides in pages.",
         ),
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Open every file anew, also those known from before.")] = False,
@@ -85,7 +86,11 @@ def scan(
         int | None, typer.Option(help="Processes, one file each. Default: one per core.", show_default=False)
     ] = None,
     time_limit: Annotated[
-        float, typer.Option(help="Seconds after which a file is taken for hung and given up.")
+        float,
+        typer.Option(
+            help="Seconds that the whole look at one file may take (opening, thumbnail, tissue, sample tiles); then it "
+            "is stopped, and told as unreadable."
+        ),
     ] = DEFAULTS.time_limit_s,
 ) -> None:
     """Look through an archive: which slides can be read, at which scale, with how much tissue, and what is wrong.
@@ -93,7 +98,8 @@ def scan(
     Writes WORKSPACE/archive.csv with one row per file. Exit code 0 also with warnings, 1 if nothing can be read.
 
     Tiles and disk are an estimate by tissue and regions. It leaves out what tile sees only when it cuts (blur, folds,
-    pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its quality.
+    ink, pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its
+    quality.
     """
     from histossl.slides.scan import scan as scan_archive
 
@@ -128,11 +134,13 @@ def scan(
         console.say(copied)
     console.say(f"one row per file: {place.archive_csv}")
     if contact_sheet:
-        from histossl.slides.contact_sheet import write_contact_sheet
+        from histossl.slides.contact_sheet import PAGE_FILES, write_contact_sheet
 
         title = f"{directory.resolve().name}: {console.count(len(scanned.rows), 'file')}"
-        write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, _totals(scanned, mpp, tile_px))
-        console.say(f"contact sheet: {place.contact_sheet}")
+        told = _totals(scanned, mpp, tile_px)
+        pages = write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, told)
+        more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""
+        console.say(f"contact sheet: {place.contact_sheet}{more}")
     if not scanned.num_readable:
         console.fail(f"{directory}: none of its {len(scanned.rows)} files can be used; archive.csv says why for each")
         raise typer.Exit(1)

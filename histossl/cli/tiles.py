@@ -90,6 +90,14 @@ def tile(
         float, typer.Option(help="Tiles less sharp are out of focus. 0: not looked at.")
     ] = TISSUE.min_sharpness,
     max_fold: Annotated[float, typer.Option(help="Share of a tile that may be folded tissue.")] = TISSUE.max_fold,
+    max_ink: Annotated[
+        float,
+        typer.Option(
+            help="Share of a tile that pen ink may cover, by the thumbnail and, where a tile is decoded, by its own "
+            "pixels: thin strokes show there. Copied tiles are decoded for it on slides whose thumbnail has ink. "
+            "1, or --no-reject-pen: off."
+        ),
+    ] = TISSUE.max_ink,
     min_saturation: Annotated[
         float, typer.Option(help="Mean colour saturation that a tile must have. 0: not looked at.")
     ] = TISSUE.min_saturation,
@@ -189,6 +197,7 @@ def tile(
             reject_pen=reject_pen,
             min_sharpness=min_sharpness,
             max_fold=max_fold,
+            max_ink=max_ink,
             min_saturation=min_saturation,
         ),
     )
@@ -245,6 +254,7 @@ def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
         "too little tissue": sum(row.rejected_tissue or 0 for row in rows),
         "outside the regions": sum(row.rejected_region or 0 for row in rows),
         "folded": sum(row.rejected_fold or 0 for row in rows),
+        "pen ink": sum(row.rejected_ink or 0 for row in rows),
         "no colour": sum(row.rejected_saturation or 0 for row in rows),
         "out of focus": sum(row.rejected_blur or 0 for row in rows),
         "damaged": sum(row.rejected_damaged or 0 for row in rows),

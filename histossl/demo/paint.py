@@ -49,6 +49,7 @@ Pixels = NDArray[np.uint8]
 # to salmon; the first of each pair is Ruifrok and Johnston's, 2001), and four felt pens.
 HAEMATOXYLIN_OD = np.array([[0.650, 0.704, 0.286], [0.590, 0.690, 0.420]])
 EOSIN_OD = np.array([[0.072, 0.990, 0.105], [0.170, 0.840, 0.520]])
+EDGE_OD = ((0.44, 0.25, 0.07), (0.5, 0.5, 0.55), (0.07, 0.18, 0.44))  # a prism's: bluish, dark, yellowish
 PEN_OD = {"blue": (1.7, 1.0, 0.2), "green": (1.6, 0.45, 1.0), "red": (0.15, 1.5, 1.2), "black": (2.0, 2.0, 1.9)}
 
 
@@ -66,6 +67,7 @@ class PaintedSlide:
     fat_mask: Bools = field(repr=False)  # vacuoles: white, yet inside the outline
     blur_mask: Bools = field(repr=False)
     fold_mask: Bools = field(repr=False)
+    edge_mask: Bools = field(repr=False)  # of a cover slip, where no tissue lies under it
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ def paint_slide(
     look: str = "plain",
     num_blurs: int = 0,
     num_folds: int = 0,
+    num_edges: int = 0,
     tile_px: int = 256,
     compression: str = "jpeg",
     subsampling: tuple[int, int] = (2, 2),
@@ -244,11 +247,13 @@ def paint_slide(
     """Paint one slide to `path`, and return the truth about it. The same arguments give the same bytes.
 
     `stain` is drawn from the seed when not given; `scale` stretches all of the class's architecture; `pens` are ink
-    colours, one stroke each; `look` is plain, pale, dark or fat. `compression` jp2k is laid out as Aperio's, because
-    OpenSlide decodes JPEG 2000 only there. `write_mpp=False` leaves the resolution tags out.
+    colours, one stroke each; `num_edges` cover slips end on the slide; `look` is plain, pale, dark or fat.
+    `compression` jp2k is laid out as Aperio's, because OpenSlide decodes JPEG 2000 only there. `write_mpp=False`
+    leaves the resolution tags out.
     """
     _check(label, pens, look, compression, tile_px, width_px, height_px, mpp)
-    rgb, truth = _painted(width_px, height_px, mpp, label, seed, stain, scale, pens, look, num_blurs, num_folds)
+    poor = (num_blurs, num_folds, num_edges)
+    rgb, truth = _painted(width_px, height_px, mpp, label, seed, stain, scale, pens, look, *poor)
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -302,6 +307,7 @@ def _painted(
     look: str,
     num_blurs: int,
     num_folds: int,
+    num_edges: int,
 ) -> tuple[Pixels, dict[str, Bools]]:
     """RGB (height, width, 3) and the truth masks on the layout grid."""
     # Every part has its own generator, so that a pen or another resolution does not move the tissue.
@@ -351,7 +357,8 @@ def _painted(
     unevenness = up(1 + 0.05 * _fractal(of["unevenness"], rows, columns, 300, 1))
     haematoxylin *= unevenness
     ink, pen_od = _pens(of["pens"], rows, columns, outline, pens)
-    rgb = _light(of["grain"], haematoxylin, eosin, stain, up, ink, pen_od)
+    fringes = [fringe for _ in range(num_edges) for fringe in _edge(of["edges"], rows, columns)]
+    rgb = _light(of["grain"], haematoxylin, eosin, stain, up, [*ink, *fringes], [*pen_od, *EDGE_OD * num_edges])
     blur = np.zeros_like(tissue)
     for _ in range(num_blurs):
         blur |= _blur(of["blur"], rgb, tissue, mpp)
@@ -362,6 +369,7 @@ def _painted(
         "fat_mask": fat & tissue & ~pen,
         "blur_mask": blur & tissue,
         "fold_mask": fold & tissue,
+        "edge_mask": np.any([fringe > 0.4 for fringe in fringes], axis=0) & ~tissue if fringes else ~tissue & False,
     }
     return rgb, truth
 
@@ -380,6 +388,7 @@ _PARTS = (
     "pens",
     "grain",
     "blur",
+    "edges",
 )
 
 
@@ -743,6 +752,26 @@ def _pens(
     return ink.astype(np.float32), [PEN_OD[pen] for pen in pens]
 
 
+def _edge(rng: Generator, rows: int, columns: int) -> list[Floats]:
+    """Where a cover slip ends: a straight or slightly bowed line from side to side, its fringes beside each other."""
+    upright, far = rng.random() < 0.5, rng.random() < 0.5
+    length, depth = (rows, columns) if upright else (columns, rows)
+    inset = depth * rng.uniform(0.02, 0.1)
+    along = np.arange(length, dtype=np.float32)
+    lean, bow = rng.uniform(-0.04, 0.04) * length, rng.uniform(-0.02, 0.02) * length
+    share = along / length
+    middle = inset + lean * share + bow * 4 * share * (1 - share)
+    fringe_cells = rng.uniform(6, 14) / LAYOUT_UM
+    strength = np.clip(1 + 0.15 * _fractal(rng, 1, length, 400, 1)[0], 0.5, 1.5)
+    away = np.arange(depth, dtype=np.float32)[None] - middle[:, None]
+    fringes = []
+    for side in (-1, 0, 1):
+        fringe = np.exp(-(((away - side * fringe_cells) / fringe_cells) ** 2)) * strength[:, None]
+        fringe = fringe[:, ::-1] if far else fringe
+        fringes.append(np.ascontiguousarray(fringe if upright else fringe.T, np.float32))
+    return fringes
+
+
 def _curve(
     rng: Generator, rows: int, columns: int, outline: Floats, bend: float, reach: float, on_edge: bool = False
 ) -> list[tuple[float, float]]:
@@ -787,7 +816,7 @@ def _light(
     eosin: Floats,
     stain: Stain,
     up: Callable[[Floats], Floats],
-    ink: Floats,
+    ink: Sequence[Floats],
     pen_od: Sequence[tuple[float, float, float]],
 ) -> Pixels:
     """Beer and Lambert: dyes and ink absorb, the sensor adds a little grain."""
@@ -928,7 +957,7 @@ def paint_huge_slide(
 
 def _full_block(block_px: int, mpp: float, label: str, seed: int) -> Pixels:
     """A square of tissue without glass: the middle of a painted slide twice as wide."""
-    rgb, _ = _painted(2 * block_px, 2 * block_px, mpp, label, seed, None, 1.0, (), "plain", 0, 0)
+    rgb, _ = _painted(2 * block_px, 2 * block_px, mpp, label, seed, None, 1.0, (), "plain", 0, 0, 0)
     start = block_px // 2
     return np.ascontiguousarray(rgb[start : start + block_px, start : start + block_px])
 

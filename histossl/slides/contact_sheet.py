@@ -1,17 +1,26 @@
-"""The contact sheet: one self-contained page with every slide's thumbnail, its tissue and its tile grid.
+"""The contact sheet: self-contained pages with every slide's thumbnail, its tissue and its tile grid.
 
-For the eyes: a mask that is wrong, ink that was kept, a slide that is upside down show here in seconds.
+For the eyes: a mask that is wrong, ink that was kept, a slide that is upside down show here in seconds. A picture is
+some 25 kB, so of more than PAGE_FILES files the sheet is a list of pages, each of which a browser opens at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from typing import TextIO
+from urllib.parse import quote
 
-from histossl.slides.ledger import LedgerRow
+from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow
 from histossl.slides.scan import Preview
 from histossl.workspace import written_aside
+
+PAGE_FILES = 200
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ok: #1a7f37; --warning: #9a6700; --unreadable: #cf222e; }
@@ -33,18 +42,54 @@ body:has(#only-trouble:checked) article.ok { display: none; }
 .ok .status { color: var(--ok); }
 .warning .status { color: var(--warning); }
 .unreadable .status { color: var(--unreadable); }
+nav { margin: 0 0 1rem; }
+td { padding: .15rem 1.2rem .15rem 0; overflow-wrap: anywhere; }
 """
 
 
 def write_contact_sheet(
     path: Path, title: str, rows: Sequence[LedgerRow], previews: Mapping[str, Preview], totals: str
-) -> None:
-    """All slides of a scan on one page. Nothing on it is loaded from elsewhere, and every name is escaped."""
+) -> list[Path]:
+    """All slides of a scan: on `path`, or if they are many on pages beside it that `path` lists. Returns these.
+
+    Nothing on a page is loaded from elsewhere, and every name is escaped.
+    """
+    parts = [rows[start : start + PAGE_FILES] for start in range(0, len(rows), PAGE_FILES)] or [rows]
+    if len(parts) == 1:
+        pages = [path]
+        _write_page(path, title, rows, previews, totals, "")
+    else:
+        pages = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, len(parts) + 1)]
+        for number, (page, part) in enumerate(zip(pages, parts, strict=True)):
+            links = _links(path, pages, number)
+            _write_page(page, f"{title}, page {number + 1} of {len(pages)}", part, previews, "", links)
+        _write_list(path, title, pages, parts, totals)
+    # Of a larger archive's scan before.
+    for old in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        if re.fullmatch(r"-\d+", old.stem.removeprefix(path.stem)) and old not in pages:
+            with contextlib.suppress(FileNotFoundError):
+                old.unlink()
+    return pages
+
+
+@contextmanager
+def _page(path: Path, title: str, totals: str) -> Iterator[TextIO]:
     with written_aside(path) as aside, aside.open("w", encoding="utf-8") as page:
         page.write(
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
             f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head><body>\n'
             f'<h1>{escape(title)}</h1><p class="totals">{escape(totals).replace(chr(10), "<br>")}</p>\n'
+        )
+        yield page
+        page.write("</body></html>\n")
+
+
+def _write_page(
+    path: Path, title: str, rows: Sequence[LedgerRow], previews: Mapping[str, Preview], totals: str, links: str
+) -> None:
+    with _page(path, title, totals) as page:
+        page.write(
+            f"{links}"
             '<div class="bar">'
             '<label><input type="checkbox" id="show-mask" checked> tissue (green line; the rest is veiled)</label>'
             '<label><input type="checkbox" id="show-grid" checked> tiles (blue, strong and faint by turns; '
@@ -54,7 +99,34 @@ def write_contact_sheet(
         )
         for row in rows:
             page.write(_card(row, previews.get(row.file)))
-        page.write("</main></body></html>\n")
+        page.write(f"</main>{links}")
+
+
+def _write_list(
+    path: Path, title: str, pages: Sequence[Path], parts: Sequence[Sequence[LedgerRow]], totals: str
+) -> None:
+    """Which files are on which page, and how many of them have something to say."""
+    with _page(path, title, totals) as page:
+        page.write("<table>\n")
+        for number, (other, part) in enumerate(zip(pages, parts, strict=True), start=1):
+            counts = Counter(row.status for row in part)
+            said = ", ".join(
+                f"{counts[status]} {status}" for status in ("ok", "warning", "unreadable") if counts[status]
+            )
+            page.write(
+                f'<tr><td><a href="{quote(other.name)}">page {number}</a></td><td>{escape(part[0].file)}</td>'
+                f"<td>to {escape(part[-1].file)}</td><td>{said}</td></tr>\n"
+            )
+        page.write("</table>")
+
+
+def _links(first: Path, pages: Sequence[Path], number: int) -> str:
+    told = [f'<a href="{quote(first.name)}">all pages</a>']
+    if number > 0:
+        told.append(f'<a href="{quote(pages[number - 1].name)}">previous</a>')
+    if number + 1 < len(pages):
+        told.append(f'<a href="{quote(pages[number + 1].name)}">next</a>')
+    return f"<nav>{' &middot; '.join(told)}</nav>\n"
 
 
 def _card(row: LedgerRow, preview: Preview | None) -> str:

@@ -55,6 +55,7 @@ class LedgerRow:
     rejected_region: int | None = None
     rejected_blur: int | None = None
     rejected_fold: int | None = None
+    rejected_ink: int | None = None
     rejected_saturation: int | None = None
     rejected_damaged: int | None = None
     tile_settings: str = ""  # of file and settings behind tile_status

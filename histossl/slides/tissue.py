@@ -1,7 +1,7 @@
 """Find tissue on a slide, so that tiling does not spend its budget on glass, ink and dirt.
 
 Everything is judged in optical density (OD), where stains add up and the lamp divides out. Tissue is what absorbs
-light *and* has a stain's colour: glass absorbs nothing, a cover slip's edge and dirt are grey, ink is too pure.
+light *and* has a stain's colour: glass absorbs nothing, dirt and most edges of cover slips are grey, ink is too pure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from histossl.config import TissueConfig
 from histossl.errors import SlideError
+from histossl.slides.edges import edge_mask
 from histossl.slides.reader import Slide
 from histossl.units import l0_from_um, um_from_l0
 
@@ -27,6 +28,8 @@ OTSU_BOUNDS = (0.012, 0.05)
 GREY_BOUNDS = (0.04, 0.12)  # of a greyscale image, where an uneven lamp looks like pale tissue
 LAMP = 0.04  # optical density by which the lamp may be uneven (9 % of the light)
 MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
+MIN_TILE_SURE_UM2, MIN_TILE_INK_UM2 = 150.0, 400.0  # on a tile of its own, where thin strokes show
+INK_UM = 2.0  # microns apart are the pixels of a tile that are looked at for ink
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
 DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
@@ -180,21 +183,30 @@ def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
 
 def tissue_mask(thumbnail: Image, um_per_px: float, config: TissueConfig | None = None) -> Mask:
     """Tissue of a thumbnail (h, w, 3). A blank slide gives an empty mask, a slide full of tissue a full one."""
+    return tissue_and_ink(thumbnail, um_per_px, config)[0]
+
+
+def tissue_and_ink(thumbnail: Image, um_per_px: float, config: TissueConfig | None = None) -> tuple[Mask, Mask | None]:
+    """Tissue and pen ink of a thumbnail; no ink mask where colour says nothing, or with `reject_pen` off."""
     config = config or TissueConfig()
     if is_darkfield(thumbnail):
-        return _cleaned(_darkfield_mask(thumbnail), um_per_px, config)
+        return _cleaned(_darkfield_mask(thumbnail), um_per_px, config), None
     density = optical_density(thumbnail)
     if is_grey(thumbnail):
         score = mean_of(density)
-        return _cleaned(score > (config.tissue_threshold or otsu_within(score, *GREY_BOUNDS)), um_per_px, config)
+        mask = score > (config.tissue_threshold or otsu_within(score, *GREY_BOUNDS))
+        return _cleaned(mask, um_per_px, config), None
     score = tissue_score(density)
-    other = ink = np.zeros(score.shape, dtype=bool)
-    if config.reject_pen:
-        ink = pen_mask(density, um_per_px)
-        other = ink | grey_mask(density)
+    if not config.reject_pen:
+        mask = score > (config.tissue_threshold or otsu_within(score, *OTSU_BOUNDS))
+        return _cleaned(mask, um_per_px, config), None
+    ink = pen_mask(density, um_per_px)
+    other = ink | grey_mask(density)
     # Ink and dirt are left out of Otsu's histogram too: they would pull the threshold above pale tissue.
     mask = ~other & (score > (config.tissue_threshold or otsu_within(score[~other], *OTSU_BOUNDS)))
-    return _cleaned(mask, um_per_px, config, ink) & ~ink
+    edges = edge_mask(mask, density, um_per_px)
+    foreign = ink | edges
+    return _cleaned(mask & ~edges, um_per_px, config, foreign) & ~foreign, ink
 
 
 def glass_colour(thumbnail: Image) -> NDArray[np.float64]:
@@ -204,12 +216,15 @@ def glass_colour(thumbnail: Image) -> NDArray[np.float64]:
     return np.where(brightest.min() >= 205, brightest, np.maximum(brightest, 240.0))
 
 
-def optical_density(thumbnail: Image) -> NDArray[np.float32]:
-    """(h, w, 3) float32, 0 for glass; lightly smoothed, so that sensor noise is not taken for stain."""
+def optical_density(thumbnail: Image, glass: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+    """(h, w, 3) float32, 0 for glass; lightly smoothed, so that sensor noise is not taken for stain.
+
+    `glass` is its colour where the picture cannot tell, being part of a slide.
+    """
     density: NDArray[np.float32] = thumbnail.astype(np.float32)
     ndimage.uniform_filter(density, size=(3, 3, 1), mode="nearest", output=density)
     density += 1  # in place from here on: the thumbnail of a large slide is the most that a worker ever holds
-    density /= glass_colour(thumbnail).astype(np.float32) + 1
+    density /= (glass_colour(thumbnail) if glass is None else glass).astype(np.float32) + 1
     np.log10(density, out=density)
     np.negative(density, out=density)
     np.maximum(density, 0, out=density)
@@ -289,12 +304,42 @@ def mean_of(density: NDArray[np.float32]) -> NDArray[np.float32]:
 # ---- what is not tissue
 
 
-def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
+def pen_mask(
+    density: NDArray[np.float32],
+    um_per_px: float,
+    min_sure_um2: float = MIN_SURE_INK_UM2,
+    min_likely_um2: float = MIN_INK_UM2,
+) -> Mask:
     """Ink of a marker pen: blue, green, red, black; from its sure core out to its pale rim.
 
     Stains absorb green most (haematoxylin and eosin) or blue most (DAB). Blue ink absorbs red most, green ink absorbs
     green least, red ink passes red while it stops green and blue alike, black stops all. Ink over tissue adds to it.
     """
+    sure, likely = _ink_colours(density)
+    # Blood and the darkest nuclei look likely too, but only in grains; a pen leaves a stroke.
+    core = _without_small(ndimage.binary_opening(sure), min_sure_um2 / um_per_px**2)
+    core |= _without_small(ndimage.binary_opening(sure | likely), min_likely_um2 / um_per_px**2)
+    if not core.any():
+        return core
+    red, green, blue = (density[..., channel] for channel in range(3))
+    mean, low, high = mean_of(density), lowest(density), highest(density)
+    # Blue ink over dark nuclei looks like darker nuclei: it is believed only where it goes on from sure ink.
+    blue_over_nuclei = ndimage.binary_opening((red > 0.6) & (red > 0.85 * green) & (green > blue))
+    core = ndimage.binary_propagation(core, mask=core | blue_over_nuclei)
+    rim = (
+        ((red > 0.03) & (red > 1.1 * green) & (green >= blue))
+        | ((mean > 0.03) & (green < 0.95 * np.minimum(red, blue)))
+        | ((green > 0.04) & (blue > 0.6 * green) & (blue < 1.2 * green) & (red < 0.4 * green))
+        | ((low > 0.1) & (high < 1.25 * low))
+    )
+    steps = max(1, round(INK_RIM_UM / um_per_px))
+    grown = ndimage.binary_dilation(core, mask=rim | core, iterations=steps)
+    mask: Mask = ndimage.binary_dilation(grown, iterations=max(1, round(6 / um_per_px)))
+    return mask
+
+
+def _ink_colours(density: NDArray[np.float32]) -> tuple[Mask, Mask]:
+    """Where a colour is surely ink's, and where it may be."""
     red, green, blue = (density[..., channel] for channel in range(3))
     mean = mean_of(density)
     low, high = lowest(density), highest(density)
@@ -311,24 +356,38 @@ def pen_mask(density: NDArray[np.float32], um_per_px: float) -> Mask:
         | ((green > 0.9) & (blue > 0.52 * green) & (blue < 1.15 * green) & (red < 0.5 * green))
         | ((low > 0.7) & (high < 1.6 * low))
     )
-    # Blood and the darkest nuclei look likely too, but only in grains; a pen leaves a stroke.
-    core = _without_small(ndimage.binary_opening(sure), MIN_SURE_INK_UM2 / um_per_px**2)
-    core |= _without_small(ndimage.binary_opening(sure | likely), MIN_INK_UM2 / um_per_px**2)
-    if not core.any():
-        return core
-    # Blue ink over dark nuclei looks like darker nuclei: it is believed only where it goes on from sure ink.
-    blue_over_nuclei = ndimage.binary_opening((red > 0.6) & (red > 0.85 * green) & (green > blue))
-    core = ndimage.binary_propagation(core, mask=core | blue_over_nuclei)
-    rim = (
-        ((red > 0.03) & (red > 1.1 * green) & (green >= blue))
-        | ((mean > 0.03) & (green < 0.95 * np.minimum(red, blue)))
-        | ((green > 0.04) & (blue > 0.6 * green) & (blue < 1.2 * green) & (red < 0.4 * green))
-        | ((low > 0.1) & (high < 1.25 * low))
-    )
-    steps = max(1, round(INK_RIM_UM / um_per_px))
-    grown = ndimage.binary_dilation(core, mask=rim | core, iterations=steps)
-    mask: Mask = ndimage.binary_dilation(grown, iterations=max(1, round(6 / um_per_px)))
-    return mask
+    return sure, likely
+
+
+class InkFinder:
+    """Pen ink on single tiles of a slide, where strokes show that are too thin for its thumbnail.
+
+    Colours are looked up in a table first, which clears most tiles at next to no cost.
+    """
+
+    def __init__(self, glass: NDArray[np.float64]) -> None:
+        self._glass = glass
+        steps = (np.arange(32, dtype=np.float32) * 8 + 4 + 1).reshape(-1, 1)
+        red, green, blue = np.maximum(-np.log10(steps / (glass.astype(np.float32) + 1)), 0).T
+        cube = np.stack(np.broadcast_arrays(red[:, None, None], green[None, :, None], blue[None, None]), axis=-1)
+        sure, likely = _ink_colours(cube)
+        self._table = (sure.astype(np.uint8) * 16 + (likely & ~sure)).ravel()  # so that one sum counts both
+
+    def share(self, tile: Image, um_per_px: float) -> float:
+        """Share of a tile (h, w, 3) that ink covers."""
+        apart = max(1, int(INK_UM / um_per_px))
+        pixels = tile[::apart, ::apart]
+        um_per_px *= apart
+        index = (pixels[..., 0] & 248).astype(np.uint16)
+        index <<= 7
+        index |= (pixels[..., 1] & 248).astype(np.uint16) << 2
+        index |= pixels[..., 2] >> 3
+        total = np.bincount(self._table[index.ravel()], minlength=17)
+        sure_um2, all_um2 = (float(count) * um_per_px**2 for count in (total[16], total[16] + total[1]))
+        if sure_um2 < MIN_TILE_SURE_UM2 and all_um2 < MIN_TILE_INK_UM2:
+            return 0.0
+        density = optical_density(np.ascontiguousarray(pixels), self._glass)
+        return float(pen_mask(density, um_per_px, MIN_TILE_SURE_UM2, MIN_TILE_INK_UM2).mean())
 
 
 def grey_mask(density: NDArray[np.float32]) -> Mask:

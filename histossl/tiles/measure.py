@@ -4,8 +4,8 @@
 
 The usual loop is what most tilers do: openslide-python reads a region, Pillow resizes and encodes it. Both sides cut
 the same places of the same slide in one process, turn about; finding tissue is left out on both. Ours is timed twice:
-as `tile` does it (a few tiles compared with OpenSlide's, each judged for focus and colour), and without these filters,
-which the usual loop does not have.
+as `tile` does it (a few tiles compared with OpenSlide's, each judged for focus, colour and ink), and without these
+filters, which the usual loop does not have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WayFigures:
     """One way of cutting against the usual loop: CPU milliseconds per tile, each the median of the repeats."""
 
     way: str
-    filters: bool  # of pixels: focus, colour
+    filters: bool  # of pixels: focus, colour, ink
     tile_px: int
     mpp: float
     num_tiles: int
@@ -99,7 +99,7 @@ def _figures(slide: Slide, cutter: Cutter, config: TileConfig, max_tiles: int, r
     # Neighbours, as tiling meets them: a block from the middle of the list, not a scatter.
     start = max(0, (len(places) - max_tiles) // 2)
     places = places[start : start + max_tiles]
-    unfiltered = replace(config, tissue=replace(config.tissue, min_sharpness=0, min_saturation=0))
+    unfiltered = replace(config, tissue=replace(config.tissue, min_sharpness=0, min_saturation=0, max_ink=1))
     loop_ms: list[float] = []
     own_ms: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def _own(slide: Slide, warm: Cutter, places: Ints, config: TileConfig, folder: P
 
 def _all_wanted(cutter: Cutter, places: Ints) -> Wanted:
     x_l0, y_l0 = cutter.grid.corners_l0(places)
-    rejected = {"region": 0, "tissue": 0, "fold": 0}
+    rejected = {"region": 0, "tissue": 0, "fold": 0, "ink": 0}
     return Wanted(places, x_l0, y_l0, np.ones(len(places)), np.zeros(len(places), np.uint16), rejected)
 
 

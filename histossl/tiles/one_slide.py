@@ -29,12 +29,15 @@ from histossl.slides.reader import Slide, open_slide
 from histossl.slides.regions import read_regions
 from histossl.slides.scan import stamp
 from histossl.slides.tissue import (
+    INK_UM,
+    InkFinder,
     TissueMask,
     fold_mask,
+    glass_colour,
     highest,
     lowest,
     readable_thumbnail,
-    tissue_mask,
+    tissue_and_ink,
 )
 from histossl.tiles.cutting import (
     Cutter,
@@ -91,6 +94,7 @@ class Counts:
     tissue: int = 0
     region: int = 0
     fold: int = 0
+    ink: int = 0
     saturation: int = 0
     blur: int = 0
     damaged: int = 0
@@ -284,8 +288,12 @@ class Making:
         found = readable_thumbnail(slide, open_again, job.config.tissue.tissue_um)
         thumbnail, downsample = found.pixels, found.downsample
         # What the thumbnail could not show counts as tissue: cutting will tell exactly which tiles are damaged.
-        mask = tissue_mask(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue) | found.unreadable
+        mask, ink = tissue_and_ink(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue)
+        mask |= found.unreadable
         self._tissue = TissueMask(mask, downsample)
+        self._ink = TissueMask(ink, downsample) if ink is not None and ink.any() else None
+        sought = ink is not None and job.config.tissue.max_ink < 1
+        self._ink_finder = InkFinder(glass_colour(thumbnail)) if sought else None
         self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
         self._pale = TissueMask(_pale(thumbnail, 3 * job.config.tissue.min_saturation), downsample)
         self._region_names: list[str] = []
@@ -366,7 +374,10 @@ class Making:
             regions = np.where(inside, shares.argmax(axis=0) + 1, 0).astype(np.uint16)
         enough = tissue >= limits.min_tissue
         flat = self._folds.share(x_l0, y_l0, side_l0) <= limits.max_fold
-        kept = inside & enough & flat
+        clean = np.ones(len(places), bool)
+        if self._ink is not None:
+            clean = self._ink.share(x_l0, y_l0, side_l0) <= limits.max_ink
+        kept = inside & enough & flat & clean
         return Wanted(
             places=places[kept],
             x_l0=x_l0[kept],
@@ -377,6 +388,7 @@ class Making:
                 "region": int((~inside).sum()),
                 "tissue": int((inside & ~enough).sum()),
                 "fold": int((inside & enough & ~flat).sum()),
+                "ink": int((inside & enough & flat & ~clean).sum()),
             },
         )
 
@@ -387,6 +399,7 @@ class Making:
         counts.region += wanted.rejected["region"]
         counts.tissue += wanted.rejected["tissue"]
         counts.fold += wanted.rejected["fold"]
+        counts.ink += wanted.rejected["ink"]
         damaged = seen = 0
         columns = (wanted.x_l0, wanted.y_l0, wanted.tissue, wanted.regions)
         facts = dict(zip(places.tolist(), zip(*(each.tolist() for each in columns), strict=True), strict=True))
@@ -399,9 +412,11 @@ class Making:
                     continue
                 jpeg, pixels = tile.jpeg, tile.pixels
                 good = doubts is not None and tile.place not in doubts.focus and tile.place not in doubts.colour
+                inked = False
                 try:
                     if jpeg is not None and doubts is not None:
                         good = self._good_copy(jpeg, tile.place, doubts, cutter)
+                        inked = good and self._inked_copy(jpeg, cutter)
                 except DamagedTile:
                     jpeg = None
                 rescued = jpeg is None and pixels is None
@@ -417,6 +432,10 @@ class Making:
                 if pixels is not None and (rescued or not good):
                     good = self._good(rgb(pixels))
                 if not good:
+                    self._beat(0)
+                    continue
+                if inked or (pixels is not None and self._inked(pixels, cutter.grid.mpp)):
+                    counts.ink += 1
                     self._beat(0)
                     continue
                 if jpeg is None:
@@ -440,6 +459,19 @@ class Making:
             self._counts.blur += 1
             return False
         return True
+
+    def _inked(self, pixels: Pixels, mpp: float) -> bool:
+        """Whether a tile shows more ink than is allowed."""
+        finder = self._ink_finder
+        return finder is not None and finder.share(rgb(pixels), mpp) > self._config.tissue.max_ink
+
+    def _inked_copy(self, jpeg: bytes, cutter: Cutter) -> bool:
+        """The same of a tile that is copied: decoded only where the slide's thumbnail shows some ink."""
+        if self._ink is None or self._ink_finder is None:
+            return False
+        grid = cutter.grid
+        shrink = next((each for each in (4, 2) if grid.mpp * each <= INK_UM and grid.tile_px % each == 0), 1)
+        return self._inked(decoded(jpeg, (grid.tile_px, grid.tile_px), shrink), grid.mpp * shrink)
 
     def _good_copy(self, jpeg: bytes, place: int, doubts: _Doubts, cutter: Cutter) -> bool:
         """The same of a tile that is copied, looked at only where there is doubt. DamagedTile if it is not whole."""

@@ -146,9 +146,10 @@ def read_store(path: Path) -> Store:
     """Table and tiling.json of a zip. StoreError says what is wrong with it and how to get it back."""
     try:
         with path.open("rb") as file:
-            members = _own_members(file)
-            if members is None:
+            places = _own_places(file)
+            if places is None:
                 return _read_by_directory(path)
+            members = [_checked(file, place) for place in places]
             tiling = json.loads(members[1])
             _refuse_other_format(path, tiling.get("format"))
             table = in_order(np.load(io.BytesIO(members[0]), allow_pickle=False))
@@ -162,7 +163,21 @@ def read_store(path: Path) -> Store:
 
 
 def read_tiling(path: Path) -> dict[str, Any]:
-    return read_store(path).tiling
+    """tiling.json alone: a few kB of a zip whose table of tiles may be megabytes, which `read_store` checks."""
+    try:
+        with path.open("rb") as file:
+            places = _own_places(file)
+            if places is None:
+                return _read_by_directory(path).tiling
+            tiling: dict[str, Any] = json.loads(_checked(file, places[1]))
+            _refuse_other_format(path, tiling.get("format"))
+    except MismatchError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise _damaged(path, str(error)) from error
+    if tiling.get("format") != FORMAT:
+        raise _damaged(path, "it does not say its format")
+    return tiling
 
 
 def scale_name(mpp: float) -> str:
@@ -219,8 +234,11 @@ def _end_of_directory(members: int, size: int, start: int, comment: bytes) -> by
     return long_form + _END.pack(b"PK\x05\x06", 0, 0, *counts, len(comment)) + comment
 
 
-def _own_members(file: BinaryIO) -> list[bytes] | None:
-    """tiles.npy and tiling.json by the zip's comment; None where another program has rewritten the zip."""
+def _own_places(file: BinaryIO) -> list[list[int]] | None:
+    """Where tiles.npy and tiling.json lie (offset, checksum, length), by the zip's comment.
+
+    None where another program has rewritten the zip.
+    """
     file.seek(0, io.SEEK_END)
     size = file.tell()
     file.seek(max(0, size - 4096))
@@ -240,14 +258,19 @@ def _own_members(file: BinaryIO) -> list[bytes] | None:
     _refuse_other_format(Path(file.name), comment.get("histossl"))
     if fields[6] != min(directory, _MAX_32):
         return None
-    found = []
-    for offset, crc, length in members:
-        file.seek(offset)
-        data = file.read(length)
-        if zlib.crc32(data) != crc:
-            raise ValueError("its table of tiles does not match its checksum")
-        found.append(data)
-    return found
+    if len(members) != 2 or any(offset + length > directory for offset, _, length in members):
+        raise ValueError("its end is garbled")
+    places: list[list[int]] = members
+    return places
+
+
+def _checked(file: BinaryIO, place: Sequence[int]) -> bytes:
+    offset, crc, length = place
+    file.seek(offset)
+    data = file.read(length)
+    if zlib.crc32(data) != crc:
+        raise ValueError("its table of tiles does not match its checksum")
+    return data
 
 
 _TILE_NAME = re.compile(r"(?:(?P<mpp>[0-9.e+-]+)/)?(?P<x>-?\d+)_(?P<y>-?\d+)\.jpg")

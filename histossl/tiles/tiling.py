@@ -47,7 +47,7 @@ from histossl.tiles.one_slide import (
     size_mark,
     tile_slide,
 )
-from histossl.tiles.store import new_store, read_store
+from histossl.tiles.store import new_store, read_store, read_tiling
 from histossl.units import um_from_l0
 from histossl.workers import Event, Report, num_cores, run_jobs
 from histossl.workspace import Workspace, alone_in
@@ -113,7 +113,7 @@ def stored_config(workspace: Workspace) -> TileConfig | None:
     """The config of the tiles that a workspace holds; None if it holds none."""
     for path in find_zips(workspace.tiles):
         try:
-            return _config_from(read_store(path).tiling["config"])
+            return _config_from(read_tiling(path)["config"])
         except (StoreError, TypeError, KeyError):
             continue  # a damaged zip: `tile` will make it anew
     return None
@@ -121,7 +121,8 @@ def stored_config(workspace: Workspace) -> TileConfig | None:
 
 def _config_from(stored: Mapping[str, Any]) -> TileConfig:
     values = dict(stored)
-    return TileConfig(**{**values, "tissue": TissueConfig(**values["tissue"])})
+    older = {"max_ink": 1.0}  # a store from before this filter has tiles with ink
+    return TileConfig(**{**values, "tissue": TissueConfig(**{**older, **values["tissue"]})})
 
 
 def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
@@ -212,7 +213,7 @@ def _plan(
     _refuse_same_zip(jobs)
     with ThreadPoolExecutor(8) as pool:  # reading the ends of thousands of zips is waiting, not work
         zips = [path.absolute() for path in find_zips(workspace.tiles)]
-        stored = dict(zip(zips, pool.map(_outcome, zips), strict=True))
+        stored = dict(zip(zips, pool.map(lambda path: _outcome(path, whole=retry), zips), strict=True))
         arguments = [(job, known.get(file), stored.get(job.zip_path)) for file, job in jobs.items()]
         states = dict(zip(jobs, pool.map(lambda each: _state(*each), arguments), strict=True))
         files_of = {path: _file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
@@ -258,9 +259,11 @@ def _plan(
     return plan
 
 
-def _outcome(path: Path) -> SlideOutcome | StoreError:
+def _outcome(path: Path, whole: bool) -> SlideOutcome | StoreError:
+    """What a zip says. `whole` checks its table of tiles, too; else the index does that, before a tile is used."""
     try:
-        return SlideOutcome(read_store(path).tiling, path.stat().st_size)
+        tiling = read_store(path).tiling if whole else read_tiling(path)
+        return SlideOutcome(tiling, path.stat().st_size)
     except StoreError as error:
         return error
     except OSError as error:
@@ -539,6 +542,7 @@ def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRo
         rejected_region=counts["region"],
         rejected_blur=counts["blur"],
         rejected_fold=counts["fold"],
+        rejected_ink=counts.get("ink", 0),  # no zip of before 2026-11-25 says it
         rejected_saturation=counts["saturation"],
         rejected_damaged=counts["damaged"],
     )
@@ -585,6 +589,7 @@ def _untiled(row: LedgerRow) -> LedgerRow:
         rejected_region=None,
         rejected_blur=None,
         rejected_fold=None,
+        rejected_ink=None,
         rejected_saturation=None,
         rejected_damaged=None,
     )
@@ -605,11 +610,12 @@ def why_none(tiling: Mapping[str, Any]) -> str:
         "region": "lie outside the regions",
         "tissue": f"have less than {tiling['config']['tissue']['min_tissue']:.0%} tissue",
         "fold": "are folded",
+        "ink": f"have more than {tiling['config']['tissue'].get('max_ink', 1):.0%} pen ink",
         "saturation": "have no colour",
         "blur": "are out of focus",
         "damaged": "are damaged",
     }
-    parts = [f"{counts[name]} {what}" for name, what in words.items() if counts[name]]
+    parts = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]
     return f"no tiles: of {counts['places']} places on the grid {', '.join(parts)}"
 
 

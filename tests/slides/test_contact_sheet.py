@@ -109,3 +109,25 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert not {"b", "i"} & set(page.tags) - {"b"}
     assert page.tags.count("b") == 1, "the status, and nothing from a name"
     assert page.text.count(NASTY) == 5
+
+
+def test_many_slides_are_pages_that_link_to_each_other(tmp_path: Path) -> None:
+    rows = [LedgerRow(f"{number:04d}.svs", "warning" if number == 450 else "ok") for number in range(450 + 1)]
+    stale, kept = tmp_path / "sheet-9.html", tmp_path / "sheet-mine.html"
+    for path in (stale, kept):
+        path.write_text("")
+    first = tmp_path / "sheet.html"
+    pages = write_contact_sheet(first, "mine", rows, {}, "451 files")
+    assert [page.name for page in pages] == ["sheet-1.html", "sheet-2.html", "sheet-3.html"]
+    assert not stale.exists()
+    assert kept.exists()
+    listed = Page(first.read_text())
+    assert listed.sources == [page.name for page in pages]
+    assert "0400.svs" in listed.text
+    assert "50 ok, 1 warning" in listed.text
+    read = [Page(page.read_text()) for page in pages]
+    assert [page.tags.count("article") for page in read] == [200, 200, 51]
+    assert read[0].sources == ["sheet.html", "sheet-2.html"] * 2
+    assert read[1].sources == ["sheet.html", "sheet-1.html", "sheet-3.html"] * 2
+    assert write_contact_sheet(first, "mine", rows[:200], {}, "200 files") == [first]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet-mine.html", "sheet.html"]

@@ -51,7 +51,7 @@ def test_coordinates_count_from_the_corner_of_the_bounds_as_in_qupath(tmp_path: 
     leica(tmp_path / "slides" / "A1.scn", np.full((256, 256, 3), 200, np.uint8), 0.5)
     drawn = feature([square(0, 0, 128)], "tumour"), feature([square(128, 0, 128)], "stroma")
     write(tmp_path / "slides" / "A1.geojson", *drawn)
-    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
     tile_archive(tmp_path / "slides", workspace, TileConfig(tile_px=32, tissue=keep, grid="physical"), 0)
     index = TileIndex.open(workspace)
     corners = index.coords_l0(range(len(index)))

@@ -127,7 +127,7 @@ def test_scan_expects_the_tiles_that_tile_cuts(
     paint: Callable[..., PaintedSlide], workspace: Workspace, mpp: float, count: int, reason: str
 ) -> None:
     directory = paint("A1.tif", mpp=mpp, width_px=512, height_px=512).path.parent
-    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
     scanned = scan(directory, workspace, ScanConfig(tissue=keep)).rows[0]
     tiled = tile_archive(directory, workspace, TileConfig(tissue=keep), 0)[0]
     assert (scanned.expected_tiles, tiled.num_tiles or 0) == (count, count)

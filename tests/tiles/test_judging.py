@@ -138,7 +138,7 @@ def decodes(jpeg):
         return False
 
 
-OPEN = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+OPEN = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
 
 
 def all_decode(out):

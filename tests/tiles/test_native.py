@@ -19,7 +19,7 @@ from histossl.tiles.cutting import agrees, cutter_for, native_side_px
 from histossl.tiles.native import DamagedTile, NativeTiles, Splicer, best_shrink
 from histossl.tiles.tiling import common_native_px
 
-ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)
+ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
 
 
 def write_tiff(path, pixels, photometric="ycbcr", subsampling=(2, 2), tile=256, mpp=0.5, level=90, **more):

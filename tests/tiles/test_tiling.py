@@ -38,7 +38,7 @@ from histossl.tiles.tiling import stored_config, tile_archive
 from histossl.workers import Event
 from histossl.workspace import Workspace, alone_in
 
-ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1)  # no filter takes anything
+ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)  # no filter takes anything
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_slides_of_two_resolutions_give_the_same_tiles_of_the_same_tissue(worksp
 
 
 def test_tiles_hold_tissue_and_the_ledger_counts_the_rest(workspace, painted_slide):
-    config = TileConfig(tile_px=64, tissue=TissueConfig(min_sharpness=0, min_saturation=0, max_fold=1))
+    config = TileConfig(tile_px=64, tissue=TissueConfig(min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1))
     row = only_row(tile_archive(painted_slide.path.parent, workspace, config, 0))
     index = TileIndex.open(workspace)
     assert 0 < row.num_tiles < 256
@@ -193,7 +193,7 @@ def blurred_slide(tmp_path_factory):
 @pytest.mark.parametrize("grid", ["physical", "auto"])
 def test_tiles_out_of_focus_are_left_out_also_where_tiles_are_copied(workspace, blurred_slide, grid):
     painted = blurred_slide
-    config = TileConfig(grid=grid, tissue=TissueConfig(min_sharpness=0.23, min_saturation=0, max_fold=1))
+    config = TileConfig(grid=grid, tissue=TissueConfig(min_sharpness=0.23, min_saturation=0, max_fold=1, max_ink=1))
     row = only_row(tile_archive(painted.path.parent, workspace, config, 0))
     assert row.tile_way == ("copied" if grid == "auto" else "stitched")
     index = TileIndex.open(workspace)
