@@ -67,7 +67,7 @@ class Jigsaw(Pretext):
     shortcuts = "edges that run on over the gap, shading, chromatic aberration, the JPEG grid"
     stuck_by = (
         "tissue that has no order of its parts, which is to be expected of this control",
-        "too many --set num_orders",
+        "--set num_orders too high",
     )
     caution = "jigsaw is close to ill-posed on tissue, most of which has no order of its parts: use it as a control"
     orders_KN: Tensor

@@ -99,7 +99,7 @@ def test_a_loss_at_its_ceiling_is_laid_to_what_the_method_has(name: str) -> None
     ceiling = Ceiling(method_class.stuck_by, method_class.above_by)
     told = ceiling.stuck(7.0, 6.93, 500, 1000)
     for _ in range(LINES_ABOVE):
-        told += ceiling.stuck(7.0, 6.93, 500, 1000)
+        told += "\n" + ceiling.stuck(7.0, 6.93, 500, 1000)
     assert told.count("Likely causes") == 2
     own = {field.name for field in fields(config)}
     assert own >= set(re.findall(r"--set (\w+)", told))
