@@ -1,6 +1,12 @@
 """One process or many: joining torchrun or SLURM, starting our own processes, and who may write.
 
 `histossl pretrain --gpus 4` starts itself four times through torch's elastic launcher and joins what it started.
+
+A process that dies is noticed at once. One that hangs, or whose machine is gone, is noticed when for TIMEOUT it has not
+come to an exchange; then all are started again from the last checkpoint. So it is short; what one process does alone
+(asking the probe, writing a checkpoint) may take longer, for there the others wait in `others_wait` and are given signs
+of life. What TIMEOUT must outlast is one process loading tiles or compiling more slowly than the others: where a disk
+stalls for minutes, or tasks start further apart, set HISTOSSL_TIMEOUT_S (seconds).
 """
 
 from __future__ import annotations
@@ -12,6 +18,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +33,9 @@ import torch.distributed as dist
 from histossl import console, launched
 from histossl.errors import TrainingError, UsageError
 
-# Longer than a checkpoint to a slow disk takes, short enough that a dead neighbour is noticed and all are restarted.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(seconds=float(os.environ.get("HISTOSSL_TIMEOUT_S") or 180))
+SIGN_EVERY_S = 10.0
+SIGNS_END_S = 3600.0  # whoever works alone for longer hangs, too
 # What processes have to end their step, look and save in when they are asked to stop. torch's own is half a minute.
 STOP_S = 600
 
@@ -37,6 +46,7 @@ class Processes:
     local_rank: int
     count: int
     device: torch.device
+    signs: Any = None  # a group of its own for signs of life; None in one process
 
     @property
     def writes(self) -> bool:
@@ -110,9 +120,45 @@ def joined() -> Iterator[Processes]:
         device = torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Processes(dist.get_rank(), local_rank, dist.get_world_size(), device)
+        signs = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield Processes(dist.get_rank(), local_rank, dist.get_world_size(), device, signs)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def others_wait(processes: Processes) -> Iterator[None]:
+    """Within it the process that writes may take its time: the others wait for it at the end, as long as it lives.
+
+    They need its sign every TIMEOUT, which it gives every few seconds from a thread; no exchange may be made within.
+    """
+    if processes.signs is None:
+        yield
+    elif processes.writes:
+        over = threading.Event()
+        giving = threading.Thread(target=_give_signs, args=(processes.signs, over), daemon=True)
+        giving.start()
+        try:
+            yield
+        finally:
+            over.set()
+            giving.join()
+    else:
+        yield
+        at_work = torch.ones(())
+        while at_work:
+            dist.broadcast(at_work, 0, processes.signs)
+
+
+def _give_signs(group: Any, over: threading.Event) -> None:
+    began_s = time.monotonic()
+    at_work = True
+    while at_work and time.monotonic() - began_s < SIGNS_END_S:
+        at_work = not over.wait(SIGN_EVERY_S)
+        try:
+            dist.broadcast(torch.tensor(float(at_work)), 0, group)
+        except RuntimeError:  # another process is lost: the next exchange says so
+            return
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -16,6 +16,7 @@ from histossl import console
 from histossl.backbones import save_backbone
 from histossl.errors import TrainingError
 from histossl.methods.batchnorm import has_batchnorm, still_as_in_training
+from histossl.training.distributed import others_wait
 from histossl.training.export import BEST_BATCHNORM_TILES, adapted_info, clean_backbone, plain_backbone
 from histossl.training.log import RunLog
 from histossl.training.monitor import (
@@ -74,8 +75,8 @@ class Looks:
 
     def look(self, done: int) -> None:
         """Embed the fixed tiles, log their health, ask the probe, keep the best, and stop a collapse."""
-        prepared, writes = self.prepared, self.prepared.processes.writes
-        method, run = prepared.method, prepared.run
+        prepared, run = self.prepared, self.prepared.run
+        method = prepared.method
         began_s = time.monotonic()
         features_ND = monitor_features(prepared, method.backbone)
         self.tile_s = (time.monotonic() - began_s) / len(features_ND)
@@ -93,8 +94,17 @@ class Looks:
             **method.diagnostics(),
             **{f"weight_change/{name}": value for name, value in change.items()},
         }
-        if done and not any(change.values()) and writes:
+        if done and not any(change.values()) and prepared.processes.writes:
             console.warn(f"step {done}: {UNMOVED}")
+        with others_wait(prepared.processes):
+            self._judge(health, row, done)
+        if health.collapsed and prepared.operation.stop_on_collapse and done:
+            raise _collapse(health, done, run)
+
+    def _judge(self, health: Health, row: dict[str, float], done: int) -> None:
+        """What the process that writes does alone: it asks the probe, keeps the best and the healthy, tells, logs."""
+        prepared, writes = self.prepared, self.prepared.processes.writes
+        run = prepared.run
         if self.probe is not None:
             row["probe"] = score = self.probe(plain_backbone(prepared), prepared.info)
             self.best = self.best.with_look(done, score)
@@ -116,8 +126,6 @@ class Looks:
         self.last_look = [f"rank {health.rank:.0f}", *([f"probe {row['probe']:.3f}"] if "probe" in row else [])]
         if health.verdict and writes:
             console.warn(f"step {done}: {health.verdict}")
-        if health.collapsed and prepared.operation.stop_on_collapse and done:
-            raise _collapse(health, done, run)
         if not health.collapsed and done and writes:
             # With statistics of clean tiles each time: whatever ends the run, what lies there is fit to be used.
             save_backbone(run.healthy_backbone, clean_backbone(prepared, MONITOR_TILES), adapted_info(prepared, done))

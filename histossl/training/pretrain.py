@@ -25,7 +25,7 @@ from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
 from histossl.tiles.subset import open_subset
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from histossl.training.distributed import Processes, is_lost_process, joined
+from histossl.training.distributed import Processes, is_lost_process, joined, others_wait
 from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
 from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
@@ -207,7 +207,7 @@ class _Pretraining:
         try:
             if self._all_stop(stop, 0):  # asked before the first step
                 done = first
-                self._save(done)
+                self._save_together(done)
             else:
                 done = self._train_in_memory(first, stop)
         finally:
@@ -311,7 +311,7 @@ class _Pretraining:
                 by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
                 stopping = self._all_stop(stop, done)
                 if last or stopping or by_steps or by_time:
-                    self._save(done)
+                    self._save_together(done)
                     saved_s = time.monotonic()
                 if stopping:
                     break
@@ -443,6 +443,11 @@ class _Pretraining:
                 f"{self.run.root}: the processes found checkpoints of different steps ({-earliest} and {latest}; -1 is "
                 "none); all machines must see the same --workspace, or one's copy is old"
             )
+
+    def _save_together(self, done: int) -> None:
+        """Where all processes come to it: those that do not write wait for as long as it takes."""
+        with others_wait(self.processes):
+            self._save(done)
 
     def _save(self, done: int) -> None:
         if self.processes.writes:

@@ -23,6 +23,7 @@ from histossl.methods import gather
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.method import Views
+from histossl.training.distributed import others_wait
 from histossl.training.export import BATCHNORM_TILES, plain_backbone
 from histossl.training.looks import MONITOR_TILES, monitor_features
 from histossl.training.operation import Probe
@@ -106,7 +107,9 @@ def fit_hours(prepared: Prepared, probe: Probe | None, step_s: float | None = No
         num_steps = int(read_run(prepared.run.run_json)["plan"]["num_steps"])
     else:
         step_s = _slowest(prepared, step_s or timed_step_s(prepared))
-        look_s, rest_s = (_slowest(prepared, each) for each in beside_steps(prepared, probe))
+        with others_wait(prepared.processes):
+            beside_s = beside_steps(prepared, probe)
+        look_s, rest_s = (_slowest(prepared, each) for each in beside_s)
         num_steps = steps_within(prepared.config.hours * 3600, step_s, look_s, prepared.operation.monitor_every, rest_s)
     before = prepared.plan
     prepared.plan = prepared.plan_of(micro_batches=before.micro_batches, num_steps=num_steps)

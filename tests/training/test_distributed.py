@@ -2,14 +2,58 @@
 
 import os
 import signal
+import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.distributed.launcher.api as launcher
+import torch.multiprocessing as mp
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from histossl import launched
 from histossl.errors import TrainingError, UsageError
-from histossl.training.distributed import gpu_of, is_worker, launch
+from histossl.training import distributed
+from histossl.training.distributed import Processes, gpu_of, is_worker, launch, others_wait
+
+
+def _two(rank: int, folder: str, sign_every_s: float, work_s: float) -> None:
+    """Rank 0 works alone while the other waits. Leaves how long each was there, or what it was told."""
+    distributed.SIGN_EVERY_S = sign_every_s
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    signs = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+    began_s = time.monotonic()
+    try:
+        with others_wait(Processes(rank, rank, 2, torch.device("cpu"), signs)):
+            time.sleep(work_s if rank == 0 else 0)
+        said = f"{time.monotonic() - began_s}"
+    except RuntimeError:
+        said = "lost"
+    Path(folder, str(rank)).write_text(said)
+
+
+@pytest.mark.parametrize(("sign_every_s", "work_s", "lost"), [(0.3, 5.0, False), (60.0, 8.0, True)])
+def test_work_of_one_process_may_take_longer_than_the_time_out_while_it_gives_signs(
+    tmp_path: Path, sign_every_s: float, work_s: float, lost: bool
+) -> None:
+    """A time-out of 2 s: five seconds of work with signs are waited for, silence is not."""
+    mp.start_processes(_two, (str(tmp_path), sign_every_s, work_s), nprocs=2, start_method="spawn")
+    said = (tmp_path / "1").read_text()
+    assert (said == "lost") == lost
+    if not lost:
+        assert float(said) > work_s - 1
+    assert float((tmp_path / "0").read_text()) >= work_s  # nobody breaks off what it does
+
+
+def test_in_one_process_nobody_waits() -> None:
+    with others_wait(Processes(0, 0, 1, torch.device("cpu"))):
+        pass
+
+
+def test_a_process_that_hangs_is_noticed_within_minutes() -> None:
+    assert distributed.TIMEOUT.total_seconds() <= 180
 
 
 def stopped_workers(monkeypatch: pytest.MonkeyPatch, *, saved: bool) -> list[launcher.LaunchConfig]:
