@@ -26,7 +26,8 @@ class Expected:
         return self.step_s * self.num_steps + self.look_s * self.num_looks + self.rest_s
 
     def __str__(self) -> str:
-        looks = f", {self.num_looks:,} looks of {duration(self.look_s)}" if self.num_looks and self.look_s else ""
+        each = f"of {duration(self.look_s)}" if self.look_s else "that are not timed yet"
+        looks = f", {self.num_looks:,} looks {each}" if self.num_looks else ""
         rest = f", {duration(self.rest_s)} before and after" if self.rest_s >= 1 else ""
         return f"about {duration(self.total_s)} ({self.num_steps:,} steps of {self.step_s:.3g} s{looks}{rest})"
 

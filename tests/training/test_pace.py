@@ -47,6 +47,12 @@ def test_a_run_that_goes_on_counts_from_where_it_is(monkeypatch: pytest.MonkeyPa
     assert (done, expected.num_steps, expected.num_looks) == (911, 89, 2)
 
 
+def test_looks_that_were_never_timed_are_told_as_such() -> None:
+    """As in a run that goes on: its first look is still to come."""
+    assert str(Expected(2.0, 30, 0.0, 2)) == "about 1.0 min (30 steps of 2 s, 2 looks that are not timed yet)"
+    assert str(Expected(2.0, 30, 6.0, 2)) == "about 1.2 min (30 steps of 2 s, 2 looks of 6 s)"
+
+
 def test_durations_read_as_people_say_them() -> None:
     assert [duration(s) for s in (0.25, 42, 90, 5400)] == ["0.25 s", "42 s", "1.5 min", "1 h 30 min"]
 
