@@ -25,7 +25,7 @@ bench = typer.Typer(
     epilog="Example: histossl bench -w WORKSPACE   With a part alone: histossl bench views",
     invoke_without_command=True,
 )
-STEPS_CPU, STEPS_GPU = 3, 20
+STEPS_CPU, STEPS_GPU = 2, 10
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +52,7 @@ def whole(
     view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = 224,
     tile_px: Annotated[int, typer.Option(help="Side of synthetic tiles, where the workspace has none.")] = 256,
     steps: Annotated[
-        int, typer.Option(min=0, help="Steps to time. Default: 20 on a GPU, 3 without.", show_default=False)
+        int, typer.Option(min=0, help="Steps to time, twice. Default: 10 on a GPU, 2 without.", show_default=False)
     ] = 0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read and decode. Default: one per core.", show_default=False)

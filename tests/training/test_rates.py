@@ -53,6 +53,12 @@ def test_what_tiles_and_views_cost_of_a_step_is_told() -> None:
     assert "cost nothing" in advice(rates(network=4.0, as_it_runs=4.1))[1]
 
 
+def test_a_gap_that_tiles_and_views_cannot_explain_is_not_blamed_on_them() -> None:
+    told = advice(rates(loaded=0.6, views=3.5, network=555.0, as_it_runs=711.0))
+    assert "28% longer than with views at hand, more than tiles and views explain" in told[1]
+    assert "measure again when it is quiet" in told[1]
+
+
 def test_decoding_on_the_gpu_is_advised_where_it_pays_and_takes_the_limit_away() -> None:
     paying = rates(loaded=9.0, decode_on_gpu=0.5, on_gpu=True)
     assert paying.limit == "network"
