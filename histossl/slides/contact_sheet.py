@@ -110,9 +110,7 @@ def _write_list(
         page.write("<table>\n")
         for number, (other, part) in enumerate(zip(pages, parts, strict=True), start=1):
             counts = Counter(row.status for row in part)
-            said = ", ".join(
-                f"{counts[status]} {status}" for status in ("ok", "warning", "unreadable") if counts[status]
-            )
+            said = ", ".join(f"{counts[status]} {status}" for status in (OK, WARNING, UNREADABLE) if counts[status])
             page.write(
                 f'<tr><td><a href="{quote(other.name)}">page {number}</a></td><td>{escape(part[0].file)}</td>'
                 f"<td>to {escape(part[-1].file)}</td><td>{said}</td></tr>\n"

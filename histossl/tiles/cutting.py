@@ -371,30 +371,35 @@ def _why_not_native(slide: Slide, mpp: float, tile_px: int) -> str:
     )
 
 
-def agrees(cutter: Cutter, open_again: Callable[[], Slide], places: Ints) -> bool:
-    """Whether a few of the wanted tiles look as OpenSlide (or tifffile) shows them."""
+def agrees(cutter: Cutter, slide: Slide, open_again: Callable[[], Slide], places: Ints) -> tuple[bool, bool]:
+    """Whether a few of the wanted tiles look as OpenSlide (or tifffile) shows them; and whether `slide` is spent.
+
+    Opening takes longer than comparing, so the handle at hand is asked. After damage OpenSlide's reads nothing more.
+    """
     if cutter.way == "read" or not len(places):
-        return True
+        return True, False
     chosen = np.unique(places[np.linspace(0, len(places) - 1, REFEREE_TILES).astype(int)])
-    seen = 0
-    slide: Slide | None = None
+    seen, spent = 0, False
+    opened: Slide | None = None
     try:
         for place in chosen.tolist():
             try:
-                slide = open_again() if slide is None else slide
-                difference = _difference(cutter, slide, place)
-            except (DamagedTile, SlideError):
-                if slide is not None:  # after damage an OpenSlide handle reads nothing any more
-                    slide.close()
-                    slide = None
+                difference = _difference(cutter, opened or slide, place)
+            except DamagedTile:
+                continue
+            except SlideError:
+                spent = True
+                if opened is not None:
+                    opened.close()
+                opened = open_again()
                 continue
             if difference > REFEREE_LIMIT:
-                return False
+                return False, spent
             seen += 1
     finally:
-        if slide is not None:
-            slide.close()
-    return seen > 0
+        if opened is not None:
+            opened.close()
+    return seen > 0, spent
 
 
 def _difference(cutter: Cutter, slide: Slide, place: int) -> float:

@@ -139,7 +139,7 @@ def _own(slide: Slide, warm: Cutter, places: Ints, config: TileConfig, folder: P
         def work() -> None:
             cutter = cutter_for(mine, config.mpp, config, open_again, warm.way)
             try:
-                agrees(cutter, open_again, places)
+                agrees(cutter, mine, open_again, places)
                 making.fill(0, cutter, _all_wanted(cutter, places))
             finally:
                 cutter.source.close()

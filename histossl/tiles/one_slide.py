@@ -60,6 +60,8 @@ MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there 
 REPORT_EVERY_S = 0.5
 SPOTS = 256  # samples that tell a slide from its mended copy: 4 MB, so a smaller file is compared whole
 SAMPLE = 32  # native tiles looked at, to know how large a blurred one is, and whether the slide is damaged
+FEW_PLACES, FEW_SAMPLE = 256, 16  # of a slide of fewer tiles, fewer are looked at
+PALE_POINTS = 8  # across a tile, to tell from the thumbnail whether it may have no colour
 JUDGED_PX = 112  # a smaller one is too small to be judged for focus
 GLANCE_SHRINK = 8  # the smallest picture a decoder makes: it reads all of a tile's bytes for it
 SMALL = 0.7  # of the usual bytes of a copied tile: less may be blur
@@ -295,7 +297,7 @@ class Making:
         sought = ink is not None and job.config.tissue.max_ink < 1
         self._ink_finder = InkFinder(glass_colour(thumbnail)) if sought else None
         self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
-        self._pale = TissueMask(_pale(thumbnail, 3 * job.config.tissue.min_saturation), downsample)
+        self._pale = _pale(thumbnail, 3 * job.config.tissue.min_saturation)
         self._region_names: list[str] = []
         self._regions: list[TissueMask] = []
         if job.regions is not None:
@@ -350,7 +352,11 @@ class Making:
         cutter = cutter_for(self._slide, mpp, self._config, self._open_again)
         try:
             wanted = self._wanted(cutter)
-            if not agrees(cutter, self._open_again, wanted.places):
+            same, spent = agrees(cutter, self._slide, self._open_again, wanted.places)
+            if spent:
+                self.close()
+                self._slide = self._opened = self._open_again()
+            if not same:
                 cutter.source.close()
                 cutter = cutter_for(self._slide, mpp, replace(self._config, grid="physical"), self._open_again, "read")
                 wanted = self._wanted(cutter)
@@ -500,7 +506,9 @@ class Making:
         taken = cutter.native_bytes(places)
         focus = taken < SMALL * float(np.median(taken))
         whole = True
-        for number in np.unique(np.linspace(0, len(places) - 1, SAMPLE).astype(int)).tolist():
+        for number in np.unique(
+            np.linspace(0, len(places) - 1, SAMPLE if len(places) >= FEW_PLACES else FEW_SAMPLE).astype(int)
+        ).tolist():
             column, row = cutter.native_middle(int(places[number]))
             try:
                 grey = source.grey(column, row)
@@ -512,7 +520,10 @@ class Making:
         colour = np.zeros(len(places), bool)
         if limits.min_saturation > 0:
             x_l0, y_l0 = cutter.grid.corners_l0(places)
-            colour = self._pale.share(x_l0, y_l0, cutter.grid.side_l0) > 0.5
+            # Of each tile so many points: adding up all of the thumbnail would take longer than copying the tiles.
+            apart = max(1, int(cutter.grid.side_l0 / self._tissue.downsample / PALE_POINTS))
+            pale = TissueMask(self._pale[::apart, ::apart], self._tissue.downsample * apart)
+            colour = pale.share(x_l0, y_l0, cutter.grid.side_l0) > 0.5
         return _Doubts(
             focus=frozenset(places[focus].tolist() if limits.min_sharpness > 0 else ()),
             colour=frozenset(places[colour].tolist()),
