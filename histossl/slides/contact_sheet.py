@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
-from histossl.slides.ledger import LedgerRow
+from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow
 from histossl.slides.scan import Preview
 from histossl.workspace import written_aside
 
