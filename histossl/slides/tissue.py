@@ -29,7 +29,7 @@ GREY_BOUNDS = (0.04, 0.12)  # of a greyscale image, where an uneven lamp looks l
 LAMP = 0.04  # optical density by which the lamp may be uneven (9 % of the light)
 MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
 MIN_TILE_SURE_UM2, MIN_TILE_INK_UM2 = 150.0, 400.0  # on a tile of its own, where thin strokes show
-INK_UM = 2.0  # microns apart are the pixels of a tile that are looked at for ink
+INK_GLANCE_UM, INK_UM = 4.0, 2.0  # apart are the pixels of a tile that are glanced at, and looked at, for ink
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
 DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
@@ -375,18 +375,19 @@ class InkFinder:
 
     def share(self, tile: Image, um_per_px: float) -> float:
         """Share of a tile (h, w, 3) that ink covers."""
-        apart = max(1, int(INK_UM / um_per_px))
-        pixels = np.ascontiguousarray(tile[::apart, ::apart])  # once through memory, not once per channel
-        um_per_px *= apart
-        index = (pixels[..., 0] & 248).astype(np.uint16)
+        glance = max(1, int(INK_GLANCE_UM / um_per_px))
+        points = np.ascontiguousarray(tile[::glance, ::glance])  # once through memory, not once per channel
+        index = (points[..., 0] & 248).astype(np.uint16)
         index <<= 7
-        index |= (pixels[..., 1] & 248).astype(np.uint16) << 2
-        index |= pixels[..., 2] >> 3
+        index |= (points[..., 1] & 248).astype(np.uint16) << 2
+        index |= points[..., 2] >> 3
         total = np.bincount(self._table[index.ravel()], minlength=17)
-        sure_um2, all_um2 = (float(count) * um_per_px**2 for count in (total[16], total[16] + total[1]))
+        sure_um2, all_um2 = (float(count) * (um_per_px * glance) ** 2 for count in (total[16], total[16] + total[1]))
         if sure_um2 < MIN_TILE_SURE_UM2 and all_um2 < MIN_TILE_INK_UM2:
             return 0.0
-        density = optical_density(pixels, self._glass)
+        apart = max(1, int(INK_UM / um_per_px))
+        density = optical_density(np.ascontiguousarray(tile[::apart, ::apart]), self._glass)
+        um_per_px *= apart
         return float(pen_mask(density, um_per_px, MIN_TILE_SURE_UM2, MIN_TILE_INK_UM2).mean())
 
 

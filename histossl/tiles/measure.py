@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+from numpy.typing import NDArray
 
 from histossl.config import TileConfig
 from histossl.errors import SlideError
@@ -29,6 +30,8 @@ from histossl.slides.tissue import find_tissue
 from histossl.tiles.cutting import Cutter, Ints, agrees, cutter_for, native_side_px
 from histossl.tiles.one_slide import Making, TileJob, Wanted
 from histossl.tiles.store import new_store
+
+Shares = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class WayFigures:
     loop_ms: float
     own_ms: float
     ratios: list[float]  # one per repeat
+    best_ratio: float  # of the quickest repeat of either side: what other programs disturbed least
 
     @property
     def ratio(self) -> float:
@@ -93,12 +97,14 @@ def _cutter(slide: Slide, way: str, config: TileConfig) -> tuple[Cutter, TileCon
 def _figures(slide: Slide, cutter: Cutter, config: TileConfig, max_tiles: int, repeats: int) -> list[WayFigures]:
     places = np.arange(cutter.grid.num_places)
     tissue = find_tissue(slide, config.tissue)
-    places = places[tissue.share(*cutter.grid.corners_l0(places), cutter.grid.side_l0) >= config.tissue.min_tissue]
+    shares = tissue.share(*cutter.grid.corners_l0(places), cutter.grid.side_l0)
+    enough = shares >= config.tissue.min_tissue
+    places, shares = places[enough], shares[enough]
     if not len(places):
         raise SlideError(f"{slide.path.name}: no tile with enough tissue to measure on")
     # Neighbours, as tiling meets them: a block from the middle of the list, not a scatter.
     start = max(0, (len(places) - max_tiles) // 2)
-    places = places[start : start + max_tiles]
+    places, shares = places[start : start + max_tiles], shares[start : start + max_tiles]
     unfiltered = replace(config, tissue=replace(config.tissue, min_sharpness=0, min_saturation=0, max_ink=1))
     loop_ms: list[float] = []
     own_ms: dict[bool, list[float]] = {True: [], False: []}
@@ -106,12 +112,14 @@ def _figures(slide: Slide, cutter: Cutter, config: TileConfig, max_tiles: int, r
         for _ in range(repeats):
             loop_ms.append(_cpu_ms(lambda: _usual_loop(slide.path, cutter.grid, places, slide, config, Path(folder))))
             for filters, settings in ((True, config), (False, unfiltered)):
-                own_ms[filters].append(_own(slide, cutter, places, settings, Path(folder)))
+                own_ms[filters].append(_own(slide, cutter, places, shares, settings, Path(folder)))
     figures = []
     for filters, times in own_ms.items():
         ratios = [loop / own for loop, own in zip(loop_ms, times, strict=True)]
         loop, own = (statistics.median(each) / len(places) for each in (loop_ms, times))
-        figures.append(WayFigures(cutter.way, filters, config.tile_px, cutter.grid.mpp, len(places), loop, own, ratios))
+        best = min(loop_ms) / min(times)
+        size = (config.tile_px, cutter.grid.mpp, len(places))
+        figures.append(WayFigures(cutter.way, filters, *size, loop, own, ratios, best))
     return figures
 
 
@@ -121,7 +129,7 @@ def _cpu_ms(work: Callable[[], None]) -> float:
     return (time.process_time() - started_s) * 1000
 
 
-def _own(slide: Slide, warm: Cutter, places: Ints, config: TileConfig, folder: Path) -> float:
+def _own(slide: Slide, warm: Cutter, places: Ints, shares: Shares, config: TileConfig, folder: Path) -> float:
     """CPU milliseconds of what `tile` does with these places, from opening the slide to the finished zip."""
     job = TileJob(slide.path, "own", None, folder / "own.zip", config, slide.mpp_l0)
 
@@ -140,7 +148,7 @@ def _own(slide: Slide, warm: Cutter, places: Ints, config: TileConfig, folder: P
             cutter = cutter_for(mine, config.mpp, config, open_again, warm.way)
             try:
                 agrees(cutter, mine, open_again, places)
-                making.fill(0, cutter, _all_wanted(cutter, places))
+                making.fill(0, cutter, _all_wanted(cutter, places, shares))
             finally:
                 cutter.source.close()
             store.finish({"scales": []})
@@ -148,10 +156,10 @@ def _own(slide: Slide, warm: Cutter, places: Ints, config: TileConfig, folder: P
         return opening_ms + _cpu_ms(work)
 
 
-def _all_wanted(cutter: Cutter, places: Ints) -> Wanted:
+def _all_wanted(cutter: Cutter, places: Ints, shares: Shares) -> Wanted:
     x_l0, y_l0 = cutter.grid.corners_l0(places)
     rejected = {"region": 0, "tissue": 0, "fold": 0, "ink": 0}
-    return Wanted(places, x_l0, y_l0, np.ones(len(places)), np.zeros(len(places), np.uint16), rejected)
+    return Wanted(places, x_l0, y_l0, shares, np.zeros(len(places), np.uint16), rejected)
 
 
 def _usual_loop(path: Path, grid: Grid, places: Ints, slide: Slide, config: TileConfig, folder: Path) -> None:

@@ -65,6 +65,7 @@ PALE_POINTS = 8  # across a tile, to tell from the thumbnail whether it may have
 JUDGED_PX = 112  # a smaller one is too small to be judged for focus
 GLANCE_SHRINK = 8  # the smallest picture a decoder makes: it reads all of a tile's bytes for it
 SMALL = 0.7  # of the usual bytes of a copied tile: less may be blur
+GLASS_BYTES = 0.25  # of what tissue takes, glass does, at most
 SMALL_BLURRED = 1.3  # of the bytes of a tile that is blurred: less may be blur, too
 GIVE_UP_DAMAGED = 200  # damaged tiles, when they are also most of what was read
 
@@ -409,7 +410,7 @@ class Making:
         damaged = seen = 0
         columns = (wanted.x_l0, wanted.y_l0, wanted.tissue, wanted.regions)
         facts = dict(zip(places.tolist(), zip(*(each.tolist() for each in columns), strict=True), strict=True))
-        doubts = self._doubts(cutter, places)
+        doubts = self._doubts(cutter, places, wanted.tissue)
         with closing(_Rescue(self._slide, cutter, self._open_again)) as rescue:
             for tile in cutter.tiles(places):
                 seen += 1
@@ -491,7 +492,7 @@ class Making:
             decoded(jpeg, size, GLANCE_SHRINK, grey=True)
         return True
 
-    def _doubts(self, cutter: Cutter, places: Ints) -> _Doubts | None:
+    def _doubts(self, cutter: Cutter, places: Ints, tissue: npt.NDArray[np.float64]) -> _Doubts | None:
         """Of tiles made from the slide's own, those that must be looked at; None: all of them.
 
         A tile out of focus takes few bytes. How few is learnt from a sample, so that on a slide that is blurred
@@ -503,7 +504,9 @@ class Making:
             return None
         if cutter.way != "copied" and min(source.tile_width_px, source.tile_height_px) < JUDGED_PX:
             return None
-        taken = cutter.native_bytes(places)
+        # Glass takes few bytes in any focus: a tile is compared by what its tissue takes.
+        share = tissue + GLASS_BYTES * (1 - tissue)
+        taken = cutter.native_bytes(places) / share
         focus = taken < SMALL * float(np.median(taken))
         whole = True
         for number in np.unique(
@@ -516,7 +519,8 @@ class Making:
                 whole = False
                 continue
             if grey is not None and not surely_in_focus(grey, limits.min_sharpness):
-                focus |= taken < SMALL_BLURRED * source.byte_counts[row * source.level.tiles_across + column]
+                own = source.byte_counts[row * source.level.tiles_across + column] / share[number]
+                focus |= taken < SMALL_BLURRED * own
         colour = np.zeros(len(places), bool)
         if limits.min_saturation > 0:
             x_l0, y_l0 = cutter.grid.corners_l0(places)

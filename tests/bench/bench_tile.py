@@ -1,4 +1,4 @@
-"""Tiling against the usual loop, as ratios of CPU time per tile on one core; floors with room for a busy machine.
+"""Tiling against the usual loop, as ratios of CPU time per tile on one core: of each side's quickest repeat.
 
     pytest tests/bench/bench_tile.py -s -m ""
 
@@ -9,7 +9,6 @@ the same table for any slide.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 
@@ -29,21 +28,20 @@ def told(what, figures):
         way = one.way if one.filters else f"{one.way}, no filters"
         print(
             f"{what}, {way}: {one.num_tiles} tiles of {one.tile_px} px at {one.mpp:.3g} mpp, "
-            f"{one.own_ms:.3f} ms against {one.loop_ms:.2f} ms a tile, {one.ratio:.1f}x ({spread})"
+            f"{one.own_ms:.3f} ms against {one.loop_ms:.2f} ms a tile, {one.ratio:.1f}x ({spread}), "
+            f"best {one.best_ratio:.2f}x"
         )
-    return {(one.way, one.filters): statistics.median(one.ratios) for one in figures}
+    return {(one.way, one.filters): one.best_ratio for one in figures}
 
 
-def test_with_its_filters_copied_30_times_stitched_7_times_as_fast_as_the_usual_loop(tmp_path):
+def test_with_its_filters_copied_40_times_stitched_8_times_as_fast_as_the_usual_loop(tmp_path):
     slide = write_svs_like(tmp_path / "svs-like.tif")
     # Enough tiles that opening and the comparison with OpenSlide, once per slide, do not decide.
     ratios = told("SVS-like, JPEG, 0.25 mpp", measure_tiling(slide, TileConfig(), max_tiles=2464, repeats=3))
-    assert ratios["copied", False] >= 40
-    assert ratios["copied", True] >= 30
-    assert ratios["stitched", False] >= 7
-    assert ratios["stitched", True] >= 7
+    assert ratios["copied", True] >= 40
+    assert ratios["stitched", True] >= 8
     # OpenSlide alone takes 58 % of the usual loop's time here: reading through it cannot be 1.7 times as fast.
-    assert ratios["read", True] >= 1.25
+    assert ratios["read", True] >= 1.4
 
 
 @pytest.mark.parametrize("compression", ["deflate", "jp2k"])

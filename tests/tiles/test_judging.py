@@ -27,8 +27,8 @@ def kept_by_the_whole_measure(path, out, config, monkeypatch, slide_mpp=None):
     with monkeypatch.context() as patch:
         real = one_slide.Making._doubts
 
-        def all_doubted(self, cutter, places):
-            doubts = real(self, cutter, places)
+        def all_doubted(self, cutter, places, tissue):
+            doubts = real(self, cutter, places, tissue)
             return doubts and one_slide._Doubts(colour=frozenset(places.tolist()))
 
         patch.setattr(one_slide.Making, "_doubts", all_doubted)
