@@ -316,7 +316,7 @@ def test_a_tested_slide_is_found_in_a_pool_that_knew_it_by_its_twin_s_name(lab: 
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (("--teacher", "nowhere"), 1, "--teacher nowhere: is not a model"),
+        (("--teacher", "nowhere"), 2, "--teacher nowhere: holds no model.json"),
         (("--student", "resnet5"), 2, "timm has no such model"),
         (("--student", "resnet10t", "--weights", "teacher"), 2, "the teacher is a test_vit, the student a resnet10t"),
         (("--targets", "hart"), 2, "did you mean 'hard'"),

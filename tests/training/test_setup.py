@@ -131,6 +131,23 @@ def test_fused_steps_are_those_of_the_loop_also_in_channels_last(name: str) -> N
         assert float((one - other).norm()) <= 1e-3 * float(other.norm()) + 1e-5
 
 
+def test_what_is_let_go_later_takes_its_first_fused_step_beside_those_that_have_momentum() -> None:
+    """DINO's last layer is frozen at first: SGD's fused kernel refuses momentum for some and none for others."""
+    backbone, info = create_backbone("test_resnet", "random")
+    made = MoCoV2(backbone, info.feature_dim, recipe_named("mocov2", 32), MoCoV2Config(queue_size=8)).train()
+    planned: Any = SimpleNamespace(optimizer="sgd", lr=0.5, weight_decay=0.0, layer_decay=1.0)
+    optimizer = optimizer_for(made, planned, CPU)
+    last = next(parameter for parameter in reversed(list(made.head.parameters())) if parameter.requires_grad)
+    start = last.detach().clone()
+    for frozen in (True, False):
+        for parameter in made.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        if frozen:
+            last.grad = None
+        optimizer.step()
+        assert torch.equal(last, start if frozen else start - 0.5)
+
+
 def test_without_gradients_it_is_the_network_alone() -> None:
     whole = vit().eval()
     halved = copy.deepcopy(whole)
