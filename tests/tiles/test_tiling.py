@@ -614,7 +614,7 @@ def test_a_slide_that_vanishes_once_open_is_not_blamed_on_the_store(workspace, p
     def opened(path, *_, **__):
         raise FileNotFoundError(2, "No such file or directory", str(path))
 
-    monkeypatch.setattr(one_slide, "agrees", lambda cutter, open_again, places: opened(painted.path))
+    monkeypatch.setattr(one_slide, "agrees", lambda cutter, slide, open_again, places: opened(painted.path))
     monkeypatch.setattr(one_slide, "cutter_for", cutter_for)
     force(monkeypatch, "read")
     row = only_row(tile_archive(painted.path.parent, workspace, everything(), 0))
