@@ -41,8 +41,8 @@ def known(tmp_path_factory) -> tuple[Workspace, FinetuneConfig]:
         weights=str(workspace.root / "imagenet.pth"),
         adapted="adapted",
         input_px=32,
-        draws=4,
-        budgets=(1, 4, "all"),
+        draws=3,
+        budgets=(4, "all"),
     )
     finetune(workspace, "embeds", replace(config, draws=1, budgets=(1,)))
     for start, informative in INFORMATIVE.items():
