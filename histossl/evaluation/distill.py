@@ -34,7 +34,7 @@ from histossl.methods.distillation import Teacher, entropy
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_good_tiles
 from histossl.tiles.subset import open_subset
-from histossl.views.recipe import clean_view, normalise
+from histossl.views.recipe import clean_view
 from histossl.workspace import PretrainDir
 
 SLIDES_LOOKED_AT, TILES_OF_EACH = 64, 16
@@ -143,15 +143,14 @@ def _softer(logits_NC: Tensor, most: float) -> float | None:
 @torch.inference_mode()
 def _teacher_logits(sample: Sample, teacher: Teacher, info: BackboneInfo) -> Iterator[Tensor]:
     for tiles in sample.batches():
-        view = clean_view(tiles.to(teacher.scale.device), teacher.input_px)
-        yield teacher(normalise(view, info.mean, info.std))
+        yield teacher(clean_view(tiles.to(teacher.scale.device), teacher.input_px, (info.mean, info.std)))
 
 
 @torch.inference_mode()
 def _features(sample: Sample, backbone: nn.Module, info: BackboneInfo, view_px: int) -> Iterator[Tensor]:
     device = next(backbone.parameters()).device
     for tiles in sample.batches():
-        features: Tensor = backbone(normalise(clean_view(tiles.to(device), view_px), info.mean, info.std))
+        features: Tensor = backbone(clean_view(tiles.to(device), view_px, (info.mean, info.std)))
         yield features
 
 

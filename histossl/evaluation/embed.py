@@ -33,7 +33,7 @@ from histossl.errors import StoreError, UsageError, WeightsError
 from histossl.evaluation.colour import NUM_STATISTICS, colour_statistics
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
-from histossl.views.recipe import clean_view, normalise
+from histossl.views.recipe import clean_view, resized
 from histossl.workspace import Workspace, written_aside
 
 BATCHES_AHEAD = 4
@@ -67,9 +67,9 @@ def backbone_embedder(
     low = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def embed(tiles: Tensor) -> Tensor:
-        x = clean_view(tiles, input_px)  # the whole tile: nothing of the tissue is cut off
+        x = clean_view(tiles, input_px, (info.mean, info.std))  # the whole tile: nothing of the tissue is cut off
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            features: Tensor = backbone(normalise(x, info.mean, info.std))
+            features: Tensor = backbone(x)
         return features.float()
 
     return Embedder(name, digest, info.feature_dim, input_px, device, embed, info.timm_name)
@@ -201,7 +201,7 @@ def _features(
         (slide, numbers[first : first + batch]) for slide, numbers, _ in todo for first in range(0, len(numbers), batch)
     )
     with ThreadPoolExecutor(config.num_workers or 2, "embed") as pool:
-        ahead = _run_ahead(pool, index, work, BATCHES_AHEAD + (config.num_workers or 2))
+        ahead = _run_ahead(pool, index, work, embedder, BATCHES_AHEAD + (config.num_workers or 2))
         for slide, numbers, facts in todo:
             features = np.empty((len(numbers), embedder.feature_dim), dtype=np.float32)
             damage: StoreError | None = None
@@ -219,10 +219,15 @@ def _features(
 
 
 def _run_ahead(
-    pool: ThreadPoolExecutor, index: TileIndex, work: Iterable[tuple[str, NDArray[np.int64]]], depth: int
+    pool: ThreadPoolExecutor,
+    index: TileIndex,
+    work: Iterable[tuple[str, NDArray[np.int64]]],
+    embedder: Embedder,
+    depth: int,
 ) -> Iterator[Future[Tensor]]:
     def load(numbers: NDArray[np.int64]) -> Tensor:
-        return decode_tiles(index.read_many(numbers), index.tile_px)
+        tiles = decode_tiles(index.read_many(numbers), index.tile_px)
+        return resized(tiles, embedder.input_px) if embedder.device.type == "cpu" else tiles
 
     pending: deque[Future[Tensor]] = deque()
     for _, numbers in work:

@@ -20,7 +20,7 @@ from histossl.backbones import BackboneInfo
 from histossl.evaluation.labels import LabelTable
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_good_tiles
-from histossl.views.recipe import clean_view, normalise
+from histossl.views.recipe import clean_view
 
 TILES_PER_SLIDE = 32
 TILES_MOST = 4096  # all slides together: a look takes seconds, and on several GPUs the others wait for it
@@ -82,7 +82,7 @@ def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn
         features, seen = [], []
         for first in range(0, len(numbers), 64):
             pixels, good = decode_good_tiles(index, numbers[first : first + 64])
-            view = normalise(clean_view(pixels.to(device), input_px), info.mean, info.std)
+            view = clean_view(pixels.to(device), input_px, (info.mean, info.std))
             features.append(backbone(view).float().cpu())
             seen.append(np.isin(numbers[first : first + 64], good))
         whole = np.concatenate(seen)

@@ -328,7 +328,7 @@ def _features(
     features = []
     for first in range(0, len(numbers), CHUNK):
         tiles = decode_tiles(index.read_many(numbers[first : first + CHUNK]), index.tile_px).to(device)
-        x = normalise(clean_view(tiles, input_px), info.mean, info.std)
+        x = clean_view(tiles, input_px, (info.mean, info.std))
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             features.append(backbone(x).float())
     return torch.cat(features)

@@ -25,7 +25,7 @@ from histossl.training.distributed import Processes
 from histossl.training.operation import Operation
 from histossl.training.planner import plan
 from histossl.training.setup import optimizer_for, precision_for, recompute_cheap, tune
-from histossl.views.recipe import clean_view, make_views, normalise, recipe_named, with_settings
+from histossl.views.recipe import clean_view, make_views, recipe_named, with_settings
 from histossl.workspace import PretrainDir
 
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
@@ -151,8 +151,7 @@ class Prepared:
         for some in np.array_split(numbers, math.ceil(len(numbers) / size)):  # alike: BatchNorm weighs them alike
             pixels, good = decode_good_tiles(self.index, some)
             if len(good):
-                view = clean_view(pixels.to(self.device), self.config.view_px)
-                yield normalise(view, self.info.mean, self.info.std)
+                yield clean_view(pixels.to(self.device), self.config.view_px, (self.info.mean, self.info.std))
 
 
 @torch.no_grad()

@@ -374,9 +374,30 @@ def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.d
         return -torch.tensor(mean, device=device)[:, None, None] / spread, 1 / spread
 
 
-def clean_view(tiles: Tensor, size_px: int) -> Tensor:
-    """The whole tile at another size, antialiased: uint8 (B, 3, H, H) -> float (B, 3, h, h) in [0, 1]."""
-    x = _as_float(tiles)
+def clean_view(
+    tiles: Tensor, size_px: int, statistics: tuple[Sequence[float], Sequence[float]] | None = None
+) -> Tensor:
+    """The whole tile at another size, antialiased: uint8 (B, 3, H, H) -> float (B, 3, h, h) in [0, 1].
+
+    With `statistics` (mean, std) it comes normalised by them. On the CPU it is resized as bytes, which is what Pillow
+    does: 20 times as quick as in floats, and within a level of them. What comes out then lies channels-last.
+    """
+    if tiles.device.type != "cpu":
+        x = resized(_as_float(tiles), size_px)
+        return x if statistics is None else normalise(x, *statistics)
+    shift, scale = _statistics(*map(tuple, statistics or ((0.0,) * 3, (1.0,) * 3)), tiles.device)
+    # By rows of the picture: an op whose innermost side is three channels long is not vectorised.
+    shift_row, scale_row = (x.flatten().repeat(size_px) for x in (shift, scale / 255))
+    view = _room((len(tiles), size_px, size_px * 3), tiles.device)
+    chunk = max(1, CPU_PIXELS // size_px**2)
+    for few, out in zip(tiles.split(chunk), view.split(chunk), strict=True):
+        pixels = resized(few.contiguous(memory_format=torch.channels_last), size_px)
+        torch.addcmul(shift_row, pixels.permute(0, 2, 3, 1).reshape(out.shape).float(), scale_row, out=out)
+    return view.view(len(tiles), size_px, size_px, 3).permute(0, 3, 1, 2)
+
+
+def resized(x: Tensor, size_px: int) -> Tensor:
+    """(B, 3, H, H) -> (B, 3, h, h), antialiased, in the type that it has: bytes as Pillow does it, on the CPU only."""
     if x.shape[-1] == size_px:
         return x
     return torch.nn.functional.interpolate(x, (size_px, size_px), mode="bilinear", antialias=True, align_corners=False)

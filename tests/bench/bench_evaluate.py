@@ -54,7 +54,7 @@ def bench_embed(folder: Path) -> None:
 
     slides = folder / "slides"
     slides.mkdir()
-    paint_slide(slides / "A.tif", width_px=4096, height_px=4096, mpp=0.5, label="carcinoma", seed=1)
+    paint_slide(slides / "A.tif", width_px=8192, height_px=8192, mpp=0.5, label="carcinoma", seed=1)
     workspace = Workspace(folder / "w").make()
     tile_archive(slides, workspace, TileConfig(tile_px=256, grid="physical", tissue=TissueConfig(min_tissue=0.3)), 1)
     index = TileIndex.open(workspace)

@@ -29,7 +29,7 @@ from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
 from histossl.training.operation import Operation
 from histossl.training.pretrain import pretrain
-from histossl.views.recipe import clean_view, normalise
+from histossl.views.recipe import clean_view
 from histossl.workspace import Workspace
 
 SLIDES = [f"s{number:02d}" for number in range(16)]
@@ -128,7 +128,7 @@ def test_the_teacher_says_what_predict_says(model: Model, index: TileIndex) -> N
     tiles, _ = pixels(index, SLIDES[:2])
     student = replace(info_of("test_vit"), mean=(0.3, 0.4, 0.5), std=(0.1, 0.2, 0.3))
     teacher = teacher_of(model, student)
-    shares = teacher(normalise(clean_view(tiles, 32), student.mean, student.std)).softmax(1)
+    shares = teacher(clean_view(tiles, 32, (student.mean, student.std))).softmax(1)
     features = model.embedder(torch.device("cpu")).embed(tiles).detach().numpy()
     np.testing.assert_allclose(shares.numpy(), predict_tiles(model, "s00", features)[1], atol=1e-4)
     assert teacher.facts["slides"] == SLIDES[:12]

@@ -40,7 +40,7 @@ from histossl.training.loop import Step
 from histossl.training.operation import Operation
 from histossl.training.prepared import Prepared
 from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretrain
-from histossl.views.recipe import clean_view, normalise
+from histossl.views.recipe import clean_view
 from histossl.workspace import PretrainDir, Workspace
 
 TINY = PretrainConfig(
@@ -187,7 +187,7 @@ def test_batchnorm_statistics_are_those_of_clean_tiles(index: TileIndex, tmp_pat
     backbone, info = load_backbone(run.backbone)
     tiles = decode_tiles(index.read_many(range(len(index))), index.tile_px)
     with torch.no_grad():
-        before_norm = backbone.conv1(normalise(clean_view(tiles, 32), info.mean, info.std))
+        before_norm = backbone.conv1(clean_view(tiles, 32, (info.mean, info.std)))
     torch.testing.assert_close(state["bn1.running_mean"], before_norm.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state["bn1.running_var"], before_norm.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
@@ -275,7 +275,7 @@ def test_the_last_healthy_backbone_outlives_a_collapse(
     kept, info = load_backbone(run.healthy_backbone)
     tiles = decode_tiles(index.read_many(range(len(index))), index.tile_px)
     with torch.no_grad():
-        before_norm = kept.conv1(normalise(clean_view(tiles, 32), info.mean, info.std))
+        before_norm = kept.conv1(clean_view(tiles, 32, (info.mean, info.std)))
     torch.testing.assert_close(kept.bn1.running_mean, before_norm.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 

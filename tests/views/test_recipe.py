@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torchvision.transforms import functional as TF
 
@@ -18,6 +19,7 @@ from histossl.views.recipe import (
     RECIPES,
     ViewRecipe,
     ViewSpec,
+    clean_view,
     make_views,
     normalise,
     planned,
@@ -271,6 +273,18 @@ def test_normalise_is_torchvisions():
     plain, normalised = (make_views(tiles, recipe, 0, torch.arange(6), how) for how in (None, (mean, std)))
     for one, two in zip(plain, normalised, strict=True):
         assert torch.allclose(normalise(one, mean, std), two, atol=1e-6)
+
+
+@pytest.mark.parametrize("size_px", [17, 48, 64, 80])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_clean_view_is_pillows_resize_whatever_the_memory(size_px, memory):
+    tiles, mean, std = tissue(12, 64), (0.7, 0.54, 0.66), (0.22, 0.26, 0.21)
+    plain = clean_view(tiles.contiguous(memory_format=memory), size_px)
+    for tile, view in zip(tiles, plain, strict=True):
+        wanted = TF.to_tensor(TF.to_pil_image(tile).resize((size_px, size_px), Image.Resampling.BILINEAR))
+        assert (view - wanted).abs().max() < 1.01 * LEVEL
+        assert (view - wanted).abs().mean() < 0.1 * LEVEL
+    assert torch.allclose(clean_view(tiles, size_px, (mean, std)), normalise(plain, mean, std), atol=1e-6)
 
 
 def test_tiles_that_are_no_tiles_are_our_own_mistake():
