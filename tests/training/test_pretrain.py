@@ -639,24 +639,32 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children(recursive=True) if "histossl" in child.cmdline()]
 
 
-def test_a_worker_that_dies_is_replaced_and_the_run_is_the_unbroken_one(index: TileIndex) -> None:
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["dies", "hangs"]
+)
+def test_a_worker_that_dies_or_hangs_is_replaced_and_the_run_is_the_unbroken_one(
+    index: TileIndex, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    """One that hangs deaf to signals is noticed by the other's time-out; torch gives it half a minute, and kills it."""
+    if how == signal.SIGSTOP:
+        monkeypatch.setenv("HISTOSSL_TIMEOUT_S", "20")
     workspace = index.path.parents[1]
     line = [sys.executable, "-m", "histossl"]
     options = ("--gpus", "2", "--checkpoint-every", "1", "--name")
     process = subprocess.Popen(
-        [*line, *command(workspace, *options, "wounded", steps=16)], stderr=subprocess.PIPE, text=True
+        [*line, *command(workspace, *options, how.name, steps=16)], stderr=subprocess.PIPE, text=True
     )
-    run = PretrainDir(workspace / "pretrain" / "wounded")
+    run, whole = (PretrainDir(workspace / "pretrain" / name) for name in (how.name, "whole-2"))
     deadline_s = time.monotonic() + 200
     while not run.previous_checkpoint.exists() and process.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.02)
-    workers_of(psutil.Process(process.pid))[-1].kill()
+    workers_of(psutil.Process(process.pid))[-1].send_signal(how)
     _, said = process.communicate(timeout=400)
     assert process.returncode == 0, said
     assert "going on from step" in said
-    unbroken = [*line, *command(workspace, *options, "whole-2", steps=16)]
-    assert subprocess.run(unbroken, capture_output=True, timeout=400, check=False).returncode == 0
-    whole = PretrainDir(workspace / "pretrain" / "whole-2")
+    if not whole.backbone.exists():
+        unbroken = [*line, *command(workspace, *options, "whole-2", steps=16)]
+        assert subprocess.run(unbroken, capture_output=True, timeout=400, check=False).returncode == 0
     for (key, one), two in zip(load_file(run.backbone).items(), load_file(whole.backbone).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=key)
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 17))
