@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from histossl.demo.paint import halved
+from histossl.demo.pyramid import halved
 
 Pixels = NDArray[np.uint8]
 SECRET = 77

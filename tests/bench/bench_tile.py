@@ -16,7 +16,8 @@ import pytest
 from bench.svs_like import write_svs_like
 
 from histossl.config import TileConfig
-from histossl.demo.paint import paint_huge_slide, paint_slide
+from histossl.demo.huge import paint_huge_slide
+from histossl.demo.paint import paint_slide
 from histossl.tiles.measure import measure_tiling
 
 pytestmark = pytest.mark.slow

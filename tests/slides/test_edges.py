@@ -11,7 +11,8 @@ from PIL import Image
 from scipy import ndimage
 from slides.test_tissue import DAB, EOSIN, HAEMATOXYLIN, blob, drawn, iou, stained
 
-from histossl.demo.paint import EDGE_OD, PaintedSlide
+from histossl.demo.flaws import EDGE_OD
+from histossl.demo.paint import PaintedSlide
 from histossl.slides.edges import edge_mask
 from histossl.slides.reader import open_slide
 from histossl.slides.tissue import optical_density, tissue_mask, tissue_thumbnail

@@ -6,7 +6,8 @@ import pytest
 from vendor_files import LEICA_GAP_PX, SECRET, WRITERS
 
 from histossl.config import ScanConfig, TileConfig, TissueConfig
-from histossl.demo.paint import halved, paint_slide
+from histossl.demo.paint import paint_slide
+from histossl.demo.pyramid import halved
 from histossl.slides.reader import open_slide
 from histossl.slides.scan import scan
 from histossl.tiles.native import NativeTiles

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from histossl.config import TileConfig, TissueConfig
-from histossl.demo.paint import PEN_OD, PENS, PaintedSlide
+from histossl.demo.flaws import PEN_OD
+from histossl.demo.paint import PENS, PaintedSlide
 from histossl.slides.tissue import InkFinder
 from histossl.tiles.store import read_store
 from histossl.tiles.tiling import tile_archive
