@@ -13,21 +13,17 @@ import json
 import math
 import os
 import time
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from histossl import console
 from histossl.config import TileConfig, TissueConfig, plain, require
 from histossl.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
 from histossl.slides.files import SlideFile, relative, walk
-from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, read_ledger, write_ledger
+from histossl.slides.ledger import UNREADABLE, WARNING, LedgerRow, read_ledger
 from histossl.slides.reader import open_slide
 from histossl.slides.regions import match_regions
 from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
@@ -42,19 +38,16 @@ from histossl.tiles.one_slide import (
     StoreFull,
     TileJob,
     fingerprint,
-    prints_of,
     regions_fingerprint,
-    size_mark,
     tile_slide,
 )
-from histossl.tiles.store import new_store, read_store, read_tiling
-from histossl.units import um_from_l0
+from histossl.tiles.rows import FAILED, NO_TILES, TILED, Ledger, failed_row, tiled_row, twin_row, untiled
+from histossl.tiles.store import read_store, read_tiling
+from histossl.tiles.twins import file_of, find_twins, moved_store
 from histossl.workers import Event, Report, num_cores, run_jobs
 from histossl.workspace import Workspace, alone_in
 
-TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
-LEDGER_EVERY_S = 10.0
 INDEX_PART = ".index.npy."
 INDEX_YOUNG_S = 3600.0  # an index that was written to within this time may still be in the making
 
@@ -97,7 +90,7 @@ def tile_archive(
         _sweep(workspace.tiles)
         refuse_other_settings(workspace, config)
         plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
-        ledger = _Ledger(workspace.archive_csv, plan.rows, plan.unknown)
+        ledger = Ledger(workspace.archive_csv, plan.rows, plan.unknown)
         try:
             if not plan.jobs:
                 console.say("nothing new to tile: what became of each slide is known from before")
@@ -216,10 +209,12 @@ def _plan(
         stored = dict(zip(zips, pool.map(lambda path: _outcome(path, whole=retry), zips), strict=True))
         arguments = [(job, known.get(file), stored.get(job.zip_path)) for file, job in jobs.items()]
         states = dict(zip(jobs, pool.map(lambda each: _state(*each), arguments), strict=True))
-        files_of = {path: _file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
-        twins = _find_twins(directory, workspace.tiles, jobs, states, stored, files_of, pool)
+        files_of = {path: file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
+        new = [file for file, state in states.items() if state.outcome is None]
+        replaced = [file for file, state in states.items() if state.replaced]
+        twins = find_twins(directory, workspace.tiles, jobs, new, replaced, stored, files_of, pool)
     for file, old in twins.moved.items():
-        outcome = _move(old, jobs[file])
+        outcome = moved_store(old, jobs[file])
         if outcome is not None:
             console.say(f"{old.name} is now {jobs[file].zip_path.name}: the same content is {file} now")
             states[file] = _State(outcome)
@@ -227,9 +222,8 @@ def _plan(
             before = known.get(files_of[old])
             if before is not None and before.file not in jobs:
                 reason, holder = f"its content and its tiles are {file}'s now", jobs[file].slide
-                plan.rows.append(replace(_untiled(before), status=WARNING, reason=reason, tile_twin=holder))
+                plan.rows.append(replace(untiled(before), status=WARNING, reason=reason, tile_twin=holder))
     _tell_strays(workspace, directory, stored, jobs)
-    replaced = [file for file, state in states.items() if state.replaced]
     if replaced and not retry:
         told = "; ".join(f"{file} ({states[file].replaced})" for file in replaced[:5])
         more = f" and {len(replaced) - 5} more" if len(replaced) > 5 else ""
@@ -245,9 +239,9 @@ def _plan(
         damaged = state.outcome is not None and state.outcome.tiling["counts"]["damaged"] > 0
         mended = damaged and (retry or (row.tile_status == TILED and row.tile_settings != identity))
         if row.file in twins.of:
-            plan.rows[position] = _twin_row(row, *twins.of[row.file])
+            plan.rows[position] = twin_row(row, *twins.of[row.file])
         elif state.outcome is not None and not state.replaced and not mended:
-            plan.rows[position] = _tiled_row(row, state.outcome, identity)
+            plan.rows[position] = tiled_row(row, state.outcome, identity)
         elif row.tile_status == FAILED and row.tile_settings == identity and not retry:
             continue
         else:
@@ -268,116 +262,6 @@ def _outcome(path: Path, whole: bool) -> SlideOutcome | StoreError:
         return error
     except OSError as error:
         return StoreError(f"{path}: cannot be read ({error.strerror}); it is made anew")
-
-
-# ---- one content, one zip
-
-
-@dataclass
-class _Twins:
-    # file: what has the same content, in words, and the slide that has or gets the tiles
-    of: dict[str, tuple[str, str]] = field(default_factory=dict)
-    moved: dict[str, Path] = field(default_factory=dict)  # file: the zip of its content, under the name of a gone file
-
-
-def _find_twins(
-    directory: Path,
-    tiles: Path,
-    jobs: Mapping[str, TileJob],
-    states: Mapping[str, _State],
-    stored: Mapping[Path, SlideOutcome | StoreError],
-    files_of: Mapping[Path, str],
-    pool: ThreadPoolExecutor,
-) -> _Twins:
-    """Of the files without a zip, those whose content has one under another name, or is there twice."""
-    owners = {job.zip_path: file for file, job in jobs.items()}
-    holders: dict[str, list[tuple[str | None, Path, str]]] = {}  # fingerprint: spots, zip, file of this archive
-    sizes: Counter[int | str | None] = Counter()
-    for path, outcome in stored.items():
-        owner = owners.get(path, "")
-        if isinstance(outcome, SlideOutcome) and not (owner and states[owner].replaced):
-            facts = outcome.tiling["slide"]
-            holders.setdefault(facts["fingerprint"], []).append((facts.get("spots"), path, owner))
-            sizes[facts["bytes"]] += 1
-    # Links last: of a file and a link to it, the file is tiled.
-    new = sorted((file for file in jobs if states[file].outcome is None), key=lambda file: jobs[file].path.is_symlink())
-    size_of = dict(zip(new, pool.map(lambda file: _size(jobs[file]), new), strict=True))
-    sizes.update(size for size in size_of.values() if size is not None)
-    alike = [file for file in new if sizes[size_of[file]] > 1]
-    twins, taken = _Twins(), dict[Path, str]()
-    for file, prints in zip(alike, pool.map(lambda file: _prints(jobs[file]), alike), strict=True):
-        if prints is None:
-            continue
-        sampled, spots = prints
-        for known_spots, path, owner in holders.get(sampled, ()):
-            if known_spots not in (None, spots):
-                continue
-            owner = owner or taken.get(path, "")
-            if owner:
-                twins.of[file] = owner, jobs[owner].slide
-            elif _still_there(directory, files_of[path], jobs[file].path):
-                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}", _name_of(path, tiles)
-            else:
-                taken[path] = file
-                twins.moved[file] = path
-            break
-        else:
-            holders.setdefault(sampled, []).append((spots, jobs[file].zip_path, file))
-    return twins
-
-
-def _size(job: TileJob) -> int | str | None:
-    try:
-        return size_mark(job.path.stat().st_size, job.key)
-    except OSError:
-        return None
-
-
-def _prints(job: TileJob) -> tuple[str, str] | None:
-    try:
-        return prints_of(job)
-    except OSError:
-        return None
-
-
-def _file_of(path: Path, outcome: SlideOutcome | StoreError, workspace: Workspace, names: Names) -> str:
-    """The file that a zip was made of, relative to the archive of then."""
-    name = _name_of(path, workspace.tiles)
-    told = outcome.tiling["slide"]["file"] if isinstance(outcome, SlideOutcome) else None
-    return str(told or names.file_of(name) or name)
-
-
-def _name_of(path: Path, tiles: Path) -> str:
-    return path.relative_to(tiles.absolute()).as_posix().removesuffix(".zip")
-
-
-def _still_there(directory: Path, file: str, now: Path) -> bool:
-    """Whether the file that a zip was made of still stands: here, or seen from a folder that holds this one."""
-    here = directory.absolute()
-    if any((folder / file).exists() for folder in here.parents):
-        return True
-    return (here / file).exists() and (here / file) != now
-
-
-def _move(old: Path, job: TileJob) -> SlideOutcome | None:
-    """Give a zip another name, inside too. None if it is damaged: then its slide is tiled."""
-    try:
-        store = read_store(old)
-        tiling = {key: value for key, value in store.tiling.items() if key not in ("format", "digest")}
-        tiling["slide"] = {**tiling["slide"], "file": job.file}
-        with old.open("rb") as source, new_store(job.zip_path, job.config.mpps) as writer:
-            for row in np.sort(store.table, order="offset"):
-                source.seek(int(row["offset"]))
-                jpeg = source.read(int(row["length"]))
-                if zlib.crc32(jpeg) != row["crc"]:
-                    raise StoreError(f"{old}: damaged")
-                place = (int(row["x_l0"]), int(row["y_l0"]))
-                writer.add(*place, jpeg, float(row["tissue"]), int(row["scale"]), int(row["region"]))
-            writer.finish(tiling)
-        old.unlink()
-    except (StoreError, OSError):
-        return None
-    return SlideOutcome(tiling, job.zip_path.stat().st_size)
 
 
 def _tell_strays(
@@ -448,7 +332,7 @@ def _identity(job: TileJob) -> str:
 
 def _run(
     plan: _Plan,
-    ledger: _Ledger,
+    ledger: Ledger,
     num_workers: int | None,
     dask: str | None,
     silence_s: float,
@@ -475,7 +359,7 @@ def _run(
                 job, identity = jobs[event.job], plan.identities[event.job]
                 row = ledger[plan.files[event.job]]
                 if event.kind == "done":
-                    ledger.put(_tiled_row(row, event.value, identity))
+                    ledger.put(tiled_row(row, event.value, identity))
                 elif isinstance(event.error, StoreFull):
                     raise HistosslError(str(event.error))
                 else:
@@ -484,139 +368,12 @@ def _run(
                     # Only what is the slide's own fault fails again for sure; the rest is tried again by itself.
                     identity = identity if isinstance(event.error, SlideError) else ""
                     opened = event.error is not None and not isinstance(event.error, NotOpened)
-                    ledger.put(_failed_row(row, reason, identity, opened))
+                    ledger.put(failed_row(row, reason, identity, opened))
                 bar.advance()
     finally:
         close = getattr(events, "close", None)
         if close is not None:
             close()
-
-
-class _Ledger:
-    """archive.csv in memory, written now and then: it can be told again from the zips, so little is lost."""
-
-    def __init__(self, path: Path, rows: Sequence[LedgerRow], unseen: Iterable[str] = ()) -> None:
-        self._path = path
-        self._unseen = set(unseen)  # not written before they are looked at: nobody knows yet whether they are ok
-        self._rows = {row.file: row for row in rows}
-        self._written_s = time.monotonic()
-
-    def __getitem__(self, file: str) -> LedgerRow:
-        return self._rows[file]
-
-    def put(self, row: LedgerRow) -> None:
-        self._rows[row.file] = row
-        self._unseen.discard(row.file)
-        if time.monotonic() - self._written_s > LEDGER_EVERY_S:
-            self.write()
-
-    def write(self) -> None:
-        seen = [row for file, row in self._rows.items() if file not in self._unseen]
-        write_ledger(self._path, merged(read_ledger(self._path), seen))
-        self._written_s = time.monotonic()
-
-    def rows_of(self, files: Sequence[str]) -> list[LedgerRow]:
-        return [self._rows[file] for file in files]
-
-
-def _tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRow:
-    facts, counts = outcome.tiling["slide"], outcome.tiling["counts"]
-    reason = why_none(outcome.tiling) if not counts["tiles"] else "; ".join(outcome.tiling["warnings"])
-    return replace(
-        row,
-        **_verdict(row, reason),
-        vendor=facts["vendor"],
-        format=facts["format"],
-        width_l0=facts["width_l0"],
-        height_l0=facts["height_l0"],
-        mpp=facts["mpp_l0"],
-        mpp_source=facts["mpp_source"],
-        num_tiles=counts["tiles"],
-        tile_status=TILED if counts["tiles"] else NO_TILES,
-        tile_reason=reason,
-        tile_way="+".join(dict.fromkeys(scale["way"] for scale in outcome.tiling["scales"])),
-        tile_mpp="+".join(f"{scale['mpp']:.4g}" for scale in outcome.tiling["scales"]),
-        tile_settings=identity,
-        tile_twin="",
-        rejected_tissue=counts["tissue"],
-        rejected_region=counts["region"],
-        rejected_blur=counts["blur"],
-        rejected_fold=counts["fold"],
-        rejected_ink=counts.get("ink", 0),  # no zip of before 2026-11-25 says it
-        rejected_saturation=counts["saturation"],
-        rejected_damaged=counts["damaged"],
-    )
-
-
-def _verdict(row: LedgerRow, reason: str) -> dict[str, Any]:
-    """Status and reason of a slide that could be read. What scan warns of stays; what tile said before does not.
-
-    A slide that scan could not use (no scale, say) and that now gave tiles is usable after all.
-    """
-    if row.status == WARNING and row.reason != row.tile_reason:
-        return {"status": row.status, "reason": row.reason}
-    return {"status": WARNING if reason else OK, "reason": reason}
-
-
-def _twin_row(row: LedgerRow, twin: str, holder: str) -> LedgerRow:
-    reason = f"same content as {twin}"
-    told = _verdict(row, reason)
-    return replace(_untiled(row), tile_status=NO_TILES, tile_reason=reason, tile_twin=holder, num_tiles=0, **told)
-
-
-def _failed_row(row: LedgerRow, reason: str, identity: str, opened: bool) -> LedgerRow:
-    return replace(
-        _untiled(row),
-        status=WARNING if opened else UNREADABLE,
-        reason=reason,
-        tile_status=FAILED,
-        tile_reason=reason,
-        tile_settings=identity,
-    )
-
-
-def _untiled(row: LedgerRow) -> LedgerRow:
-    return replace(
-        row,
-        tile_status="",
-        tile_reason="",
-        tile_way="",
-        tile_mpp="",
-        tile_settings="",
-        tile_twin="",
-        num_tiles=None,
-        rejected_tissue=None,
-        rejected_region=None,
-        rejected_blur=None,
-        rejected_fold=None,
-        rejected_ink=None,
-        rejected_saturation=None,
-        rejected_damaged=None,
-    )
-
-
-def why_none(tiling: Mapping[str, Any]) -> str:
-    """Why a slide gave no tile, from its tiling.json."""
-    counts, facts = tiling["counts"], tiling["slide"]
-    if not counts["places"]:
-        width_um, height_um = (um_from_l0(facts[side], facts["mpp_l0"]) for side in ("width_l0", "height_l0"))
-        scale = tiling["scales"][0]
-        side_um = um_from_l0(scale["side_l0"], facts["mpp_l0"])
-        return (
-            f"smaller than one tile: {width_um:.0f} x {height_um:.0f} microns, "
-            f"a tile of {tiling['tile_px']} px at {scale['mpp']:g} covers {side_um:.0f}"
-        )
-    words = {
-        "region": "lie outside the regions",
-        "tissue": f"have less than {tiling['config']['tissue']['min_tissue']:.0%} tissue",
-        "fold": "are folded",
-        "ink": f"have more than {tiling['config']['tissue'].get('max_ink', 1):.0%} pen ink",
-        "saturation": "have no colour",
-        "blur": "are out of focus",
-        "damaged": "are damaged",
-    }
-    parts = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]
-    return f"no tiles: of {counts['places']} places on the grid {', '.join(parts)}"
 
 
 def _sweep(tiles: Path) -> None:
