@@ -77,6 +77,7 @@ print(json.dumps([told["counts"]["tiles"], told["scales"][0]["way"], cpu_s, peak
 """
 
 
+@pytest.mark.timeout(3600)  # two minutes of CPU, which on a busy machine are more than the usual ten
 def test_a_slide_of_100_000_px_a_side_takes_less_than_600_mb(tmp_path):
     slide = paint_huge_slide(tmp_path / "huge.tif")
     for settings in ({}, {"mpp": 0.25}, {"mpp": 0.45}):
