@@ -31,6 +31,9 @@ MIN_SURE_INK_UM2, MIN_INK_UM2 = 500.0, 1200.0
 MIN_TILE_SURE_UM2, MIN_TILE_INK_UM2 = 150.0, 400.0  # on a tile of its own, where thin strokes show
 INK_GLANCE_UM, INK_UM = 4.0, 2.0  # apart are the pixels of a tile that are glanced at, and looked at, for ink
 INK_RIM_UM = 60.0  # how far ink fades out around its sure core
+BLACKEST = 1.3  # optical density, a twentieth of the light: beyond, a camera's figures are noise
+TISSUE_PER_GREEN = 3.0  # red or blue that the darkest tissue absorbs, at most, for what it absorbs of green beyond that
+MIN_BLACK = 0.4  # grey density that this leaves of black ink; of tissue stained nearly black about none
 GREY_SPREAD = 5  # grey levels between the channels; a slide whose pixels all stay below is a grey image
 DARKFIELD = 60  # median brightness of a slide without a bright background (fluorescence)
 SMALLEST_PIECE_PX = 32  # of a thumbnail, when damage makes reading it piece by piece
@@ -314,6 +317,7 @@ def pen_mask(
 
     Stains absorb green most (haematoxylin and eosin) or blue most (DAB). Blue ink absorbs red most, green ink absorbs
     green least, red ink passes red while it stops green and blue alike, black stops all. Ink over tissue adds to it.
+    Tissue can be stained, or folded, nearly black: it still absorbs green most (see `_black`).
     """
     sure, likely = _ink_colours(density)
     # Blood and the darkest nuclei look likely too, but only in grains; a pen leaves a stroke.
@@ -323,9 +327,11 @@ def pen_mask(
         return core
     red, green, blue = (density[..., channel] for channel in range(3))
     mean, low, high = mean_of(density), lowest(density), highest(density)
-    # Blue ink over dark nuclei looks like darker nuclei: it is believed only where it goes on from sure ink.
-    blue_over_nuclei = ndimage.binary_opening((red > 0.6) & (red > 0.85 * green) & (green > blue))
-    core = ndimage.binary_propagation(core, mask=core | blue_over_nuclei)
+    # Blue ink over dark nuclei looks like darker nuclei, black ink over dark tissue like tissue stained nearly black:
+    # they are believed only where they go on from sure ink.
+    over_nuclei = ndimage.binary_opening((red > 0.6) & (red > 0.85 * green) & (green > blue))
+    over_nuclei |= ndimage.binary_opening((low > 0.7) & (high < 1.6 * low))
+    core = ndimage.binary_propagation(core, mask=core | over_nuclei)
     rim = (
         ((red > 0.03) & (red > 1.1 * green) & (green >= blue))
         | ((mean > 0.03) & (green < 0.95 * np.minimum(red, blue)))
@@ -343,20 +349,29 @@ def _ink_colours(density: NDArray[np.float32]) -> tuple[Mask, Mask]:
     red, green, blue = (density[..., channel] for channel in range(3))
     mean = mean_of(density)
     low, high = lowest(density), highest(density)
+    black = _black(density)
     sure = (
         ((red > 0.35) & (red > 1.2 * green))  # blue and green
         | ((mean > 0.25) & (green < 0.85 * red) & (green < 0.85 * blue))  # green
         | ((green > 0.5) & (blue > 0.75 * green) & (blue < 1.15 * green) & (red < 0.16 * green))
-        | ((low > 0.75) & (high < 1.35 * low))
+        | (black & (low > 0.75) & (high < 1.35 * low))
     )
     likely = (
         ((red > 0.6) & (red > 0.97 * green) & (green > blue))
         | ((red > 0.45) & (red > 1.1 * green))
         | ((green > 0.55) & (blue > 0.6 * green) & (blue < 1.15 * green) & (red < 0.25 * green))
         | ((green > 0.9) & (blue > 0.52 * green) & (blue < 1.15 * green) & (red < 0.5 * green))
-        | ((low > 0.7) & (high < 1.6 * low))
+        | (black & (low > 0.7) & (high < 1.6 * low))
     )
     return sure, likely
+
+
+def _black(density: NDArray[np.float32]) -> Mask:
+    """Where something grey is left when all that tissue may absorb is taken off, judged by its excess of green."""
+    red, green, blue = (np.minimum(density[..., channel], BLACKEST) for channel in range(3))
+    other = np.maximum(red, blue)
+    mask: Mask = other - TISSUE_PER_GREEN * (green - other) > MIN_BLACK
+    return mask
 
 
 class InkFinder:

@@ -212,6 +212,35 @@ def test_stains_are_not_taken_for_ink(stroma: np.ndarray) -> None:
     assert not pen_mask(density, 8.0).any()
 
 
+def nearly_black(inside: np.ndarray, strength: float = 1.0) -> np.ndarray:
+    """Folded, thick epithelium as scanned of the colon slide V-0b: grey values of 38, 20, 39."""
+    uneven = ndimage.gaussian_filter(np.random.default_rng(5).normal(size=inside.shape), 6)
+    amount = 1 + 0.05 * uneven / uneven.std()
+    density: np.ndarray = strength * (inside * amount)[..., None] * np.array([0.78, 1.03, 0.77])
+    return ndimage.gaussian_filter(density, (1, 1, 0))
+
+
+@pytest.mark.parametrize("strength", [0.8, 1.0, 1.15])
+def test_tissue_stained_nearly_black_is_not_black_ink(strength: float) -> None:
+    inside = blob()
+    patch = inside & (np.mgrid[:300, :400][1] > 200)
+    density = np.where(patch[..., None], 0, stained(inside)) + nearly_black(patch, strength)
+    assert not pen_mask(optical_density(drawn(density)), 8.0).any()
+    assert iou(tissue_mask(drawn(density), 8.0), inside) > 0.95
+
+
+def test_a_black_stroke_beside_nearly_black_tissue_and_over_dark_tissue_is_left_out() -> None:
+    inside = blob()
+    patch = inside & (np.mgrid[:300, :400][1] > 230)
+    stroke = np.zeros(inside.shape)
+    stroke[130:150, 40:200] = 1
+    opacity = ndimage.gaussian_filter(stroke, 1.5)
+    density = np.where(patch[..., None], 0, 1.5 * stained(inside)) + nearly_black(patch)
+    mask = tissue_mask(drawn(density + opacity[..., None] * np.array(INKS["black"])), 8.0)
+    assert (mask & (opacity > 0.5)).sum() <= 0.01 * (opacity > 0.5).sum()
+    assert mask[patch].mean() > 0.95
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["AC-0a", "H-2a", "S-2a", "T-3b", "V-0b"])
 def test_real_tissue_is_kept_and_holds_no_ink(real_data: Path, name: str) -> None:
@@ -219,7 +248,7 @@ def test_real_tissue_is_kept_and_holds_no_ink(real_data: Path, name: str) -> Non
         thumbnail, downsample = tissue_thumbnail(slide, 8.0)
         um_per_px = downsample * slide.mpp_l0
     assert tissue_mask(thumbnail, um_per_px).mean() > 0.98
-    assert pen_mask(optical_density(thumbnail), um_per_px).mean() < 0.005
+    assert not pen_mask(optical_density(thumbnail), um_per_px).any()
 
 
 # ---- folds

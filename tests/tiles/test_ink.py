@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from histossl.config import TileConfig, TissueConfig
 from histossl.demo.flaws import PEN_OD
 from histossl.demo.paint import PENS, PaintedSlide
 from histossl.slides.tissue import InkFinder
+from histossl.tiles.one_slide import TileJob, tile_slide
 from histossl.tiles.store import read_store
 from histossl.tiles.tiling import tile_archive
 from histossl.workspace import Workspace
@@ -71,6 +73,17 @@ def test_a_thin_stroke_over_tissue_is_seen_on_its_tile(
     finder = InkFinder(GLASS)
     assert finder.share(tile, 0.5) <= 0.01
     assert finder.share(inked, 0.5) > 0.01
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("grid", ["physical", "native"])
+def test_a_real_piece_stained_nearly_black_is_kept(real_data: Path, tmp_path: Path, grid: str) -> None:
+    """V-0b: four of its tiles were taken for black ink."""
+    config = TileConfig(tile_px=224 if grid == "native" else 256, grid=grid)
+    slide = real_data / "colon" / "slides" / "V-0b.tif"
+    counts = tile_slide(TileJob(slide, "A1", "A1", tmp_path / "A1.zip", config), lambda _: None).tiling["counts"]
+    assert counts["tiles"] >= 60
+    assert counts["ink"] == 0
 
 
 def test_where_every_tile_has_ink_the_reason_says_so(
