@@ -2,7 +2,9 @@
 
 Bluish on one side and yellowish on the other, it passes for stained. It is told by hue and shape together: not the hue
 of eosin or haematoxylin, far longer than wide, straight or evenly bent, as wide and as dark at one end as at the other.
-A strip of tissue is ragged, holds nuclei, and in H&E absorbs green most; a needle's core is half a millimetre wide.
+Where it has a prism's colours, red absorbed along one side and blue along the other, a short stretch is enough: no
+strip of tissue is stained like that. A strip of tissue is ragged, holds nuclei, and in H&E absorbs green most; a
+needle's core is half a millimetre wide.
 
 Frames: `_um` microns; `_px` thumbnail pixels; `along` and `across` are a line's own axes.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +22,16 @@ from scipy import ndimage
 MAX_WIDTH_UM = 130.0
 MIN_LENGTH_UM, MIN_LENGTH_PX = 300.0, 40
 MIN_ELONGATION = 8.0
+MIN_PRISM = 0.4  # red less blue on either side of a line, with opposite signs, in parts of the density there
+OF_FRINGE = 0.8  # green lies between red and blue there; a blue counterstain absorbs as much of it as of red
+MIN_PRISM_LENGTH_UM, MIN_PRISM_LENGTH_PX, MIN_PRISM_ELONGATION = 80.0, 24, 2.0  # of a stretch of such a line
+PRISM_PARTS = 4  # of the shortest stretch, each of which must be one
+MAX_UNEVEN_STRETCH = 0.35  # how far width and density of a stretch may be from the line's usual ones
 GAP_UM = 24.0  # between the pieces of a line that the threshold has cut
 FRINGE_UM = 16.0  # how far beside the line its paler colours still count as tissue
 OF_STAIN = 0.97  # green is what eosin and haematoxylin absorb most; the noise of a pale stain is allowed for
 AMID_STAIN = 0.25  # share of stained pixels around, above which it is tissue that the line crosses: that stays
-MAX_BESIDE = 0.35  # of the ground beside a line that is tissue, too
+MAX_BESIDE, MAX_BESIDE_PRISM = 0.35, 0.55  # of the ground beside a line that is tissue, too; all of one side may be
 MIN_SEEN = 0.7  # of a line's length
 MAX_BOW = 0.12  # in lengths
 MAX_WANDER = 0.16  # of its middle around an even bend, in widths
@@ -43,13 +51,13 @@ def edge_mask(mask: Mask, density: NDArray[np.float32], um_per_px: float) -> Mas
         return edges
     stained = ndimage.uniform_filter((mask & ~odd).astype(np.float32), 2 * max_width_px + 1, mode="nearest")
     fringe_px = max(1, round(FRINGE_UM / um_per_px))
-    min_length_px = max(MIN_LENGTH_PX, MIN_LENGTH_UM / um_per_px)
+    shortest_px = max(MIN_PRISM_LENGTH_PX, MIN_PRISM_LENGTH_UM / um_per_px)
     for some in (odd, odd & (stained < AMID_STAIN)):
         for narrow in (_narrow(some, max_width_px), _narrow(some.T, max_width_px).T):  # upright lines, then lying ones
-            for box, part in _pieces(narrow, max(1, round(GAP_UM / um_per_px / 2)), min_length_px):
-                edge = _line(part, density[box], min_length_px)
-                if edge.any() and _on_glass(edge, mask, box, fringe_px):
-                    edges[box] |= edge
+            for box, part in _pieces(narrow, max(1, round(GAP_UM / um_per_px / 2)), shortest_px):
+                for edge, max_beside in _lines(part, density[box], um_per_px):
+                    if _on_glass(edge, mask, box, fringe_px, max_beside):
+                        edges[box] |= edge
     if edges.any():
         near = ndimage.distance_transform_edt(~edges) <= fringe_px + 1
         edges = near & mask & (odd | _narrow(mask, 2 * max_width_px) | _narrow(mask.T, 2 * max_width_px).T)
@@ -81,10 +89,47 @@ def _pieces(mask: Mask, reach_px: int, min_length_px: float) -> Iterator[tuple[t
             yield (rows, columns), mask[box] & (labels[box] == number)
 
 
-def _line(part: Mask, density: NDArray[np.float32], min_length_px: float) -> Mask:
-    """Of a piece what lies on one line, if that is a cover slip's edge; else nothing."""
-    nothing = np.zeros_like(part)
+@dataclass(frozen=True)
+class _Line:
+    """Pixels of a piece that lie on one line: where (of the piece's own array), along and beside it, how dense.
+
+    `bins` are whole pixels along it; `bow` is of its middle, in lengths.
+    """
+
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    bins: NDArray[np.intp]
+    beside_px: Floats
+    density: NDArray[np.float32]  # (n, 3)
+    length_px: float
+    bow: float
+
+
+def _lines(part: Mask, density: NDArray[np.float32], um_per_px: float) -> Iterator[tuple[Mask, float]]:
+    """What of a piece is a cover slip's edge, as a whole or in stretches, and how much tissue may be beside it."""
+    min_length_px = max(MIN_LENGTH_PX, MIN_LENGTH_UM / um_per_px)
+    shortest_px = max(MIN_PRISM_LENGTH_PX, MIN_PRISM_LENGTH_UM / um_per_px)
+    line = _fitted(part, density, shortest_px)
+    if line is None or line.bow > MAX_BOW:
+        return
+    if line.length_px >= min_length_px and _even(line):
+        yield _drawn(part, line, np.ones(len(line.rows), bool)), MAX_BESIDE
+    else:
+        for stretch in _stretches(line, shortest_px):
+            yield _drawn(part, line, stretch), MAX_BESIDE_PRISM
+
+
+def _drawn(part: Mask, line: _Line, some: Mask) -> Mask:
+    mask = np.zeros_like(part)
+    mask[line.rows[some], line.columns[some]] = True
+    return mask
+
+
+def _fitted(part: Mask, density: NDArray[np.float32], shortest_px: float) -> _Line | None:
+    """The evenly bent line on which most of a piece lies; None if there is none."""
     rows, columns = np.nonzero(part)
+    if len(rows) < shortest_px:
+        return None
     points = np.stack([columns, rows]).astype(np.float64)
     points -= points.mean(axis=1, keepdims=True)
     _, axes = np.linalg.eigh(np.cov(points))  # the longest last
@@ -94,32 +139,78 @@ def _line(part: Mask, density: NDArray[np.float32], min_length_px: float) -> Mas
     on = np.ones(len(along), bool)
     for _ in range(3):  # what hangs on to it, dirt or the rim of tissue, must not bend it
         bend = np.polynomial.Polynomial.fit(along[on], across[on], 2)
-        off = np.abs(across - bend(along))
-        on = off <= max(1.5, 0.75 * width_px)
-        if on.sum() < max(min_length_px, 0.6 * len(on)):
-            return nothing
-    count = np.bincount(bins[on]).astype(np.float64)
-    seen = np.flatnonzero(count)
+        off = across - bend(along)
+        on = np.abs(off) <= max(1.5, 0.75 * width_px)
+        if on.sum() < max(shortest_px, 0.6 * len(on)):
+            return None
     length_px = float(np.ptp(along[on]))
     first, middle, last = bend(np.array([along[on].min(), along[on].mean(), along[on].max()]))
-    dark = np.bincount(bins[on], density[rows[on], columns[on]].mean(axis=1))
-    centre = np.bincount(bins[on], (across - bend(along))[on])
+    bow = abs(first + last - 2 * middle) / 2 / max(length_px, 1.0)
+    rows, columns = rows[on], columns[on]
+    return _Line(rows, columns, bins[on], off[on], density[rows, columns], length_px, float(bow))
+
+
+def _even(line: _Line) -> bool:
+    """Far longer than wide, without gaps, as wide and as dark at one end as at the other, on its course."""
+    count = np.bincount(line.bins).astype(np.float64)
+    seen = np.flatnonzero(count)
+    if len(seen) < MIN_SEEN * line.length_px:
+        return False
+    dark = np.bincount(line.bins, line.density.mean(axis=1))
+    centre = np.bincount(line.bins, line.beside_px)
     inner = seen[2:-2]  # the ends are cut by a border or by tissue
     width_px = float(np.median(count[inner]))
-    is_edge = (
-        length_px >= max(min_length_px, MIN_ELONGATION * width_px)
-        and len(seen) >= MIN_SEEN * length_px
-        and abs(first + last - 2 * middle) / 2 <= MAX_BOW * length_px
+    return (
+        line.length_px >= MIN_ELONGATION * width_px
         and float(np.std(centre[inner] / count[inner])) <= 0.35 + MAX_WANDER * width_px
         and _uneven(count[inner], 1.0) <= MAX_UNEVEN_WIDTH
         and _uneven(dark[inner] / count[inner], 0.0) <= MAX_UNEVEN_DENSITY
     )
-    if is_edge:
-        nothing[rows[on], columns[on]] = True
-    return nothing
 
 
-def _on_glass(edge: Mask, mask: Mask, box: tuple[slice, slice], fringe_px: int) -> bool:
+def _prism(line: _Line, some: Mask) -> bool:
+    """Whether red is absorbed on one side of some of a line and blue on the other."""
+    beside_px, density = line.beside_px[some], line.density[some]
+    if not len(beside_px):
+        return False
+    outer_px = float(np.median(np.abs(beside_px)))  # between the fringes it is dark and grey
+    over, under = density[beside_px > outer_px], density[beside_px < -outer_px]
+    if not (len(over) and len(under)):
+        return False
+    (red, green, blue), (other_red, other_green, other_blue) = (side.mean(axis=0).tolist() for side in (over, under))
+    if red < blue:  # the other side's
+        red, green, blue, other_red, other_green, other_blue = other_red, other_green, other_blue, red, green, blue
+    return bool(
+        red - blue >= MIN_PRISM * (red + green + blue) / 3
+        and other_blue - other_red >= MIN_PRISM * (other_red + other_green + other_blue) / 3
+        and green <= OF_FRINGE * red
+        and other_green <= OF_FRINGE * other_blue
+    )
+
+
+def _stretches(line: _Line, shortest_px: float) -> Iterator[Mask]:
+    """Where a line is as wide and as dark as it usually is, for long enough, and a prism there too."""
+    count = np.bincount(line.bins).astype(np.float64)
+    dark = np.bincount(line.bins, line.density.mean(axis=1)) / np.maximum(count, 1)
+    centre = np.bincount(line.bins, line.beside_px) / np.maximum(count, 1)
+    usual_px, usual_dark = float(np.median(count[count > 0])), float(np.median(dark[count > 0]))
+    even = (np.abs(count - usual_px) <= max(1.5, MAX_UNEVEN_STRETCH * usual_px)) & (
+        np.abs(dark - usual_dark) <= MAX_UNEVEN_STRETCH * usual_dark
+    )
+    even = ndimage.binary_closing(np.pad(even, 2), np.ones(4, bool))[2:-2]
+    # Stained blue and brown, a strip of tissue may look like a prism here and there, but not part after part.
+    part_px = round(shortest_px / PRISM_PARTS)
+    for start in range(0, len(even), part_px):
+        even[start : start + part_px] &= _prism(line, line.bins // part_px == start // part_px)
+    labels, found = ndimage.label(even)
+    for number in range(1, found + 1):
+        bins = np.flatnonzero(labels == number)
+        wander_px = float(np.std(centre[bins][count[bins] > 0]))
+        if len(bins) >= max(shortest_px, MIN_PRISM_ELONGATION * usual_px) and wander_px <= 0.35 + MAX_WANDER * usual_px:
+            yield labels[line.bins] == number
+
+
+def _on_glass(edge: Mask, mask: Mask, box: tuple[slice, slice], fringe_px: int, max_beside: float) -> bool:
     """Whether most of the ground beside a line, past its fringes, is glass: a strip of tissue lies among tissue."""
     width_px = 2 * float(ndimage.distance_transform_edt(np.pad(edge, 1)).max())
     reach_px = fringe_px + math.ceil(width_px) + 2
@@ -129,7 +220,7 @@ def _on_glass(edge: Mask, mask: Mask, box: tuple[slice, slice], fringe_px: int) 
     after = [whole - start - part for whole, start, part in zip(ground.shape, before, edge.shape, strict=True)]
     away_px = ndimage.distance_transform_edt(~np.pad(edge, list(zip(before, after, strict=True))))
     beside = (away_px > fringe_px + 2) & (away_px <= reach_px)
-    return not beside.any() or bool(ground[beside].mean() <= MAX_BESIDE)
+    return not beside.any() or bool(ground[beside].mean() <= max_beside)
 
 
 def _uneven(values: Floats, grain: float) -> float:

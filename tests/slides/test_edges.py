@@ -49,6 +49,36 @@ def test_painted_edges_are_left_out_and_the_tissue_is_not(
     assert iou(found & ~fat, tissue & ~fat) >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("look", "seed", "label"), [("plain", 8, "carcinoma"), ("fat", 8, "adenoma"), ("pale", 8, "normal")]
+)
+def test_on_a_slide_of_0_64_mm_the_edge_s_colours_tell_it(
+    paint: Callable[..., PaintedSlide], look: str, seed: int, label: str
+) -> None:
+    """Tissue leaves stretches of it that are shorter than 0.3 mm."""
+    slide = paint(look=look, seed=seed, num_edges=1, label=label, mpp=2.0, width_px=320, height_px=320)
+    with open_slide(slide.path) as opened:
+        thumbnail, _ = tissue_thumbnail(opened, 8.0)
+    found = tissue_mask(thumbnail, 2.0)
+    edge, fat, tissue = (
+        np.asarray(Image.fromarray(mask).resize(found.shape[::-1]))
+        for mask in (slide.edge_mask, slide.fat_mask, slide.tissue_mask)
+    )
+    assert (found & edge).sum() <= 0.1 * edge.sum()
+    assert (found & tissue & ~edge).sum() >= 0.92 * (tissue & ~edge).sum()
+    assert iou(found & ~fat, tissue & ~fat) >= 0.9
+
+
+def test_a_strip_brown_along_one_side_and_blue_along_the_other_is_kept() -> None:
+    """DAB beside its counterstain is red absorbed here and blue there, as behind a prism; but as much green as red."""
+    strip = np.zeros((300, 400), bool)
+    strip[150:158, 150:186] = True
+    density = strip[..., None] * np.where(np.mgrid[:300, :400][0][..., None] < 154, DAB, np.array([0.30, 0.28, 0.10]))
+    assert not edge_mask(strip, optical_density(drawn(density)), UM).any()
+    density = strip[..., None] * np.where(np.mgrid[:300, :400][0][..., None] < 154, YELLOWISH, BLUISH) * 2
+    assert edge_mask(strip, optical_density(drawn(density)), UM)[strip].mean() > 0.9
+
+
 @pytest.mark.parametrize("colour", [BLUISH, YELLOWISH, BLUISH + YELLOWISH * 0.3])
 @pytest.mark.parametrize(("slant", "bow", "at"), [(0, 0, 40), (0.1, 0, 20), (-0.06, 9, 40), (0, 0, 1)])
 def test_a_line_of_one_colour_is_left_out(colour: np.ndarray, slant: float, bow: float, at: float) -> None:
