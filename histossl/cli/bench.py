@@ -270,4 +270,5 @@ def tile(
         right=("tiles", "ms per tile", "usual loop", "times faster", "range"),
     )
     console.say("copied: its own JPEG tiles as bytes; stitched: each of them decoded once; read: through OpenSlide")
-    console.say("filters of focus and colour are on by default and the usual loop has none: compare like with like")
+    console.say("filters (focus, colour, ink) are on by default and the usual loop has none: compare like with like")
+    console.say("both sides open the slide anew in each repeat: neither finds it in OpenSlide's cache")

@@ -30,7 +30,7 @@ from histossl.evaluation.labels import SlideNames
 from histossl.slides import reader
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide
-from histossl.tiles import one_slide, store, tiling
+from histossl.tiles import measure, one_slide, store, tiling
 from histossl.tiles.index import TileIndex, find_zips
 from histossl.tiles.names import holders
 from histossl.tiles.store import StoreWriter, read_store
@@ -969,6 +969,18 @@ def test_bench_tile_prints_each_way(cli, painted_slide):
     told = cli("bench", "tile", painted_slide.path, "--tiles", 4, "--repeats", 1)
     assert told.code == 0
     assert all(way in told.out + told.err for way in ("copied", "stitched", "read, no filters", "times faster"))
+
+
+def test_bench_tile_cuts_from_handles_that_have_read_nothing(painted_slide, monkeypatch):
+    """OpenSlide's cache holds a small slide whole, once the thumbnail has been read of it."""
+    cut, looked_at = [], []
+    cutter_for, making = measure.cutter_for, measure.Making
+    monkeypatch.setattr(measure, "cutter_for", lambda slide, *rest: (cut.append(slide), cutter_for(slide, *rest))[1])
+    monkeypatch.setattr(measure, "Making", lambda job, *rest: (looked_at.append(rest[0]), making(job, *rest))[1])
+    figures = measure.measure_tiling(painted_slide.path, TileConfig(), max_tiles=4, repeats=2)
+    fresh = [slide for slide in cut if slide is not cut[0]]
+    assert len(fresh) == len(looked_at) == 2 * len(figures)
+    assert len({id(slide) for slide in (*fresh, *looked_at)}) == 4 * len(figures)
 
 
 def test_native_grid_takes_the_scale_from_the_table(cli, workspace, paint):
