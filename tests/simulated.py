@@ -3,6 +3,7 @@
 A patient's features are its class's mean, plus what all its slides share, plus what one slide has for itself. The head
 is trained and tested as in the real stage (nested budgets, draws, folds by patient), so whatever makes scores of one
 archive depend on each other is in here too: few patients, draws from one pool, patients who are tested and trained on.
+With sites, patients of one site share a shift too, whatever their class (a stain), and whole sites are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from synthetic_store import write_synthetic_store
 
 from histossl.evaluation.heads import DEFAULT_STRENGTH, _logistic
+from histossl.evaluation.splits import _k_fold
 from histossl.evaluation.tables import Budget, Prediction, read_predictions, write_predictions
 from histossl.workspace import FinetuneDir, Workspace
 
@@ -40,6 +42,10 @@ class Archive:
     logistic: bool = False  # the head: logistic regression in place of the nearest mean
     seeds: Mapping[str, int] = field(default_factory=dict)  # starts that are several pretraining runs
     seed_spread: float = 0.0  # standard deviation of the separation between runs
+    sites: int = 0  # that patients come from; folds are by site then
+    test_sites: int = 0  # that a fixed test set comes from
+    site_share: float = 0.0  # of a slide's variance; patient_share is of the same whole
+    unequal_sites: bool = False  # sizes of sites as 1 : 2 : 3 ...
 
 
 def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Prediction]:
@@ -50,7 +56,11 @@ def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Predictio
     test_P = np.repeat(np.arange(num_classes), fixed)
     every_P = np.concatenate([label_P, test_P])
     patient_N = np.repeat(np.arange(len(every_P)), archive.slides_per_patient)
-    features = _features(archive, rng, every_P, patient_N)
+    tested_site_P = _sites(archive.test_sites, archive.unequal_sites, len(test_P), rng)
+    site_P = np.concatenate(
+        [_sites(archive.sites, archive.unequal_sites, len(label_P), rng), archive.sites + tested_site_P]
+    )
+    features = _features(archive, rng, every_P, patient_N, site_P)
     if archive.permuted:
         every_P = np.concatenate([rng.permutation(label_P), rng.permutation(test_P)])
     label_N = every_P[patient_N]
@@ -60,7 +70,7 @@ def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Predictio
         if fixed:
             parts = [(None, train_side, np.arange(len(label_P), len(every_P)))]
         else:
-            fold_P = _folds(every_P, archive.num_folds, rng)
+            fold_P = _folds(every_P, archive.num_folds, rng, site_P if archive.sites else None)
             parts = [(k, np.flatnonzero(fold_P != k), np.flatnonzero(fold_P == k)) for k in range(archive.num_folds)]
         for fold, train_P, tested_P in parts:
             order = [
@@ -79,7 +89,7 @@ def predictions_of(archive: Archive, rng: np.random.Generator) -> list[Predictio
                             Prediction(
                                 start, "mean", budget, draw, fold, f"s{slide:04d}", f"p{patient_N[slide]:04d}",
                                 archive.classes[label_N[slide]], archive.classes[int(share.argmax())], tuple(share),
-                                backbone,
+                                backbone, f"site{site_P[patient_N[slide]]}" if archive.sites else "",
                             )
                         )  # fmt: skip
     return rows
@@ -103,6 +113,10 @@ def true_balanced_accuracy(archive: Archive, start: str, budget: int) -> float:
     if archive.logistic:
         assert budget <= archive.patients_per_class, "patients of one slide each"
         return _true_logistic(archive.classes, separation, budget)
+    if archive.sites:
+        assert budget <= 0.5 * archive.patients_per_class, "labels of new patients only"
+        trained_on = archive.sites if archive.test_sites else round(archive.sites * (1 - 1 / archive.num_folds))
+        return _true_with_sites(num_classes, separation, budget, trained_on, archive.site_share, archive.unequal_sites)
     noise = _noise_of_means(archive, budget)
     if start not in archive.seeds or not archive.seed_spread:
         return _true_accuracy(num_classes, separation, noise)
@@ -147,6 +161,24 @@ def _true_logistic(classes: tuple[str, ...], separation: float, budget: int, num
     return right / num_heads
 
 
+@functools.cache
+def _true_with_sites(
+    num_classes: int, separation: float, budget: int, num_sites: int, share: float, unequal: bool, num_heads: int = 2000
+) -> float:
+    rng = np.random.default_rng(0)
+    centres = _centres(num_classes, separation)
+    labels = np.repeat(np.arange(num_classes), 120)
+    right = 0.0
+    for _ in range(num_heads):
+        site = _sites(num_sites, unequal, num_classes * budget, rng)
+        shift = np.sqrt(share) * rng.standard_normal((num_sites, DIMENSIONS))
+        own = np.sqrt(1 - share) * rng.standard_normal((len(site), DIMENSIONS))
+        means = centres + (shift[site] + own).reshape(num_classes, budget, DIMENSIONS).mean(1)
+        x = centres[labels] + rng.standard_normal((len(labels), DIMENSIONS))
+        right += float((((x[:, None] - means[None]) ** 2).sum(-1).argmin(1) == labels).mean())
+    return right / num_heads
+
+
 def _centres(num_classes: int, separation: float) -> np.ndarray:
     centres = np.zeros((num_classes, DIMENSIONS))
     centres[np.arange(num_classes), np.arange(num_classes)] = separation
@@ -154,7 +186,7 @@ def _centres(num_classes: int, separation: float) -> np.ndarray:
 
 
 def _features(
-    archive: Archive, rng: np.random.Generator, label_P: np.ndarray, patient_N: np.ndarray
+    archive: Archive, rng: np.random.Generator, label_P: np.ndarray, patient_N: np.ndarray, site_P: np.ndarray
 ) -> dict[str, np.ndarray]:
     def noise(common: np.ndarray) -> np.ndarray:
         own = rng.standard_normal(common.shape)
@@ -162,6 +194,7 @@ def _features(
 
     of_patient = rng.standard_normal((len(label_P), DIMENSIONS))
     of_slide = rng.standard_normal((len(patient_N), DIMENSIONS))
+    of_site = rng.standard_normal((archive.sites + archive.test_sites, DIMENSIONS)) if archive.sites else None
     separations = {}
     for start, separation in archive.separation.items():
         for number in range(archive.seeds.get(start, 0)):
@@ -171,13 +204,28 @@ def _features(
     return {
         key: _centres(len(archive.classes), separation)[label_P[patient_N]]
         + np.sqrt(archive.patient_share) * noise(of_patient)[patient_N]
-        + np.sqrt(1 - archive.patient_share) * noise(of_slide)
+        + np.sqrt(1 - archive.patient_share - archive.site_share) * noise(of_slide)
+        + (0 if of_site is None else np.sqrt(archive.site_share) * noise(of_site)[site_P[patient_N]])
         for key, separation in separations.items()
     }
 
 
-def _folds(label_P: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
+def _sites(num_sites: int, unequal: bool, num_patients: int, rng: np.random.Generator) -> np.ndarray:
+    """Each patient's site, at random: sites differ in how many they send of each class."""
+    if not num_sites:
+        return np.zeros(num_patients, dtype=int)
+    sizes = np.arange(1, num_sites + 1) if unequal else np.ones(num_sites)
+    return rng.choice(num_sites, num_patients, p=sizes / sizes.sum())
+
+
+def _folds(
+    label_P: np.ndarray, num_folds: int, rng: np.random.Generator, site_P: np.ndarray | None = None
+) -> np.ndarray:
     fold_P = np.empty(len(label_P), dtype=int)
+    if site_P is not None:
+        for fold, (_, test) in enumerate(_k_fold(label_P, site_P, num_folds, int(rng.integers(2**31)), 0)):
+            fold_P[test] = fold
+        return fold_P
     dealt = 0
     for number in np.unique(label_P):
         members = rng.permutation(np.flatnonzero(label_P == number))

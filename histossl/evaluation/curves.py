@@ -15,9 +15,9 @@ they stay inside [0, 1] and do not shrink to a point when every patient happens 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from histossl.evaluation.resampling import (
     estimate,
     measure,
     resampled_curves,
+    worth_of_sizes,
 )
 from histossl.evaluation.tables import (
     ALL,
@@ -71,14 +72,16 @@ __all__ = [
     "measure",
     "most_telling",
     "points_from",
+    "pool_of",
     "read_points",
     "read_predictions",
     "read_summary",
     "signed",
     "summarise",
-    "too_few_patients",
+    "too_few",
     "verdict",
     "where_saved",
+    "worth_of_sizes",
     "write_points",
     "write_predictions",
     "write_summary",
@@ -89,7 +92,7 @@ BOUNDED = ("auroc", "balanced_accuracy", "f1")
 # A verdict is given at 1 in 50, not 1 in 20: where nothing changed it must say so in at least 95 of 100 archives.
 VERDICT_P = 0.02
 POWER = 0.8
-FEWEST_PATIENTS = 8  # in all; and two in each class
+FEWEST_DRAWN = {"patient": 8, "site": 6}  # in all; and two in each class
 ENOUGH_SEEDS = 4
 PLAIN_NAME = {
     "auroc": "AUROC",
@@ -98,6 +101,11 @@ PLAIN_NAME = {
     "log_loss": "log-loss",
     "calibration_error": "calibration error",
 }
+
+
+def pool_of(split: Mapping[str, Any]) -> dict[str, Any]:
+    """What `measure` is told of the pool, as run.json remembers it under `split`."""
+    return {name: split.get(name) for name in ("pool_per_class", "pool_patients_per_class", "pool_sites")}
 
 
 # ---- means and intervals
@@ -391,7 +399,7 @@ def _slides(x: float) -> float | None:
 
 # ---- in words
 
-Outcome = Literal["helped", "no measurable difference", "hurt", "too few patients"]
+Outcome = Literal["helped", "no measurable difference", "hurt", "too few patients", "too few sites"]
 
 
 @dataclass(frozen=True)
@@ -423,16 +431,17 @@ def verdict(
     limits = _limits(measured, unit, seen_in_pretraining, site_statement)
     limits[1:1] = _floors(measured, adapted, metric, head) + _about_seeds(measured, adapted, head)
     found = compare(measured, metric, adapted, reference, head)
-    if too_few_patients(measured):
-        rare = _in_one_patient(measured)
-        why = f"{measured.num_patients} were tested"
+    if lacking := too_few(measured):
+        rare = _in_one(measured)
+        why = f"{num_drawn(measured)} were tested"
         if rare:
             why += f", and {_classes(rare)} {'has one' if len(rare) == 1 else 'have one each'}"
+        fewest = FEWEST_DRAWN[measured.drawn]
         return Verdict(
-            "too few patients",
-            f"Too few patients to say whether adaptation helped: {why}.",
+            "too few sites" if lacking == "sites" else "too few patients",
+            f"Too few {lacking} to say whether adaptation helped: {why}.",
             [
-                f"At least {FEWEST_PATIENTS} patients, and two in each class, are needed to tell a difference from "
+                f"At least {fewest} {lacking}, and two in each class, are needed to tell a difference from "
                 "luck; with fewer no p is given."
             ],
             limits,
@@ -466,7 +475,7 @@ def verdict(
     else:
         equal = "" if whole.p < 1 - LEVEL else "This does not show that the two are equal: "
         sentences.append(
-            f"{equal}with {measured.num_patients} patients, a difference of about {found.detectable:.2f} is the "
+            f"{equal}with {num_drawn(measured)} {measured.drawn}s, a difference of about {found.detectable:.2f} is the "
             "smallest that would be found four times in five."
         )
         sentences[-1] = _first_upper(sentences[-1])
@@ -475,13 +484,24 @@ def verdict(
     return Verdict(outcome, headline, sentences, limits, found)
 
 
-def too_few_patients(measured: Measured) -> bool:
-    """Whether nothing may be tested: of a class with one patient no resample shows how another would have scored."""
-    return measured.num_patients < FEWEST_PATIENTS or bool(_in_one_patient(measured))
+def too_few(measured: Measured) -> Literal["", "patients", "sites"]:
+    """Of what there is too little to test anything: of a class with one patient (or site) no resample shows how another
+    would have scored."""
+    if num_drawn(measured) >= FEWEST_DRAWN[measured.drawn] and not _in_one(measured):
+        return ""
+    return "sites" if measured.drawn == "site" else "patients"
 
 
-def _in_one_patient(measured: Measured) -> list[str]:
-    return [label for label, count in measured.patients_per_class.items() if count == 1]
+def num_drawn(measured: Measured) -> int:
+    return measured.num_sites or measured.num_patients
+
+
+def drawn_per_class(measured: Measured) -> dict[str, int]:
+    return measured.sites_per_class or measured.patients_per_class
+
+
+def _in_one(measured: Measured) -> list[str]:
+    return [label for label, count in drawn_per_class(measured).items() if count == 1]
 
 
 def _at_budgets(clear: Sequence[Difference], num_tests: int, unit: str, adapted: str, reference: str) -> str:
@@ -544,9 +564,9 @@ def most_telling(rows: Sequence[Saved]) -> Saved:
     return max(rows, key=lambda one: (not one.at_most, one.reference_slides))
 
 
-def fewest_patients(measured: Measured) -> int:
-    """Of the tested patients of any class that is tested at all."""
-    return min((count for count in measured.patients_per_class.values() if count), default=0)
+def fewest_drawn(measured: Measured) -> int:
+    """Of the tested patients (or sites) of any class that is tested at all."""
+    return min((count for count in drawn_per_class(measured).values() if count), default=0)
 
 
 def _limits(
@@ -555,16 +575,22 @@ def _limits(
     seen_in_pretraining: int | None,
     site_statement: str,
 ) -> list[str]:
-    fewest = fewest_patients(measured)
-    rare = [label for label, count in measured.patients_per_class.items() if count == fewest]
-    even = len(rare) == sum(count > 0 for count in measured.patients_per_class.values())
-    if even:
+    fewest = fewest_drawn(measured)
+    per_class = drawn_per_class(measured)
+    rare = [label for label, count in per_class.items() if count == fewest]
+    if len(rare) == sum(count > 0 for count in per_class.values()):
         which = f"{fewest} of each class"
     else:
         which = f"{_classes(rare)} {'has' if len(rare) == 1 else 'have'} {fewest}{' each' * (len(rare) > 1)}"
     limits = [f"All of this rests on {measured.num_patients} tested patients; {which}."]
+    if measured.drawn == "site":
+        limits = [
+            f"All of this rests on {measured.num_sites} tested sites with {measured.num_patients} patients; "
+            f"{which.replace(' of each', ' with each')}. Intervals are about other sites, so more patients of these "
+            "narrow them little."
+        ]
     if fewest == 1:
-        others, each = ("another patient", "") if len(rare) == 1 else ("other patients", "each ")
+        others, each = (f"another {measured.drawn}", "") if len(rare) == 1 else (f"other {measured.drawn}s", "each ")
         limits.append(
             f"Every interval here leaves out how {_classes(rare)} would score with {others}: with one {each}there is "
             "nothing to tell it by, so the intervals are too narrow."

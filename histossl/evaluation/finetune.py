@@ -34,7 +34,16 @@ from histossl.evaluation.heads import Floats, Ints, head_named
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means, start_of_model
 from histossl.evaluation.site import check_site
-from histossl.evaluation.splits import Part, Splits, groups_of, make_splits, read_splits, seed_of, write_splits
+from histossl.evaluation.splits import (
+    Part,
+    Splits,
+    groups_of,
+    make_splits,
+    read_splits,
+    seed_of,
+    site_names,
+    write_splits,
+)
 from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, scale_notes, with_floor
 from histossl.evaluation.tables import Budget, Prediction
 from histossl.evaluation.team import Team, team_on
@@ -144,7 +153,7 @@ def _finetune(
     predictions = list(_predictions(_complete(run, facts["starts"], splits), table, splits, config))
     tables.write_predictions(run.predictions, predictions, table.classes)
     split = facts["split"]
-    measured = curves.measure(predictions, table.classes, split["pool_per_class"], split["pool_patients_per_class"])
+    measured = curves.measure(predictions, table.classes, **curves.pool_of(split))
     curves.write_points(run.points, curves.points_from(measured))
     summary = curves.summarise(measured)
     curves.write_summary(run.summary, summary)
@@ -422,9 +431,12 @@ def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig, anew: b
 def _show_splits(splits: Splits, table: LabelTable) -> None:
     num_draws = len({part.draw for part in splits.parts})
     how = f"{splits.num_folds} folds by {splits.group}" if splits.num_folds else "fixed test set of the split column"
-    tested = {table.items[item].patient for item in splits.tested}
+    tested = f"{len({table.items[item].patient for item in splits.tested})} patients"
+    if splits.group == "site":
+        names = site_names(table)
+        tested += f" of {len({names[item] for item in splits.tested})} sites"
     console.say(
-        f"{num_draws} draws, {how}, {len(tested)} patients tested; labelled {table.unit}s per class: "
+        f"{num_draws} draws, {how}, {tested} tested; labelled {table.unit}s per class: "
         f"{', '.join(str(budget) for budget in splits.budgets)}"
     )
     for note in splits.notes:
@@ -731,6 +743,7 @@ def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> di
 def _predictions(
     starts: Mapping[str, Mapping[str, Path]], table: LabelTable, splits: Splits, config: FinetuneConfig
 ) -> Iterator[Prediction]:
+    sites = site_names(table) if splits.group == "site" else [""] * len(table.items)
     for start, journals in starts.items():
         for backbone, path in journals.items():
             journal = Journal.of(path)
@@ -750,6 +763,7 @@ def _predictions(
                             table.classes[int(row.argmax())],
                             tuple(row.tolist()),
                             backbone,
+                            sites[item],
                         )
 
 
@@ -770,6 +784,18 @@ def _start_facts(start: Start, embedder: Embedder) -> dict[str, Any]:
             for key, value in start.provenance.items()
             if key not in ("pretraining_slides", "excluded_slides", "teacher")
         },
+    }
+
+
+def _sites_drawn(table: LabelTable, splits: Splits) -> dict[str, float]:
+    """With whole sites left out: how many are tested, and what those of the pool are worth."""
+    if splits.group != "site":
+        return {}
+    names = site_names(table)
+    of_patient = {table.items[item].patient: names[item] for item in splits.parts[0].pool}
+    return {
+        "num_tested_sites": len({names[item] for item in splits.tested}),
+        "pool_sites": curves.worth_of_sizes(list(of_patient.values())),
     }
 
 
@@ -807,6 +833,7 @@ def _facts(
             "num_tested_patients": len({item.patient for item in tested}),
             "pool_per_class": len(pool) / num_classes,
             "pool_patients_per_class": len({(item.label, item.patient) for item in pool}) / num_classes,
+            **_sites_drawn(table, splits),
             "notes": list(splits.notes),
         },
         "leak": leak_statement(table, splits, starts.chosen, labelling.SlideNames.of(index)),

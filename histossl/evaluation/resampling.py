@@ -11,20 +11,12 @@ all are taken from one pool. So the variance has two parts:
     labelling  the variance between draws, less what by the same bootstrap a draw owes to its finite test set (a
                draw's own luck with these patients would else count twice).
 
-A fixed test set: draws share their pool, so the variance between them is not all that labelling anew would bring. Take
-what one labelled item does to a score (to first order these add up) as a part of its patient and a part of its own; let
-`alike` be the patient's share of that variance, n the pool's patients and N its items per class. A draw takes b items,
-one of each patient before a second of any, so that patient p has the share w_p of them. In units of one item's variance
-
-    one labelling, pool and all     alike sum(w_p^2) + (1 - alike) / b      sum(w_p^2): 1/b up to b = n, then about 1/n
-    what all draws have in common   alike / n + (1 - alike) / N             the pool's own luck: `floor`
-    between draws of this pool      the difference of the two               `spread`
-
-and labelling is (floor + spread / D) / spread times the variance seen between draws. With one item a patient this is
-the correction of Nadeau and Bengio (2003) for training sets that overlap, 1 / D + f / (1 - f) for the share f of the
-pool that is labelled. `alike` is taken to be the intraclass correlation of the test items' log-odds (`patients_share`):
-an assumption, that items of a patient are as alike for a head that learns from them as for one that judges them. Where
-the draws' own spread is smaller than the floor they are too alike to tell; there the largest smaller budget stands in.
+A fixed test set: draws share their pool, so the variance between them is not all that labelling anew would bring. What
+they share (`floor`) and where they differ (`spread`) is in pool.py; labelling is (floor + spread / D) / spread times
+the variance seen between draws. How alike items of a patient are there is taken to be the intraclass correlation of the
+test items' log-odds (`common_share`): an assumption, that items of a patient are as alike for a head that learns from
+them as for one that judges them. Where the draws' own spread is smaller than the floor they are too alike to tell, and
+the largest smaller budget stands in.
 
 Folds: patients are also what heads are trained on, and an archive whose patients are typical is easy to test *and* good
 to learn from. No resampling of predictions shows that, and draws do not either (each draw's folds between them use most
@@ -47,14 +39,17 @@ K classes, X results of one kind.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histossl.errors import StoreError
 from histossl.evaluation.metrics import METRICS, confidence_bins, metrics, unit_rows
+from histossl.evaluation.pool import Pool as Pool
 from histossl.evaluation.tables import Budget, Prediction, in_budget_order
 
 Floats = NDArray[np.float64]
@@ -62,55 +57,6 @@ NUM_RESAMPLES = 1000
 SMALLEST_SHARE = 1e-6
 TOO_ALIKE = 1.0  # draws of a budget tell no more of the labelling once the pool's variance is this many times theirs
 Series = tuple[str, str]  # start, head
-
-
-def twice_used(share: float) -> float:
-    """TWICE_USED: factor on the variance from patients who are tested and trained on, by the share that is labelled."""
-    return 2.6 - 0.9 * share
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What the draws are taken from: labelled items and patients per class (means over classes).
-
-    With `num_folds` it is everything, each fold being left out in turn; with 0 the test set is fixed and not in it.
-    None: unknown, and then intervals are about this very pool. `alike`: how much of what one labelled item does to a
-    score, in variance, another item of its patient does too.
-    """
-
-    slides: float | None
-    patients: float | None
-    num_folds: int = 0
-
-    @property
-    def kept(self) -> float:
-        """The share of the pool that one head may be trained on."""
-        return 1 - 1 / self.num_folds if self.num_folds else 1.0
-
-    def labelled_share(self, budget: float) -> float:
-        """How much of what one head may use it is given, in patients (a budget takes new patients first)."""
-        return min(1.0, budget / (self.patients * self.kept)) if self.patients else 0.0
-
-    def spread(self, budget: float, alike: float = 1.0) -> float:
-        """Variance between draws of one pool, in units of one labelled item's."""
-        whole = alike * self._per_patient(budget) + (1 - alike) / budget
-        return max(0.0, whole - self.floor(alike))
-
-    def floor(self, alike: float = 1.0) -> float:
-        """What no number of draws averages away: the variance of the pool itself, in the same units."""
-        if not self.patients:
-            return 0.0
-        return alike / self.patients + (1 - alike) / max(self.slides or 0.0, self.patients)
-
-    def _per_patient(self, budget: float) -> float:
-        """Sum over patients of the squared share that each has of the labels: 1/b while each has one, then 1/n."""
-        if not self.patients or budget <= self.patients:
-            return 1 / budget
-        turns, over = divmod(budget, self.patients)
-        return (over * (turns + 1) ** 2 + (self.patients - over) * turns**2) / budget**2
-
-    def patients_factor(self, budget: float) -> float:
-        return twice_used(self.labelled_share(budget)) if self.num_folds else 1.0
 
 
 def beside(series: Series, head: str | None) -> bool:
@@ -132,12 +78,16 @@ class Measured:
     num_patients: int
     num_strata: int  # of the bootstrap: there every patient is in one
     num_tested: int
+    sites_per_class: dict[str, int]  # where whole sites are left out: sites are then what is drawn; else empty
+    num_sites: int
+    worth_sites: float  # how many sites of one size would be worth these
     values_SBD: dict[str, Floats]  # means over a start's seeds
     resampled_RSBD: dict[str, NDArray[np.float32]]
     backbones: list[list[str]]  # per series its seeds' names; [""] where there is but one
     seeds_SMBD: dict[str, list[Floats]]  # per series (M, B, D)
     resampled_seeds_SRMB: dict[str, list[NDArray[np.float32]]]  # per series (R, M, B), means over draws
-    alike_S: Floats  # how alike items of one patient are (see `patients_share`)
+    alike_S: Floats  # how alike items of one patient are (see `common_share`)
+    alike_sites_S: Floats  # and those of one site; 0 where patients are drawn
 
     def num_seeds(self, start: str, head: str | None = None) -> int:
         return len(self.backbones[self.number(start, head)])
@@ -146,6 +96,16 @@ class Measured:
     def several_items(self) -> bool:
         """Whether patients have several tested items of a class, as tiles and regions have."""
         return self.num_tested > sum(self.patients_per_class.values())
+
+    @property
+    def drawn(self) -> Literal["patient", "site"]:
+        """What the intervals take to be drawn at random."""
+        return "site" if self.num_sites else "patient"
+
+    @property
+    def df_drawn(self) -> float:
+        """Degrees of freedom of a variance over what is drawn."""
+        return max(1.0, self.worth_sites - 1 if self.num_sites else self.num_patients - self.num_strata)
 
     def number(self, start: str, head: str | None = None) -> int:
         for number, series in enumerate(self.series):
@@ -171,12 +131,13 @@ def measure(
     wanted: Sequence[str] = METRICS,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
+    pool_sites: float | None = None,
 ) -> Measured:
-    """Score predictions, as they are and with patients resampled.
+    """Score predictions, as they are and with patients resampled; or sites, where predictions name them.
 
     `pool_per_class`, `pool_patients_per_class`: labelled slides and patients per class that a draw may choose from when
-    the test set is fixed (with folds they follow from the predictions). Every cell (series, seed, budget, draw)
-    must hold the same slides; StoreError if not.
+    the test set is fixed (with folds they follow from the predictions); `pool_sites`: what the sites there are worth
+    (`worth_of_sizes`). Every cell (series, seed, budget, draw) must hold the same slides; StoreError if not.
     """
     cells: dict[tuple[Series, str, Budget, int], list[Prediction]] = {}
     for one in predictions:
@@ -198,15 +159,22 @@ def measure(
             )
     truth_N = np.array([names.index(label) for label in labels], dtype=np.int64)
     patients, patient_N = np.unique([row.patient for row in first], return_inverse=True)
-    stratum_P = _stratum_of(truth_N, patient_N, len(patients), len(names))
+    by_site = all(row.site for row in first)
+    sites, site_N = np.unique([row.site for row in first], return_inverse=True)
+    # Sites hold several classes, so no class is theirs to be drawn within.
+    unit_N = site_N if by_site else patient_N
+    stratum_U = (
+        np.zeros(len(sites), dtype=np.int64) if by_site else _stratum_of(truth_N, patient_N, len(patients), len(names))
+    )
+    worth_sites = worth_of_sizes([site_N[patient_N == p][0] for p in range(len(patients))]) if by_site else 0.0
 
     folds = {row.fold for rows in cells.values() for row in rows} - {None}
     if folds:
         num_classes = len(set(labels))
         num_patients = len({(row.label, row.patient) for row in first})
-        pool = Pool(len(slides) / num_classes, num_patients / num_classes, max(2, len(folds)))
+        pool = Pool(len(slides) / num_classes, num_patients / num_classes, max(2, len(folds)), worth_sites or None)
     else:
-        pool = Pool(pool_per_class, pool_patients_per_class or pool_per_class)
+        pool = Pool(pool_per_class, pool_patients_per_class or pool_per_class, sites=pool_sites if by_site else None)
 
     all_series = list(dict.fromkeys(key[0] for key in cells))
     backbones = [list(dict.fromkeys(key[1] for key in cells if key[0] == series)) for series in all_series]
@@ -219,14 +187,16 @@ def measure(
         for name in wanted
     }
     alike: list[list[float]] = [[] for _ in all_series]
-    weights_RP = patient_weights(stratum_P, num_resamples, np.random.default_rng(seed))
+    alike_sites: list[list[float]] = [[] for _ in all_series]
+    weights_RU = drawn_weights(stratum_U, num_resamples, np.random.default_rng(seed))
     for (key, backbone, its_budget, its_draw), rows in cells.items():
         s = all_series.index(key)
         m, b, d = backbones[s].index(backbone), budgets.index(its_budget), draws.index(its_draw)
         shares_NK = unit_rows(np.array([row.probabilities for row in rows], dtype=np.float64))
-        alike[s].append(patients_share(shares_NK, truth_N, patient_N))
+        alike[s].append(common_share(shares_NK, truth_N, patient_N))
+        alike_sites[s].append(common_share(shares_NK, truth_N, site_N) if by_site else 0.0)
         scores = metrics(labels, shares_NK, names, wanted)
-        resampled = resampled_metrics(truth_N, shares_NK, patient_N, weights_RP, wanted)
+        resampled = resampled_metrics(truth_N, shares_NK, unit_N, weights_RU, wanted)
         for name in wanted:
             values[name][s][m, b, d] = scores[name]
             with_others[name][s][:, m, b, d] = resampled[name]
@@ -240,8 +210,13 @@ def measure(
         pool=pool,
         patients_per_class={name: len(np.unique(patient_N[truth_N == number])) for number, name in enumerate(names)},
         num_patients=len(patients),
-        num_strata=len(np.unique(stratum_P)),
+        num_strata=len(np.unique(stratum_U)),
         num_tested=len(slides),
+        sites_per_class={
+            name: len(np.unique(site_N[truth_N == number])) for number, name in enumerate(names) if by_site
+        },
+        num_sites=len(sites) if by_site else 0,
+        worth_sites=worth_sites,
         values_SBD={name: np.stack([_nanmean(one, 0) for one in values[name]]) for name in wanted},
         resampled_RSBD={
             name: np.stack([_nanmean(one, 1) for one in with_others[name]], 1).astype(np.float32) for name in wanted
@@ -251,8 +226,19 @@ def measure(
         resampled_seeds_SRMB={
             name: [_nanmean(one, -1).astype(np.float32) for one in with_others[name]] for name in wanted
         },
-        alike_S=np.array([min(1.0, max(0.0, float(np.mean(one)))) for one in alike]),
+        alike_S=_shares(alike),
+        alike_sites_S=_shares(alike_sites),
     )
+
+
+def _shares(found: Sequence[Sequence[float]]) -> Floats:
+    return np.array([min(1.0, max(0.0, float(np.mean(one)))) for one in found])
+
+
+def worth_of_sizes(site_of_each: Sequence[object]) -> float:
+    """How many sites of one size would average out as well as these: Kish's (sum n)^2 / sum n^2 of their patients."""
+    sizes = np.array(list(Counter(site_of_each).values()), dtype=np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def _slides_at(budget: Budget, budgets: Sequence[Budget], pool: Pool) -> float:
@@ -273,8 +259,8 @@ def _stratum_of(
     return most
 
 
-def patients_share(shares_NK: Floats, truth_N: NDArray[np.int64], patient_N: NDArray[np.intp]) -> float:
-    """How alike what is said of one patient's items is: the intraclass correlation of log-odds, within classes.
+def common_share(shares_NK: Floats, truth_N: NDArray[np.int64], patient_N: NDArray[np.intp]) -> float:
+    """How alike what is said of one patient's (or site's) items is: the intraclass correlation of log-odds, in classes.
 
     By analysis of variance, summed over the classes' log-odds; may come out below 0. 1 where nobody has two items.
     """
@@ -304,16 +290,16 @@ def patients_share(shares_NK: Floats, truth_N: NDArray[np.int64], patient_N: NDA
     return common / (common + within) if common + within > 0 else 1.0
 
 
-def patient_weights(stratum_P: NDArray[np.int64], num_resamples: int, generator: np.random.Generator) -> Floats:
-    """(R, P): how often each patient counts in each resample; always once where a class has no other patient."""
-    weights_RP = np.ones((num_resamples, len(stratum_P)))
-    for stratum in np.unique(stratum_P):
-        members = np.flatnonzero(stratum_P == stratum)
+def drawn_weights(stratum_U: NDArray[np.int64], num_resamples: int, generator: np.random.Generator) -> Floats:
+    """(R, U): how often each patient (or site) counts in each resample; always once where a stratum has no other."""
+    weights_RU = np.ones((num_resamples, len(stratum_U)))
+    for stratum in np.unique(stratum_U):
+        members = np.flatnonzero(stratum_U == stratum)
         n = len(members)
         if n > 1:
             counts = generator.multinomial(n - 1, np.full(n, 1 / n), size=num_resamples)
-            weights_RP[:, members] = counts * (n / (n - 1))
-    return weights_RP
+            weights_RU[:, members] = counts * (n / (n - 1))
+    return weights_RU
 
 
 # ---- the metrics again, weighted by patients and for all resamples at once
@@ -465,20 +451,28 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats, least_variance
     if num_draws > 1:
         between = float(labelling_D[seen_D].var(ddof=1))
         labelling_variance = max(0.0, between - _overlap(labelling_RD[:, seen_D]))
-    df_patients = max(1, measured.num_patients - measured.num_strata)
-    parts: list[tuple[float, int]] = [
-        (patients_variance + least_variance, df_patients),
+    parts: list[tuple[float, float]] = [
+        (patients_variance + least_variance, measured.df_drawn),
         (labelling_variance, max(1, num_draws - 1)),
     ]
     seeds: list[float] = [_seeds_variance(measured, metric, s, weights_SB[s]) for s in range(len(measured.series))]
     parts += [(variance, len(names) - 1) for variance, names in zip(seeds, measured.backbones, strict=True) if variance]
     total = sum(variance for variance, _ in parts)
     squared = sum(variance**2 / num for variance, num in parts)
-    df = float(total**2 / squared) if squared > 0 else float(df_patients)
-    alike = float(measured.alike_S[used[:, 0]].max(initial=0.0))
-    each = measured.num_tested / sum(measured.patients_per_class.values())
-    worth = each / (1 + (each - 1) * alike)
+    df = float(total**2 / squared) if squared > 0 else measured.df_drawn
+    worth = _worth(measured, sorted(set(used[:, 0].tolist())))
     return Estimate(value, patients_variance, labelling_variance, df, sum(seeds), worth, least_variance)
+
+
+def _worth(measured: Measured, series: Sequence[int]) -> float:
+    """How many independent items the tested items of a patient are worth; fewer than one where sites are alike."""
+    patients = sum(measured.patients_per_class.values())
+    each = measured.num_tested / patients
+    worth = each / (1 + (each - 1) * float(measured.alike_S[series].max(initial=0.0)))
+    if not measured.num_sites:
+        return worth
+    at_a_site = patients / sum(measured.sites_per_class.values())
+    return worth / (1 + (at_a_site * worth - 1) * float(measured.alike_sites_S[series].max(initial=0.0)))
 
 
 def _seeds_variance(measured: Measured, metric: str, s: int, weights_B: Floats) -> float:
@@ -512,13 +506,13 @@ def labelling_source(measured: Measured, metric: str, s: int, b: int) -> tuple[i
 
     Its own, while draws differ among themselves at least as much as pools do; else the largest smaller budget's.
     """
-    pool, alike = measured.pool, float(measured.alike_S[s])
+    pool, alike = measured.pool, (float(measured.alike_S[s]), float(measured.alike_sites_S[s]))
     if pool.num_folds:
         num_draws = int(np.isfinite(measured.values_SBD[metric][s, b]).sum())
         return (b, num_draws**-0.5) if num_draws > 1 else (None, 0.0)
     draws_B = np.isfinite(measured.values_SBD[metric][s]).sum(1)
-    floor = pool.floor(alike)
-    spread_B = np.array([pool.spread(slides, alike) for slides in measured.slides])
+    floor = pool.floor(*alike)
+    spread_B = np.array([pool.spread(slides, *alike) for slides in measured.slides])
     fit = np.flatnonzero((draws_B[: b + 1] > 1) & (floor <= TOO_ALIKE * spread_B[: b + 1] * (1 + 1e-9)))
     if not len(fit):
         if draws_B[b] < 2:

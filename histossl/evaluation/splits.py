@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl.errors import LabelsError, MismatchError, StoreError
-from histossl.evaluation.curves import FEWEST_PATIENTS
+from histossl.evaluation.curves import FEWEST_DRAWN
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.tables import ALL, Budget, in_budget_order
 from histossl.workspace import written_aside
@@ -104,7 +104,7 @@ def make_splits(
     whole = max(max(len(one) for one in part.order) for part in parts)
     taken = _budgets(budgets, least, whole, table)
     notes += _short_classes(taken, parts, table) + _untested(table, parts)
-    notes += _no_verdict(table, parts) + _one_draw(num_draws, table)
+    notes += _no_verdict(table, parts, groups, group) + _one_draw(num_draws, table)
     splits = Splits(group, folds, taken, parts, tuple(notes))
     check(splits, table)
     return splits
@@ -155,23 +155,21 @@ def _untested(table: LabelTable, parts: Sequence[Part]) -> list[str]:
     return [f"no tested {table.unit} is {' or '.join(absent)}: how well it is told is not measured"] if absent else []
 
 
-def _no_verdict(table: LabelTable, parts: Sequence[Part]) -> list[str]:
+def _no_verdict(table: LabelTable, parts: Sequence[Part], groups: NDArray[np.int64], group: Group) -> list[str]:
     """Said before hours of computing: with so few tested patients the report will not say whether adaptation helped."""
-    tested = {(table.items[item].label, table.items[item].patient) for part in parts for item in part.test}
-    num_patients = len({patient for _, patient in tested})
+    tested = {(table.items[item].label, int(groups[item])) for part in parts for item in part.test}
+    number = len({one for _, one in tested})
     per_class = Counter(label for label, _ in tested)
     rare = [label for label in table.classes if per_class[label] == 1]
-    if num_patients >= FEWEST_PATIENTS and not rare:
+    if number >= FEWEST_DRAWN[group] and not rare:
         return []
-    why = f"{num_patients} patients are tested"
+    why = f"{number} {group}s are tested"
     if rare:
         why += f", of class {', '.join(map(repr, rare))} one{' each' * (len(rare) > 1)}"
-    return [
-        f"no verdict will be given: {why}; it takes {FEWEST_PATIENTS} tested patients, and two of each class "
-        "(label more patients, or test on all of them by leaving out the split column)"
-        if table.has_split
-        else f"no verdict will be given: {why}; it takes {FEWEST_PATIENTS} tested patients, and two of each class"
-    ]
+    note = f"no verdict will be given: {why}; it takes {FEWEST_DRAWN[group]} tested {group}s, and two of each class"
+    if table.has_split:
+        note += f" (label more {group}s, or test on all of them by leaving out the split column)"
+    return [note]
 
 
 def _one_draw(num_draws: int, table: LabelTable) -> list[str]:
@@ -181,6 +179,15 @@ def _one_draw(num_draws: int, table: LabelTable) -> list[str]:
         f"with one draw nothing shows how much hangs on which {table.unit}s are labelled, so no interval holds it; "
         "--draws 5 or more does"
     ]
+
+
+def site_names(table: LabelTable) -> list[str]:
+    """Per item the sites that stay on one side with it, as `groups_of` ties them."""
+    groups = groups_of(table, "site")
+    named: dict[int, set[str]] = defaultdict(set)
+    for item, number in zip(table.items, groups.tolist(), strict=True):
+        named[number].add(item.site)
+    return ["+".join(sorted(named[number])) for number in groups.tolist()]
 
 
 def groups_per_class(table: LabelTable, groups: NDArray[np.int64]) -> dict[str, int]:

@@ -11,6 +11,8 @@ with a fixed test set `fold` is None (an empty cell).
 
 A start may be several pretraining runs with different seeds: `backbone` says which of them a row of points and
 predictions is of (empty: the start has but one), and summary.csv counts them in `num_seeds`.
+
+With whole sites left out (--group site), `site` names what stood on one side together; by patients it is empty.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Prediction:
     predicted: str
     probabilities: tuple[float, ...]
     backbone: str = ""
+    site: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,11 @@ class SummaryRow:
 # ---- the files
 
 POINT_COLUMNS = ("start", "backbone", "head", "budget", "draw", "fold", "metric", "value")
-PREDICTION_COLUMNS = ("start", "backbone", "head", "budget", "draw", "fold", "slide", "patient", "label", "predicted")
+PREDICTION_COLUMNS = (
+    "start", "backbone", "head", "budget", "draw", "fold", "slide", "patient", "site", "label", "predicted"
+)  # fmt: skip
 SUMMARY_COLUMNS = ("start", "num_seeds", "head", "budget", "metric", "mean", "low", "high", "num_draws", "num_patients")
-NOT_IN_OLD_FILES = ("backbone", "num_seeds")  # curves of before seeds could be pooled can still be reported
+NOT_IN_OLD_FILES = ("backbone", "num_seeds", "site")  # curves of before there were these can still be reported
 
 
 def write_points(path: Path, points: Iterable[Point]) -> None:
@@ -105,7 +110,7 @@ def read_points(path: Path) -> list[Point]:
 
 def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Sequence[str]) -> None:
     rows = (
-        (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.slide, p.patient, p.label, p.predicted)
+        (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.slide, p.patient, p.site, p.label, p.predicted)
         + tuple(repr(float(share)) for share in p.probabilities)
         for p in predictions
     )
@@ -130,6 +135,7 @@ def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
             row["predicted"],
             shares,
             row.get("backbone", ""),
+            row.get("site", ""),
         )
 
     predictions, columns = _read(path, PREDICTION_COLUMNS, prediction)

@@ -99,7 +99,7 @@ def read_content(run: FinetuneDir, workspace: Workspace) -> Content:
     facts = read_run(run.run_json) if run.run_json.exists() else {}
     predictions, classes = curves.read_predictions(run.predictions)
     split = facts.get("split", {})
-    measured = measure(predictions, classes, split.get("pool_per_class"), split.get("pool_patients_per_class"))
+    measured = measure(predictions, classes, **curves.pool_of(split))
     return Content(
         run=run,
         facts=facts,

@@ -103,7 +103,7 @@ def sections(content: Content) -> dict[str, Any]:
         "comparison": comparison,
         "several_items": found.several_items,
         "simulated": simulated(content),
-        "testable": not curves.too_few_patients(found),
+        "testable": not curves.too_few(found),
         "other_comparisons": _other_comparisons(content),
         "other_verdicts": _other_verdicts(content),
         "scores": _scores(content),
@@ -185,7 +185,7 @@ def key_figures(
                     f"95 % interval {_slides(row.low)} to {_slides(row.high)}",
                 )
             )
-        elif verdict.outcome != "too few patients":
+        elif not curves.too_few(found):
             figures.append(
                 (
                     "smallest difference that would show",
@@ -193,8 +193,10 @@ def key_figures(
                     "found four times in five",
                 )
             )
-    rarest = f"rarest class: {curves.fewest_patients(found)}"
-    figures.append(("patients tested", str(found.num_patients), rarest))
+    rarest = f"rarest class: {curves.fewest_drawn(found)}"
+    if found.drawn == "site":
+        rarest = f"{found.num_patients} patients; {rarest} sites"
+    figures.append((f"{found.drawn}s tested", str(curves.num_drawn(found)), rarest))
     folds = found.pool.num_folds
     figures.append(
         (

@@ -44,7 +44,7 @@ def test_tables_come_back_as_they_were(tmp_path):
     curves.write_summary(tmp_path / "summary.csv", summary)
     assert curves.read_summary(tmp_path / "summary.csv") == summary
     header = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[0]
-    assert header == 'start,backbone,head,budget,draw,fold,slide,patient,label,predicted,p_x,p_y,"p_ä,z"'
+    assert header == 'start,backbone,head,budget,draw,fold,slide,patient,site,label,predicted,p_x,p_y,"p_ä,z"'
 
 
 @pytest.mark.parametrize(
