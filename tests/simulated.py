@@ -3,7 +3,8 @@
 A patient's features are its class's mean, plus what all its slides share, plus what one slide has for itself. The head
 is trained and tested as in the real stage (nested budgets, draws, folds by patient), so whatever makes scores of one
 archive depend on each other is in here too: few patients, draws from one pool, patients who are tested and trained on.
-With sites, patients of one site share a shift too, whatever their class (a stain), and whole sites are left out.
+With sites, whole sites are left out, and patients of one site share a shift whatever their class (a stain), and how far
+apart their classes lie (a scanner's focus): a shift moves slides from one class to another, focus moves the score.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Archive:
     sites: int = 0  # that patients come from; folds are by site then
     test_sites: int = 0  # that a fixed test set comes from
     site_share: float = 0.0  # of a slide's variance; patient_share is of the same whole
+    site_spread: float = 0.0  # standard deviation between sites of the separation, as a share of it
     unequal_sites: bool = False  # sizes of sites as 1 : 2 : 3 ...
 
 
@@ -116,7 +118,9 @@ def true_balanced_accuracy(archive: Archive, start: str, budget: int) -> float:
     if archive.sites:
         assert budget <= 0.5 * archive.patients_per_class, "labels of new patients only"
         trained_on = archive.sites if archive.test_sites else round(archive.sites * (1 - 1 / archive.num_folds))
-        return _true_with_sites(num_classes, separation, budget, trained_on, archive.site_share, archive.unequal_sites)
+        return _true_with_sites(
+            num_classes, separation, budget, trained_on, archive.site_share, archive.site_spread, archive.unequal_sites
+        )
     noise = _noise_of_means(archive, budget)
     if start not in archive.seeds or not archive.seed_spread:
         return _true_accuracy(num_classes, separation, noise)
@@ -163,7 +167,14 @@ def _true_logistic(classes: tuple[str, ...], separation: float, budget: int, num
 
 @functools.cache
 def _true_with_sites(
-    num_classes: int, separation: float, budget: int, num_sites: int, share: float, unequal: bool, num_heads: int = 2000
+    num_classes: int,
+    separation: float,
+    budget: int,
+    num_sites: int,
+    share: float,
+    spread: float,
+    unequal: bool,
+    num_heads: int = 2000,
 ) -> float:
     rng = np.random.default_rng(0)
     centres = _centres(num_classes, separation)
@@ -173,8 +184,12 @@ def _true_with_sites(
         site = _sites(num_sites, unequal, num_classes * budget, rng)
         shift = np.sqrt(share) * rng.standard_normal((num_sites, DIMENSIONS))
         own = np.sqrt(1 - share) * rng.standard_normal((len(site), DIMENSIONS))
-        means = centres + (shift[site] + own).reshape(num_classes, budget, DIMENSIONS).mean(1)
-        x = centres[labels] + rng.standard_normal((len(labels), DIMENSIONS))
+        focus = 1 + spread * rng.standard_normal(num_sites)
+        labelled = np.repeat(centres, budget, 0) * focus[site, None] + shift[site] + own
+        means = labelled.reshape(num_classes, budget, DIMENSIONS).mean(1)
+        x = centres[labels] * (1 + spread * rng.standard_normal((len(labels), 1))) + rng.standard_normal(
+            (len(labels), DIMENSIONS)
+        )
         right += float((((x[:, None] - means[None]) ** 2).sum(-1).argmin(1) == labels).mean())
     return right / num_heads
 
@@ -195,6 +210,7 @@ def _features(
     of_patient = rng.standard_normal((len(label_P), DIMENSIONS))
     of_slide = rng.standard_normal((len(patient_N), DIMENSIONS))
     of_site = rng.standard_normal((archive.sites + archive.test_sites, DIMENSIONS)) if archive.sites else None
+    focus = 1 + archive.site_spread * rng.standard_normal((len(of_site), 1)) if of_site is not None else np.ones((1, 1))
     separations = {}
     for start, separation in archive.separation.items():
         for number in range(archive.seeds.get(start, 0)):
@@ -202,7 +218,7 @@ def _features(
         if start not in archive.seeds:
             separations[start] = separation
     return {
-        key: _centres(len(archive.classes), separation)[label_P[patient_N]]
+        key: _centres(len(archive.classes), separation)[label_P[patient_N]] * focus[site_P[patient_N]]
         + np.sqrt(archive.patient_share) * noise(of_patient)[patient_N]
         + np.sqrt(1 - archive.patient_share - archive.site_share) * noise(of_slide)
         + (0 if of_site is None else np.sqrt(archive.site_share) * noise(of_site)[site_P[patient_N]])

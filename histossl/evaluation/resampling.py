@@ -20,10 +20,20 @@ the largest smaller budget stands in.
 
 Folds: patients are also what heads are trained on, and an archive whose patients are typical is easy to test *and* good
 to learn from. No resampling of predictions shows that, and draws do not either (each draw's folds between them use most
-of the pool), so labelling is only divided by D, and the patients' part is multiplied by TWICE_USED: measured, not
-derived. In simulated archives, where true variances are known, the ratio was 2.1 to 2.9 where up to half the pool is
-labelled and 1.4 to 2.0 near all of it, for 2 to 5 classes of 6 to 30 patients, for AUROC and balanced accuracy, for
-scores and differences. Which cases intervals are held to is the list in tests/evaluation/test_curves.py.
+of the pool), so labelling is only divided by D, and the patients' part is multiplied by TWICE_USED. But not all that
+the bootstrap shows is of patients. Let a patient's items score a[p] + c[d] + e[p, d] in draw d. The mean over P
+patients and D draws has the variance
+
+    Var(a) / P          patients            the bootstrap of the draws' mean sees both this
+    Var(e) / (P D)      a patient's luck    and this, which other draws average away: what a draw owes to its test set
+                        with a draw         and the mean does not, `_overlap`, divided by D
+    Var(c) / D          labelling
+
+and only the first is in both uses. (Multiplied as well, Var(e), which is most of the whole with a label or two or with
+labels that say nothing, made intervals with permuted labels hold .99 at a nominal .95.) TWICE_USED is measured, not
+derived: in simulated archives, whose true variances are known, Var(a) / P had to be multiplied by 2.6 to 4 with a tenth
+of the pool labelled (1.6 with permuted labels), by 2 to 3.4 with a fifth to two fifths, by 1 to 2 near all of it. Which
+cases intervals are held to is the list in tests/evaluation/test_curves.py.
 
 A start that is several pretraining runs (seeds of one recipe) scores the mean over them, and has a third part:
 
@@ -433,18 +443,16 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats, least_variance
     used = np.argwhere(weights_SB != 0)
     values_SBD, resampled_RSBD = measured.values_SBD[metric], measured.resampled_RSBD[metric]
     value = 0.0
-    mean_R = np.zeros(resampled_RSBD.shape[0])
     labelling_D = np.zeros(len(measured.draws))
     labelling_RD = np.zeros((resampled_RSBD.shape[0], len(measured.draws)))
     for s, b in used:
         weight = weights_SB[s, b]
         value += float(weight * _nanmean(values_SBD[s, b], -1))
-        mean_R += weight * _patients_deviation(measured, metric, int(s), int(b))
         source, scale = labelling_source(measured, metric, int(s), int(b))
         if source is not None:
             labelling_D += weight * scale * values_SBD[s, source]
             labelling_RD += weight * scale * resampled_RSBD[:, s, source]
-    patients_variance = float(mean_R.var(ddof=1))
+    patients_variance = _patients_variance(measured, metric, weights_SB)
     seen_D = np.isfinite(labelling_D) & np.isfinite(labelling_RD).all(0)
     num_draws = int(seen_D.sum())
     labelling_variance = 0.0
@@ -494,11 +502,33 @@ def _overlap(owed_RX: NDArray[np.floating]) -> float:
     return max(0.0, alone - together) * num / (num - 1)
 
 
+def _patients_variance(measured: Measured, metric: str, weights_SB: Floats) -> float:
+    """Of a contrast, from what patients do in both of their uses and from their luck with single draws."""
+    resampled_RSBD = measured.resampled_RSBD[metric]
+    mean_R = np.zeros(len(resampled_RSBD))
+    owed_RD = single_RD = np.zeros((len(resampled_RSBD), len(measured.draws)))
+    for s, b in np.argwhere(weights_SB != 0):
+        own_RD = weights_SB[s, b] * resampled_RSBD[:, s, b].astype(np.float64)
+        uses = np.sqrt(measured.pool.patients_factor(measured.slides[b]))
+        mean_R += uses * _nanmean(own_RD, -1)
+        owed_RD, single_RD = owed_RD + uses * own_RD, single_RD + own_RD
+    whole = float(mean_R.var(ddof=1))
+    seen_D = np.isfinite(owed_RD).all(0)
+    num_draws = int(seen_D.sum())
+    if not measured.pool.num_folds or num_draws < 2:
+        return whole
+    with_uses, once = (_overlap(one_RD[:, seen_D]) / num_draws for one_RD in (owed_RD, single_RD))
+    return max(0.0, whole - with_uses) + once
+
+
 def _patients_deviation(measured: Measured, metric: str, s: int, b: int) -> Floats:
     """(R,) how far the draws' mean moves with other patients, in both of their uses."""
     mean_R = _nanmean(measured.resampled_RSBD[metric][:, s, b], -1)
-    deviation: Floats = (mean_R - mean_R.mean()) * np.sqrt(measured.pool.patients_factor(measured.slides[b]))
-    return deviation
+    deviation_R: Floats = mean_R - mean_R.mean()
+    weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
+    weights_SB[s, b] = 1
+    seen = float(mean_R.var(ddof=1))
+    return deviation_R * np.sqrt(_patients_variance(measured, metric, weights_SB) / seen) if seen > 0 else deviation_R
 
 
 def labelling_source(measured: Measured, metric: str, s: int, b: int) -> tuple[int | None, float]:

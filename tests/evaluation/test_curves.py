@@ -8,7 +8,7 @@ import pytest
 from simulated import Archive, _order, predictions_of, true_balanced_accuracy
 
 from histossl.errors import StoreError
-from histossl.evaluation import curves
+from histossl.evaluation import curves, resampling
 from histossl.evaluation.curves import (
     Point,
     Prediction,
@@ -25,7 +25,7 @@ from histossl.evaluation.curves import (
     verdict,
     wilson,
 )
-from histossl.evaluation.resampling import Pool
+from histossl.evaluation.pool import Pool
 
 # ---- the files
 
@@ -283,6 +283,21 @@ def test_what_draws_share_and_where_they_differ_is_that_of_labels_taken_by_turns
     assert np.var(means) == pytest.approx(pool.floor(alike) + pool.spread(budget, alike) / 4, rel=0.2)
 
 
+@pytest.mark.parametrize("budget", [2, 8, 24])
+def test_patients_of_one_site_are_part_of_what_draws_share(budget):
+    """6 sites of 4 patients, half of the variance their sites': a mean of `budget`, between draws and between pools."""
+    rng = np.random.default_rng(0)
+    between, means = [], []
+    for _ in range(1500):
+        items = np.sqrt(0.5) * rng.standard_normal((6, 1)) + np.sqrt(0.5) * rng.standard_normal((6, 4))
+        draws = [rng.permutation(items.reshape(-1))[:budget].mean() for _ in range(4)]
+        between.append(np.var(draws, ddof=1))
+        means.append(np.mean(draws))
+    pool = Pool(24, 24, sites=6)
+    assert np.mean(between) == pytest.approx(pool.spread(budget, 1.0, 0.5), rel=0.1, abs=1e-4)
+    assert np.var(means) == pytest.approx(pool.floor(1.0, 0.5) + pool.spread(budget, 1.0, 0.5) / 4, rel=0.15)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.6])
 def test_how_alike_a_patients_items_are_is_read_off_the_predictions(share):
     archive = Archive(
@@ -319,6 +334,74 @@ def test_many_tiles_of_few_patients_are_worth_more_than_the_patients_and_less_th
     apart, together = low(0.0), low(1.0)
     assert wilson(1.0, 10, 2.31)[0] - 0.03 < together < wilson(1.0, 14, 2.31)[0]
     assert wilson(1.0, 60, 2.31)[0] < apart <= wilson(1.0, 100, 2.31)[0] + 0.01
+
+
+# ---- sites
+
+
+def found_or_missed_by_site(patients_per_site, sites=10):
+    """Every second site is told wrong throughout: however many patients these are, they are so many sites' evidence."""
+    rows = []
+    for start in ("adapted", "imagenet"):
+        for draw in range(3):
+            for patient in range(sites * patients_per_site):
+                site, label, other = patient % sites, *("ab" if patient // sites % 2 else "ba")
+                called = other if site % 2 else label
+                shares = (0.9, 0.1) if called == "a" else (0.1, 0.9)
+                rows.append(
+                    Prediction(
+                        start,
+                        "mean",
+                        1,
+                        draw,
+                        None,
+                        f"s{patient}",
+                        f"p{patient}",
+                        label,
+                        called,
+                        shares,
+                        "",
+                        f"at{site}",
+                    )
+                )
+    return rows
+
+
+def test_with_sites_left_out_sites_are_drawn_and_more_patients_of_them_tell_no_more():
+    few, many, unknown = (
+        next(row for row in summarise(measure(rows, ["a", "b"])) if row.metric == "balanced_accuracy")
+        for rows in (
+            found_or_missed_by_site(4),
+            found_or_missed_by_site(20),
+            [replace(row, site="") for row in found_or_missed_by_site(20)],
+        )
+    )
+    assert few.mean == many.mean == 0.5
+    assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1)
+    assert (
+        2 * 2.26 * np.sqrt(0.25 / 9) * 0.75 < many.high - many.low < 2 * 2.26 * np.sqrt(0.25 / 9)
+    )  # Wilson's is shorter
+    assert unknown.high - unknown.low < 0.3 * (many.high - many.low)
+
+
+def test_sites_of_unequal_size_are_worth_fewer():
+    assert resampling.worth_of_sizes(["a", "a", "b", "b", "c", "c"]) == 3
+    assert resampling.worth_of_sizes(["a"] * 8 + ["b", "c"]) == pytest.approx(100 / 66)
+    measured = measure(found_or_missed_by_site(4), ["a", "b"], 30)
+    assert (measured.num_sites, measured.worth_sites, measured.df_drawn) == (10, 10, 9)
+    assert measured.sites_per_class == {"a": 10, "b": 10}
+
+
+def test_the_verdict_says_how_many_sites_it_rests_on_and_asks_for_six():
+    said = verdict(measure(found_or_missed_by_site(4), ["a", "b"], 30))
+    assert said.outcome == "no measurable difference"
+    assert "10 tested sites with 40 patients; 10 with each class" in said.limits[0]
+    assert "with 10 sites, a difference" in said.sentences[-1]
+    few = verdict(measure(found_or_missed_by_site(8, sites=5), ["a", "b"], 30))
+    assert few.outcome == "too few sites"
+    assert few.headline == "Too few sites to say whether adaptation helped: 5 were tested."
+    only_there = [row for row in found_or_missed_by_site(4, sites=8) if row.label == "a" or row.site == "at3"]
+    assert "8 were tested, and class b has one" in verdict(measure(only_there, ["a", "b"], 30)).headline
 
 
 # ---- the verdict
@@ -451,8 +534,32 @@ def test_the_verdict_says_how_many_seeds_it_rests_on():
 # ---- the levels that are promised
 
 
-def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str = "balanced_accuracy"):
-    """How often intervals hold the truth (per start and budget), and how often the verdict sees a difference."""
+def quick_metrics(labels, shares_NK, classes, wanted):
+    """scikit-learn's values (test_metrics.py holds them equal) without its checks, 4/5 of a simulation's time."""
+    truth_N = np.array([classes.index(label) for label in labels])
+    found = resampling.resampled_metrics(
+        truth_N, shares_NK, np.arange(len(truth_N)), np.ones((1, len(truth_N))), wanted
+    )
+    return {name: float(values[0]) for name, values in found.items()}
+
+
+def pool_of(archive):
+    """What `measure` is told of a fixed test set's pool."""
+    if not archive.test_patients_per_class:
+        return {}
+    found = {"pool_per_class": archive.patients_per_class * archive.slides_per_patient}
+    found["pool_patients_per_class"] = archive.patients_per_class
+    if archive.test_sites:  # worth fewer than they are, by how much their sizes differ by chance
+        patients = archive.patients_per_class * len(archive.classes)
+        found["pool_sites"] = archive.sites / (1 + (archive.sites - 1) / patients)
+    return found
+
+
+def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str = "balanced_accuracy", sites=True):
+    """How often intervals hold the truth (per start and budget), and how often the verdict sees a difference.
+
+    `sites` False: as if nobody knew which site a patient is from.
+    """
     truth = {
         (start, budget): true_balanced_accuracy(archive, start, budget)
         for start in archive.separation
@@ -461,11 +568,13 @@ def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str 
     rng = np.random.default_rng(seed)
     held = dict.fromkeys(truth, 0)
     alarms = 0
-    fixed = archive.test_patients_per_class
-    pool = (archive.patients_per_class * archive.slides_per_patient, archive.patients_per_class) if fixed else ()
     for run in range(num_runs):
         rows = predictions_of(archive, rng)
-        measured = measure(rows, archive.classes, *pool, wanted=(metric,), num_resamples=300, seed=run)
+        if not sites:
+            rows = [replace(row, site="") for row in rows]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resampling, "metrics", quick_metrics)
+            measured = measure(rows, archive.classes, wanted=(metric,), num_resamples=300, seed=run, **pool_of(archive))
         for row in summarise(measured):
             held[(row.start, row.budget)] += row.low <= truth[(row.start, row.budget)] <= row.high
         alarms += verdict(measured, metric=metric).outcome != "no measurable difference"
@@ -478,6 +587,28 @@ def test_intervals_hold_the_truth_and_equal_starts_are_called_equal_quickly():
     held, alarms = coverage_and_alarms(archive, 40, seed=0)
     assert 0.88 <= np.mean(list(held.values())) <= 1.0
     assert alarms <= 0.10
+
+
+EIGHT_SITES = Archive(
+    patients_per_class=24,
+    sites=8,
+    site_share=0.2,
+    site_spread=0.5,
+    patient_share=0.4,
+    separation={"imagenet": 2.0, "adapted": 2.0},
+    budgets=(1, 4, 12),
+    num_draws=5,
+    num_folds=4,
+)
+
+
+def test_intervals_over_sites_hold_the_truth_where_those_over_their_patients_do_not_quickly():
+    archive = replace(EIGHT_SITES, budgets=(1, 4), num_draws=3)
+    held, alarms = coverage_and_alarms(archive, 40, seed=0)
+    assert 0.88 <= np.mean(list(held.values())) <= 1.0
+    assert alarms <= 0.10
+    held, _ = coverage_and_alarms(archive, 40, seed=0, sites=False)
+    assert np.mean(list(held.values())) <= 0.87
 
 
 @pytest.mark.slow
@@ -500,6 +631,11 @@ def test_intervals_hold_the_truth_and_equal_starts_are_called_equal_quickly():
         ),
         Archive(logistic=True, budgets=(1, 4, 8), num_draws=5),
         Archive(logistic=True, budgets=(1, 4, 8), num_draws=5, patients_per_class=15, test_patients_per_class=8),
+        EIGHT_SITES,
+        replace(EIGHT_SITES, sites=6, num_folds=3),
+        replace(EIGHT_SITES, sites=12, num_folds=5, unequal_sites=True),
+        replace(EIGHT_SITES, site_share=0.0, site_spread=0.0),
+        replace(EIGHT_SITES, test_sites=8, test_patients_per_class=24),
     ],
     ids=[
         "folds",
@@ -510,6 +646,11 @@ def test_intervals_hold_the_truth_and_equal_starts_are_called_equal_quickly():
         "fixed, twenty unlike tiles a patient",
         "folds, logistic head",
         "fixed, logistic head",
+        "folds, eight sites",
+        "folds, six sites",
+        "folds, twelve sites of unequal size",
+        "folds, eight sites that do not differ",
+        "fixed, eight and eight sites",
     ],
 )
 def test_intervals_hold_the_truth_at_their_nominal_rate(archive):

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from histossl.evaluation.metrics import METRICS, confidence_bins, metrics
-from histossl.evaluation.resampling import pairs_won, patient_weights, resampled_metrics
+from histossl.evaluation.resampling import drawn_weights, pairs_won, resampled_metrics
 
 CLASSES = ["a", "b", "c"]
 
@@ -130,7 +130,7 @@ def test_pairs_won_counts_every_pair_once():
 
 def test_resampled_patients_stay_in_their_class_and_keep_its_size():
     stratum = np.array([0] * 7 + [1] * 3 + [2])
-    weights = patient_weights(stratum, 4000, np.random.default_rng(0))
+    weights = drawn_weights(stratum, 4000, np.random.default_rng(0))
     for number, size in ((0, 7), (1, 3), (2, 1)):
         assert np.allclose(weights[:, stratum == number].sum(1), size)
     # The variance of a class's mean is then the unbiased one, s^2 / n.

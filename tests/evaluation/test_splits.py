@@ -5,7 +5,7 @@ import pytest
 
 from histossl.errors import LabelsError, MismatchError
 from histossl.evaluation.labels import Item, LabelTable
-from histossl.evaluation.splits import Part, Splits, check, make_splits, read_splits, write_splits
+from histossl.evaluation.splits import Part, Splits, check, make_splits, read_splits, site_names, write_splits
 from histossl.evaluation.tables import ALL
 
 
@@ -80,6 +80,16 @@ def test_sites_stay_together_and_so_do_patients_seen_at_two():
     for part in splits.parts:
         sides = [{together.get(items[n].site, items[n].site) for n in side} for side in (part.pool, part.test)]
         assert not sides[0] & sides[1]
+    assert site_names(table)[:2] == ["site0+site7"] * 2
+    assert site_names(table)[4] == "site1"
+
+
+def test_too_few_sites_for_a_verdict_are_told_before_anything_runs():
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", f"site{n % 5}") for n in range(40)]
+    said = make_splits(table_of(items), group="site", num_draws=2).notes
+    assert said == ("no verdict will be given: 5 sites are tested; it takes 6 tested sites, and two of each class",)
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", f"site{n % 7}") for n in range(42)]
+    assert make_splits(table_of(items), group="site", num_draws=2).notes == ()
 
 
 def test_slides_of_other_patients_come_before_a_second_of_the_same():
