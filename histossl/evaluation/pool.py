@@ -21,9 +21,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-def twice_used(share: float) -> float:
-    """TWICE_USED: factor on the variance from patients who are tested and trained on, by the share that is labelled."""
-    return 1.8 + 1.7 * (1 - share) ** 2
+def twice_used(budget: float, share: float) -> float:
+    """TWICE_USED: factor on the variance from patients (or sites) that are tested and trained on; measured, see
+    resampling.py. `share` of what a head may use is labelled.
+
+    How much a mean score hangs on a patient who may be labelled depends on the size of the head's training set, and in
+    a large archive on nothing else (to first order, as of any mean over subsets); near all of a small one it dies out.
+    """
+    return 1.8 + 2.7 * (1 - share) / max(1.0, budget)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Pool:
         return per_patient + (1 - per_patient) * together
 
     def patients_factor(self, budget: float) -> float:
-        return twice_used(self.labelled_share(budget)) if self.num_folds else 1.0
+        return twice_used(budget, self.labelled_share(budget)) if self.num_folds else 1.0
 
 
 def _parted(alike: float, alike_site: float) -> tuple[float, float, float]:

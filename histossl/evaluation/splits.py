@@ -161,12 +161,12 @@ def _no_verdict(table: LabelTable, parts: Sequence[Part], groups: NDArray[np.int
     number = len({one for _, one in tested})
     per_class = Counter(label for label, _ in tested)
     rare = [label for label in table.classes if per_class[label] == 1]
-    if number >= FEWEST_DRAWN[group] and not rare:
+    if number >= FEWEST_DRAWN and not rare:
         return []
     why = f"{number} {group}s are tested"
     if rare:
         why += f", of class {', '.join(map(repr, rare))} one{' each' * (len(rare) > 1)}"
-    note = f"no verdict will be given: {why}; it takes {FEWEST_DRAWN[group]} tested {group}s, and two of each class"
+    note = f"no verdict will be given: {why}; it takes {FEWEST_DRAWN} tested {group}s, and two of each class"
     if table.has_split:
         note += f" (label more {group}s, or test on all of them by leaving out the split column)"
     return [note]

@@ -227,22 +227,26 @@ def simulated(content: Content) -> list[str]:
     """In which cases the intervals were held against known truths (test_curves.py), and whether this is one of them."""
     found = content.measured
     said = [
-        "In simulated archives, whose true values are known, 95 % intervals held them in 92 to 98 of 100, and where "
+        "In simulated archives, whose true values are known, 95 % intervals held them in 95 to 98 of 100, and where "
         "nothing differed the verdict said so in at least 95 of 100. Simulated were, in 200 archives of each kind, "
         "with patients of one class each: folds with one item per patient (2, 3 and 5 classes of 6 to 20 patients), a "
-        "start of four pretraining runs, a fixed test set with one item per patient, and one with 20 unlike items per "
-        "patient (with 20 alike ones they held 97 to 98, wider than they need be); by nearest-mean heads, and by "
-        "logistic regression with one item per patient."
+        "start of four pretraining runs, a fixed test set with one item per patient, and one with 20 items per "
+        "patient, alike or not (with alike ones, wider than they need be); by nearest-mean heads, and by logistic "
+        "regression with one item per patient."
     ]
     if found.pool.num_folds and found.several_items:
+        said.append(f"Folds with several {content.unit}s per patient, as here, were simulated with 8 per patient only.")
+    if found.drawn == "site":
         said.append(
-            f"Folds with several {content.unit}s per patient, as here, were simulated with 8 per patient only: the "
-            "intervals held 97 to 98 of 100, a little wider than they need be."
+            "Whole sites left out, as here, were simulated with 8 to 20 sites that differ in stain and in how far "
+            "apart their classes lie, of one size and of unequal ones, with folds and with a fixed test set. Sites "
+            "that send one class and not the others were not."
         )
-    if content.facts.get("split", {}).get("group") == "site":
+    elif content.facts.get("split", {}).get("group") == "site":
         said.append(
-            "Whole sites left out, as here, were not simulated: the intervals take patients for independent, and "
-            "patients of one site share what makes it different, so the intervals are too narrow."
+            "Whole sites were left out here, but these predictions were made before they named the site: the intervals "
+            "take patients for independent, and patients of one site share what makes it different, so the intervals "
+            "are too narrow. The same `histossl finetune` again names the sites and computes nothing anew."
         )
     if sum(found.patients_per_class.values()) > found.num_patients:
         said.append("Patients who are in several classes, as here, were not simulated.")

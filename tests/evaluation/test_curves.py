@@ -392,14 +392,14 @@ def test_sites_of_unequal_size_are_worth_fewer():
     assert measured.sites_per_class == {"a": 10, "b": 10}
 
 
-def test_the_verdict_says_how_many_sites_it_rests_on_and_asks_for_six():
+def test_the_verdict_says_how_many_sites_it_rests_on_and_asks_for_eight():
     said = verdict(measure(found_or_missed_by_site(4), ["a", "b"], 30))
     assert said.outcome == "no measurable difference"
     assert "10 tested sites with 40 patients; 10 with each class" in said.limits[0]
     assert "with 10 sites, a difference" in said.sentences[-1]
-    few = verdict(measure(found_or_missed_by_site(8, sites=5), ["a", "b"], 30))
+    few = verdict(measure(found_or_missed_by_site(8, sites=7), ["a", "b"], 30))
     assert few.outcome == "too few sites"
-    assert few.headline == "Too few sites to say whether adaptation helped: 5 were tested."
+    assert few.headline == "Too few sites to say whether adaptation helped: 7 were tested."
     only_there = [row for row in found_or_missed_by_site(4, sites=8) if row.label == "a" or row.site == "at3"]
     assert "8 were tested, and class b has one" in verdict(measure(only_there, ["a", "b"], 30)).headline
 
@@ -632,7 +632,8 @@ def test_intervals_over_sites_hold_the_truth_where_those_over_their_patients_do_
         Archive(logistic=True, budgets=(1, 4, 8), num_draws=5),
         Archive(logistic=True, budgets=(1, 4, 8), num_draws=5, patients_per_class=15, test_patients_per_class=8),
         EIGHT_SITES,
-        replace(EIGHT_SITES, sites=6, num_folds=3),
+        replace(EIGHT_SITES, sites=20, num_folds=5, patients_per_class=30),
+        replace(EIGHT_SITES, slides_per_patient=4),
         replace(EIGHT_SITES, sites=12, num_folds=5, unequal_sites=True),
         replace(EIGHT_SITES, site_share=0.0, site_spread=0.0),
         replace(EIGHT_SITES, test_sites=8, test_patients_per_class=24),
@@ -647,7 +648,8 @@ def test_intervals_over_sites_hold_the_truth_where_those_over_their_patients_do_
         "folds, logistic head",
         "fixed, logistic head",
         "folds, eight sites",
-        "folds, six sites",
+        "folds, twenty sites",
+        "folds, eight sites, four slides a patient",
         "folds, twelve sites of unequal size",
         "folds, eight sites that do not differ",
         "fixed, eight and eight sites",

@@ -422,6 +422,21 @@ def test_a_start_added_later_keeps_what_was_said_of_the_first_and_its_model(read
     assert json.loads((ready.finetune("b").model / "model.json").read_text())["start"] == "adapted"
 
 
+def test_with_sites_left_out_predictions_name_them_and_the_run_counts_them(ready, capsys):
+    lines = ["slide,label,patient,site"]
+    lines += [f"s{n:02d},{'low' if n % 5 < 2 else 'high'},P{n % 12},site{n % 6}" for n in range(24)]
+    (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    finetune(ready, "a", config_of(ready, starts=("random",), group="site", **ONE))
+    run = ready.finetune("a")
+    rows = read_predictions(run.predictions)[0]
+    assert {one.site for one in rows} == {f"site{n}" for n in range(6)}
+    for one in rows:
+        assert int(one.patient[1:]) % 6 == int(one.site[4:])
+    facts = json.loads(run.run_json.read_text())
+    assert facts["split"]["num_tested_sites"] == 6
+    assert "12 patients of 6 sites tested" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_backbone_of_another_scale_is_told_on_the_page_too(ready, capsys):
     path = export(ready, "run", seed=3)
     stored = json.loads(path.with_suffix(".json").read_text())

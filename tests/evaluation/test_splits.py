@@ -87,8 +87,8 @@ def test_sites_stay_together_and_so_do_patients_seen_at_two():
 def test_too_few_sites_for_a_verdict_are_told_before_anything_runs():
     items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", f"site{n % 5}") for n in range(40)]
     said = make_splits(table_of(items), group="site", num_draws=2).notes
-    assert said == ("no verdict will be given: 5 sites are tested; it takes 6 tested sites, and two of each class",)
-    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", f"site{n % 7}") for n in range(42)]
+    assert said == ("no verdict will be given: 5 sites are tested; it takes 8 tested sites, and two of each class",)
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", f"site{n % 9}") for n in range(54)]
     assert make_splits(table_of(items), group="site", num_draws=2).notes == ()
 
 

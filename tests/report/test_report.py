@@ -186,8 +186,29 @@ def test_the_page_says_which_cases_were_simulated_and_whether_this_is_one(tmp_pa
     assert "Folds with several slides per patient, as here, were simulated with 8 per patient only" in said
     fixed = replace(archive, test_patients_per_class=4)
     said = " ".join(simulated(read_content(write_finetuning(workspace, "fixed", fixed), workspace)))
-    assert "one with 20 unlike items per patient" in said
+    assert "one with 20 items per patient, alike or not" in said
     assert "Folds with several" not in said
+
+
+def test_with_sites_left_out_the_page_counts_sites(tmp_path):
+    workspace = Workspace(tmp_path)
+    archive = Archive(patients_per_class=12, sites=6, budgets=(1, 4), num_draws=2, num_folds=3)
+    split = {"group": "site", "num_folds": 3, "notes": []}
+    run = write_finetuning(workspace, "sites", archive, split=split)
+    shown = words(Page(render(read_content(run, workspace))))
+    assert "36 patients at 6 sites" in shown
+    assert "All of this rests on 6 tested sites with 36 patients" in shown
+    assert "Test sites: 1,000 bootstrap samples of whole sites" in shown
+    assert "Whole sites left out, as here, were simulated" in shown
+    content = read_content(run, workspace)
+    assert ("sites tested", "6", "36 patients; rarest class: 5 sites") in key_figures(content, None, [])
+    assert "Too few sites to say whether adaptation helped: 6 were tested" in shown
+    assert "With fewer than 8 sites the intervals are too narrow" in shown
+    predictions, classes = read_predictions(run.predictions)
+    write_predictions(run.predictions, [replace(one, site="") for one in predictions], classes)
+    content = read_content(run, workspace)
+    assert content.measured.drawn == "patient"
+    assert "made before they named the site" in " ".join(simulated(content))
 
 
 def test_one_draw_is_not_called_an_interval_over_draws(tmp_path):
