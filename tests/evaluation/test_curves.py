@@ -555,6 +555,12 @@ def pool_of(archive):
     return found
 
 
+def measured_quickly(rows, archive: Archive, metric: str, seed: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resampling, "metrics", quick_metrics)
+        return measure(rows, archive.classes, wanted=(metric,), num_resamples=300, seed=seed, **pool_of(archive))
+
+
 def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str = "balanced_accuracy", sites=True):
     """How often intervals hold the truth (per start and budget), and how often the verdict sees a difference.
 
@@ -572,9 +578,7 @@ def coverage_and_alarms(archive: Archive, num_runs: int, seed: int, metric: str 
         rows = predictions_of(archive, rng)
         if not sites:
             rows = [replace(row, site="") for row in rows]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resampling, "metrics", quick_metrics)
-            measured = measure(rows, archive.classes, wanted=(metric,), num_resamples=300, seed=run, **pool_of(archive))
+        measured = measured_quickly(rows, archive, metric, run)
         for row in summarise(measured):
             held[(row.start, row.budget)] += row.low <= truth[(row.start, row.budget)] <= row.high
         alarms += verdict(measured, metric=metric).outcome != "no measurable difference"
@@ -631,6 +635,15 @@ def test_intervals_over_sites_hold_the_truth_where_those_over_their_patients_do_
         ),
         Archive(logistic=True, budgets=(1, 4, 8), num_draws=5),
         Archive(logistic=True, budgets=(1, 4, 8), num_draws=5, patients_per_class=15, test_patients_per_class=8),
+        Archive(permuted=True, num_draws=6),
+        Archive(
+            patients_per_class=10,
+            slides_per_patient=8,
+            patient_share=0.3,
+            budgets=(1, 8, 32),
+            num_draws=6,
+            separation={"imagenet": 2.0, "adapted": 2.0},
+        ),
         EIGHT_SITES,
         replace(EIGHT_SITES, sites=20, num_folds=5, patients_per_class=30),
         replace(EIGHT_SITES, slides_per_patient=4),
@@ -647,6 +660,8 @@ def test_intervals_over_sites_hold_the_truth_where_those_over_their_patients_do_
         "fixed, twenty unlike tiles a patient",
         "folds, logistic head",
         "fixed, logistic head",
+        "folds, permuted",
+        "folds, eight slides a patient",
         "folds, eight sites",
         "folds, twenty sites",
         "folds, eight sites, four slides a patient",
@@ -665,27 +680,19 @@ def test_intervals_hold_the_truth_at_their_nominal_rate(archive):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "archive",
-    [
-        Archive(permuted=True, num_draws=6),
-        Archive(
-            patients_per_class=5,
-            test_patients_per_class=4,
-            slides_per_patient=20,
-            patient_share=0.6,
-            budgets=(1, 5, 20, 80),
-            num_draws=6,
-            separation={"imagenet": 2.0, "adapted": 2.0},
-        ),
-        Archive(patients_per_class=10, slides_per_patient=8, patient_share=0.3, budgets=(1, 8, 32), num_draws=6,
-                separation={"imagenet": 2.0, "adapted": 2.0}),
-    ],
-    ids=["folds, permuted", "fixed, twenty alike tiles a patient", "folds, eight slides a patient"],
-)  # fmt: skip
-def test_intervals_that_are_wider_than_they_need_be_hold_the_truth_at_least_at_their_rate(archive):
+def test_intervals_that_are_wider_than_they_need_be_hold_the_truth_at_least_at_their_rate():
+    """A fixed test set with twenty alike tiles a patient: pool.py says why."""
+    archive = Archive(
+        patients_per_class=5,
+        test_patients_per_class=4,
+        slides_per_patient=20,
+        patient_share=0.6,
+        budgets=(1, 5, 20, 80),
+        num_draws=6,
+        separation={"imagenet": 2.0, "adapted": 2.0},
+    )
     held, alarms = coverage_and_alarms(archive, 200, seed=1)
-    assert 0.92 <= np.mean(list(held.values())) <= 0.997
+    assert 0.92 <= np.mean(list(held.values())) <= 0.99
     assert min(held.values()) >= 0.90
     assert alarms <= 0.05
 
@@ -703,7 +710,7 @@ def test_intervals_of_labels_saved_hold_the_true_number():
     rng = np.random.default_rng(5)
     held = np.zeros(len(x))
     for run in range(100):
-        measured = measure(predictions_of(archive, rng), archive.classes, wanted=(metric,), num_resamples=300, seed=run)
+        measured = measured_quickly(predictions_of(archive, rng), archive, metric, run)
         for b, row in enumerate(labels_saved(measured, metric, "adapted", "imagenet")):
             low, high = (math.inf if end is None else end for end in (row.low, row.high))
             held[b] += low <= truth[b] + 1e-9 and truth[b] <= high + 1e-9
@@ -718,9 +725,7 @@ def test_permuted_labels_are_called_no_difference_and_chance():
     rng = np.random.default_rng(2)
     calls, at_chance = 0, dict.fromkeys(archive.separation, 0)
     for run in range(100):
-        measured = measure(
-            predictions_of(archive, rng), archive.classes, wanted=("auroc",), num_resamples=300, seed=run
-        )
+        measured = measured_quickly(predictions_of(archive, rng), archive, "auroc", run)
         calls += verdict(measured).outcome == "no measurable difference"
         for start in at_chance:
             _, low, high = area(measured, "auroc", start)
@@ -733,9 +738,6 @@ def test_permuted_labels_are_called_no_difference_and_chance():
 def test_a_real_effect_is_found_in_most_archives():
     archive = Archive(separation={"imagenet": 1.0, "adapted": 2.2})
     rng = np.random.default_rng(3)
-    found = [
-        verdict(measure(predictions_of(archive, rng), archive.classes, wanted=("auroc",), num_resamples=300)).outcome
-        for _ in range(40)
-    ]
+    found = [verdict(measured_quickly(predictions_of(archive, rng), archive, "auroc", 0)).outcome for _ in range(40)]
     assert found.count("helped") >= 32
     assert "hurt" not in found
