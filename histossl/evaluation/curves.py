@@ -2,37 +2,40 @@
 
 Everything here is a function of `Measured` (resampling.py, which states how variances are estimated):
 
-    summarise      mean over draws of each metric, start and budget, with 95 % intervals
-    area           the mean height of a curve over log2(labelled slides per class)
-    compare        two starts, paired by draw and by patient: difference and p at each budget (Holm) and of the area
-    labels_saved   how many slides the adapted start needs to reach the reference's score
-    verdict        all that in words, and what limits it
-
-Intervals of scores between 0 and 1 are Wilson's, with the number of patients that the estimated variance stands for:
-they stay inside [0, 1] and do not shrink to a point when every patient happens to be right. Differences have Student's.
+    summarise, area, compare   scores with their intervals, and two starts held against each other (intervals.py)
+    labels_saved               how many slides the adapted start needs to reach the reference's score (saved.py)
+    verdict                    all that in words, and what limits it
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
-from histossl.evaluation.resampling import (
-    Estimate,
-    Floats,
-    Measured,
-    Series,
-    estimate,
-    measure,
-    resampled_curves,
-    worth_of_sizes,
+from histossl.evaluation.intervals import (
+    BOUNDED,
+    LEVEL,
+    VERDICT_P,
+    Comparison,
+    Difference,
+    area,
+    area_per_seed,
+    area_weights,
+    chance_level,
+    compare,
+    has_budget,
+    holm,
+    interval,
+    one_cell,
+    summarise,
+    wilson,
 )
+from histossl.evaluation.resampling import Measured, estimate, measure, worth_of_sizes
+from histossl.evaluation.saved import Saved, labels_saved, most_telling, reached, rising, where_saved
 from histossl.evaluation.tables import (
     ALL,
     Budget,
@@ -51,6 +54,8 @@ from histossl.evaluation.tables import (
 
 __all__ = [
     "ALL",
+    "LEVEL",
+    "VERDICT_P",
     "Budget",
     "Comparison",
     "Difference",
@@ -63,9 +68,11 @@ __all__ = [
     "adapted_starts",
     "area",
     "area_per_seed",
+    "area_weights",
     "budget_of",
     "chance_level",
     "compare",
+    "holm",
     "in_budget_order",
     "in_slides",
     "labels_saved",
@@ -73,27 +80,25 @@ __all__ = [
     "most_telling",
     "points_from",
     "pool_of",
+    "reached",
     "read_points",
     "read_predictions",
     "read_summary",
+    "rising",
     "signed",
     "summarise",
     "too_few",
     "verdict",
     "where_saved",
+    "wilson",
     "worth_of_sizes",
     "write_points",
     "write_predictions",
     "write_summary",
 ]
 
-LEVEL = 0.95
-BOUNDED = ("auroc", "balanced_accuracy", "f1")
-# A verdict is given at 1 in 50, not 1 in 20: where nothing changed it must say so in at least 95 of 100 archives.
-VERDICT_P = 0.02
-POWER = 0.8
-FEWEST_DRAWN = 8  # patients, or sites where whole sites are left out, in all; and two in each class
 ENOUGH_SEEDS = 4
+FEWEST_DRAWN = 8  # patients, or sites where whole sites are left out, in all; and two in each class
 PLAIN_NAME = {
     "auroc": "AUROC",
     "balanced_accuracy": "balanced accuracy",
@@ -106,9 +111,6 @@ PLAIN_NAME = {
 def pool_of(split: Mapping[str, Any]) -> dict[str, Any]:
     """What `measure` is told of the pool, as run.json remembers it under `split`."""
     return {name: split.get(name) for name in ("pool_per_class", "pool_patients_per_class", "pool_sites")}
-
-
-# ---- means and intervals
 
 
 def points_from(measured: Measured) -> list[Point]:
@@ -124,92 +126,6 @@ def points_from(measured: Measured) -> list[Point]:
     ]
 
 
-def summarise(measured: Measured) -> list[SummaryRow]:
-    rows = []
-    for s, (start, head) in enumerate(measured.series):
-        for b, budget in enumerate(measured.budgets):
-            for metric, values_SBD in measured.values_SBD.items():
-                num_draws = int(np.isfinite(values_SBD[s, b]).sum())
-                if not num_draws:
-                    continue
-                found = estimate(measured, metric, _one(measured, s, b))
-                low, high = interval(measured, metric, found)
-                counts = num_draws, measured.num_patients, len(measured.backbones[s])
-                rows.append(SummaryRow(start, head, budget, metric, found.value, low, high, *counts))
-    return rows
-
-
-def area(measured: Measured, metric: str, start: str, head: str | None = None) -> tuple[float, float, float]:
-    """Mean height of the curve over log2 of the budget (trapezoids), with its interval."""
-    weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
-    s = measured.number(start, head)
-    weights_SB[s] = area_weights(measured.slides, _has_budget(measured, metric, s))
-    found = estimate(measured, metric, weights_SB)
-    return found.value, *interval(measured, metric, found)
-
-
-def area_per_seed(measured: Measured, metric: str, start: str, head: str | None = None) -> dict[str, float]:
-    """The same height for each of a start's pretraining seeds."""
-    s = measured.number(start, head)
-    weights_B = area_weights(measured.slides, _has_budget(measured, metric, s))
-    curves_MB = np.nan_to_num(measured.seed_curves_MB(metric, s))
-    return dict(zip(measured.backbones[s], (curves_MB @ weights_B).tolist(), strict=True))
-
-
-def area_weights(slides: Floats, there: NDArray[np.bool_]) -> Floats:
-    """Weights of the budgets in the mean height over log2(slides); they sum to one."""
-    weights = np.zeros(len(slides))
-    used = np.flatnonzero(there)
-    x = np.log2(slides[used])
-    if len(used) == 1 or np.ptp(x) == 0:
-        weights[used] = 1 / len(used)
-        return weights
-    width = np.diff(x)
-    weights[used[:-1]] += width / 2
-    weights[used[1:]] += width / 2
-    whole: Floats = weights / weights.sum()
-    return whole
-
-
-def interval(measured: Measured, metric: str, found: Estimate, level: float = LEVEL) -> tuple[float, float]:
-    if math.isnan(found.value):
-        return math.nan, math.nan
-    t = float(stats.t.ppf(0.5 + level / 2, found.df))
-    if metric not in BOUNDED:
-        half = t * math.sqrt(found.variance)
-        most = 1.0 if metric == "calibration_error" else math.inf  # a difference of shares; log-loss has no end
-        return float(max(0.0, found.value - half)), float(min(most, found.value + half))
-    n = full_patients(measured, metric) * found.worth
-    # How many right-or-wrongs the estimate is worth: n divided by (its variance / that of n independent ones).
-    # Half of one keeps the ratio defined, and at 1, where everybody is right and both variances are 0.
-    half_item = 0.5 / n**2
-    ratio = (found.variance + half_item) / (found.value * (1 - found.value) / n + half_item)
-    return wilson(found.value, n / ratio, t)
-
-
-def wilson(share: float, n: float, t: float) -> tuple[float, float]:
-    middle = (share + t * t / (2 * n)) / (1 + t * t / n)
-    half = t / (1 + t * t / n) * math.sqrt(max(0.0, share * (1 - share) / n + t * t / (4 * n * n)))
-    return float(max(0.0, min(share, middle - half))), float(min(1.0, max(share, middle + half)))
-
-
-def full_patients(measured: Measured, metric: str) -> float:
-    """How many patients of evenly filled classes would know the metric as well: rare classes set the limit.
-
-    Never more than there are: a patient with regions of three classes is one patient.
-    """
-    counts = np.array([count for count in measured.patients_per_class.values() if count])
-    worth = len(counts) * counts.min() if metric == "auroc" else len(counts) ** 2 / (1 / counts).sum()
-    return float(min(worth, measured.num_patients))
-
-
-def chance_level(metric: str, num_classes: int) -> float | None:
-    """What guessing scores; None where it depends on the class sizes."""
-    return {"auroc": 0.5, "balanced_accuracy": 1 / num_classes, "log_loss": math.log(num_classes)}.get(metric)
-
-
-# ---- two starts
-
 NOT_ADAPTED = ("random", "imagenet", "colour")
 
 
@@ -217,184 +133,6 @@ def adapted_starts(names: Sequence[str]) -> list[str]:
     """Starts that somebody pretrained, the one called `adapted` first: what a verdict can be given on."""
     found = [name for name in dict.fromkeys(names) if name not in NOT_ADAPTED]
     return sorted(found, key=lambda name: name != "adapted")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """start - reference, with a 95 % interval; `p` two-sided, `p_adjusted` by Holm over the budgets (the area: p)."""
-
-    budget: Budget | None  # None: the area
-    value: float
-    low: float
-    high: float
-    p: float
-    p_adjusted: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    start: Series
-    reference: Series
-    metric: str
-    budgets: list[Difference]
-    area: Difference
-    detectable: float  # the smallest difference of areas that would be found four times in five
-
-
-def compare(
-    measured: Measured,
-    metric: str,
-    start: str,
-    reference: str,
-    head: str | None = None,
-    reference_head: str | None = None,
-) -> Comparison:
-    """Paired by draw (same labelled slides) and by patient (same resamples): the variance is the difference's own."""
-    a, b = measured.number(start, head), measured.number(reference, reference_head or head)
-    both = _has_budget(measured, metric, a) & _has_budget(measured, metric, b)
-
-    def contrast(weights_B: Floats) -> Estimate:
-        weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
-        weights_SB[a] += weights_B
-        weights_SB[b] -= weights_B
-        # Scores move in steps of about one slide: half a step is never called a difference, however alike the draws.
-        slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
-        return estimate(measured, metric, weights_SB, (0.5 / slides) ** 2 if metric in BOUNDED else 0.0)
-
-    def tested(budget: Budget | None, weights_B: Floats) -> tuple[Difference, float]:
-        found = contrast(weights_B)
-        se = math.sqrt(found.variance)
-        t = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
-        p = float(2 * stats.t.sf(abs(found.value) / se, found.df)) if se > 0 else float(found.value == 0)
-        needed = float(stats.t.ppf(1 - VERDICT_P / 2, found.df) + stats.t.ppf(POWER, found.df)) * se
-        return Difference(budget, found.value, found.value - t * se, found.value + t * se, p, p), needed
-
-    rows = []
-    for number in np.flatnonzero(both):
-        weights_B = np.zeros(len(measured.budgets))
-        weights_B[number] = 1
-        rows.append(tested(measured.budgets[number], weights_B)[0])
-    adjusted = holm([row.p for row in rows])
-    rows = [
-        Difference(row.budget, row.value, row.low, row.high, row.p, p) for row, p in zip(rows, adjusted, strict=True)
-    ]
-    whole, detectable = tested(None, area_weights(measured.slides, both))
-    return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values: below 0.05 for any of them by chance alone in at most one table in twenty (Holm 1979)."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted = np.empty(len(p_values))
-    largest = 0.0
-    for rank, number in enumerate(order):
-        largest = max(largest, min(1.0, p_values[number] * (len(p_values) - rank)))
-        adjusted[number] = largest
-    return [float(p) for p in adjusted]
-
-
-# ---- labels saved
-
-
-@dataclass(frozen=True)
-class Saved:
-    """At `reference_slides` per class the reference scores `score`; the start needs `slides` for the same.
-
-    `slides` None: it does not get there with all there are. `at_most`: its curve begins above, so fewer may do.
-    An interval's end is None where "not reached" is among the possibilities. `reason`: why there is nothing to compare.
-    """
-
-    budget: Budget
-    reference_slides: float
-    score: float
-    slides: float | None
-    low: float | None
-    high: float | None
-    at_most: bool
-    reason: str = ""
-
-    @property
-    def factor(self) -> float | None:
-        """How many times fewer labelled slides (below 1: more)."""
-        return self.reference_slides / self.slides if self.slides else None
-
-
-def labels_saved(
-    measured: Measured,
-    metric: str,
-    start: str,
-    reference: str,
-    head: str | None = None,
-    reference_head: str | None = None,
-) -> list[Saved]:
-    """At each budget of the reference, the slides per class with which `start` reaches the same score.
-
-    Both mean curves are first made to rise (isotonic regression: more labels cannot hurt in truth, only by luck), then
-    the start's is read off between budgets, straight in log2(slides). The interval is the middle 95 % of resampled
-    curves. Where the reference itself is not above chance there is nothing to save, and the row says so.
-    """
-    a, b = measured.number(start, head), measured.number(reference, reference_head or head)
-    there = np.flatnonzero(_has_budget(measured, metric, a) & _has_budget(measured, metric, b))
-    x_B = np.log2(measured.slides[there])
-    curves_RSB = resampled_curves(measured, metric)[:, :, there]
-    ours_B = rising(measured.mean_B(metric, a)[there])
-    theirs_B = rising(measured.mean_B(metric, b)[there])
-    ours_RB, theirs_RB = rising(curves_RSB[:, a]), rising(curves_RSB[:, b])
-    chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
-    rows = []
-    for number, column in enumerate(there):
-        x = float(reached(x_B, ours_B[None], theirs_B[None, number])[0])
-        x_R = reached(x_B, ours_RB, theirs_RB[:, number])
-        low, high = np.quantile(x_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
-        found = estimate(measured, metric, _one(measured, b, int(column)))
-        reason = ""
-        at_chance = chance is not None and interval(measured, metric, replace(found, df=math.inf), 0.9)[0] <= chance
-        if at_chance:
-            reason = "the reference is not clearly above chance here"
-        rows.append(
-            Saved(
-                measured.budgets[column],
-                float(measured.slides[column]),
-                float(theirs_B[number]),
-                _slides(x),
-                _slides(float(low)),
-                _slides(float(high)),
-                at_most=bool(ours_B[0] >= theirs_B[number]),
-                reason=reason,
-            )
-        )
-    return rows
-
-
-def rising(curves: Floats) -> Floats:
-    """The nearest curve that never falls (isotonic regression, by its max-min formula), over the last axis."""
-    num = curves.shape[-1]
-    total = np.concatenate([np.zeros((*curves.shape[:-1], 1)), curves.cumsum(-1)], -1)
-    best = np.full(curves.shape, -np.inf)
-    for left in range(num):
-        ahead = np.stack(
-            [(total[..., right] - total[..., left]) / (right - left) for right in range(left + 1, num + 1)], -1
-        )
-        least = np.minimum.accumulate(ahead[..., ::-1], -1)[..., ::-1]
-        best[..., left:] = np.maximum(best[..., left:], least)
-    return best
-
-
-def reached(x_B: Floats, curves_RB: Floats, targets_R: Floats) -> Floats:
-    """The smallest x where each rising curve reaches its target, (R,): the first x if it starts above, inf if never."""
-    above_RB = curves_RB >= targets_R[:, None] - 1e-12
-    first_R = np.where(above_RB.any(1), above_RB.argmax(1), len(x_B))
-    right = np.clip(first_R, 1, len(x_B) - 1) if len(x_B) > 1 else np.zeros_like(first_R)
-    left = np.maximum(right - 1, 0)
-    row = np.arange(len(curves_RB))
-    rise = curves_RB[row, right] - curves_RB[row, left]
-    share = np.clip(np.divide(targets_R - curves_RB[row, left], rise, out=np.ones_like(rise), where=rise > 0), 0, 1)
-    between = x_B[left] + share * (x_B[right] - x_B[left])
-    return np.where(first_R == 0, x_B[0], np.where(first_R == len(x_B), np.inf, between))
-
-
-def _slides(x: float) -> float | None:
-    return float(2**x) if math.isfinite(x) else None
 
 
 # ---- in words
@@ -546,21 +284,12 @@ def _floors(measured: Measured, adapted: str, metric: str, head: str | None) -> 
                 f"{signed(floor.low)} to {signed(floor.high)}): what it scores, staining alone may score too."
             )
     number = measured.number(adapted, head)
-    last = int(np.flatnonzero(_has_budget(measured, metric, number))[-1])
-    low, _ = interval(measured, metric, estimate(measured, metric, _one(measured, number, last)))
+    last = int(np.flatnonzero(has_budget(measured, metric, number))[-1])
+    low, _ = interval(measured, metric, estimate(measured, metric, one_cell(measured, number, last)))
     chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
     if chance is not None and metric in BOUNDED and low <= chance:
         said.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing.")
     return said
-
-
-def where_saved(rows: Sequence[Saved]) -> list[Saved]:
-    return [row for row in rows if not row.reason and row.slides is not None and row.slides < row.reference_slides]
-
-
-def most_telling(rows: Sequence[Saved]) -> Saved:
-    """The row to quote: the reference's largest budget whose score the start reaches inside its own curve."""
-    return max(rows, key=lambda one: (not one.at_most, one.reference_slides))
 
 
 def fewest_drawn(measured: Measured) -> int:
@@ -661,17 +390,3 @@ def signed(value: float) -> str:
     """+0.08, −0.03: a difference of scores."""
     text = f"{value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")  # noqa: RUF001
-
-
-# ---- small helpers
-
-
-def _one(measured: Measured, s: int, b: int) -> Floats:
-    weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
-    weights_SB[s, b] = 1
-    return weights_SB
-
-
-def _has_budget(measured: Measured, metric: str, s: int) -> NDArray[np.bool_]:
-    there: NDArray[np.bool_] = np.isfinite(measured.values_SBD[metric][s]).any(-1)
-    return there

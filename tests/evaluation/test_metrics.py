@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from histossl.evaluation.metrics import METRICS, confidence_bins, metrics
-from histossl.evaluation.resampling import drawn_weights, pairs_won, resampled_metrics
+from histossl.evaluation.weighted import drawn_weights, pairs_won, resampled_metrics
 
 CLASSES = ["a", "b", "c"]
 
