@@ -9,19 +9,15 @@ the pieces (team.py), each with a part of the journal that the first one puts to
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig, commands_with, plain, read_run, refuse_other_config, write_run
@@ -30,14 +26,13 @@ from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.drawn import drawn_items
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles, tiles_digest
-from histossl.evaluation.heads import Floats, Ints, head_named
+from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
 from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.model import ModelInfo, is_model_of, save_model, slide_means, start_of_model
+from histossl.evaluation.learners import EndToEnd, Frozen, Learner, head_label, head_of
+from histossl.evaluation.model import ModelInfo, is_model_of, start_of_model
 from histossl.evaluation.site import check_site
 from histossl.evaluation.splits import (
-    Part,
     Splits,
-    groups_of,
     make_splits,
     read_splits,
     seed_of,
@@ -45,9 +40,8 @@ from histossl.evaluation.splits import (
     write_splits,
 )
 from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, scale_notes, with_floor
-from histossl.evaluation.tables import Budget, Prediction
+from histossl.evaluation.tables import Prediction
 from histossl.evaluation.team import Team, team_on
-from histossl.evaluation.tuning import TileSource, tune
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
@@ -56,9 +50,7 @@ from histossl.workspace import FinetuneDir, Workspace
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
 NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
-POOLED = ("mean", "knn", "simpleshot")  # heads that the colour floor may have too
 MISSING_SHOWN = 5
-DIGITS = 9  # of a probability in the journal
 
 
 @dataclass(frozen=True)
@@ -497,115 +489,6 @@ def _refuse_other_tiles(run: FinetuneDir, before: Mapping[str, Any], now: Mappin
         )
 
 
-class Learner(Protocol):
-    """One start, made to learn from some items and to be asked about others."""
-
-    def fit(self, items: Ints, pool: Ints, seed: int) -> None: ...
-
-    def predict(self, items: Ints) -> Floats:
-        """(items, classes) by the last fit."""
-        ...
-
-    def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
-        """The model folder of the last fit, which was on `items`."""
-        ...
-
-
-class Frozen:
-    """A head on features that stay as they are."""
-
-    def __init__(self, start: Start, bags: Bags, table: LabelTable, splits: Splits, config: FinetuneConfig) -> None:
-        self.start, self.bags, self.num_classes, self.seed = start, bags, len(table.classes), config.seed
-        self.table = table
-        # The floor is colour alone, told as simply as can be: never attention over tiles, nothing end to end.
-        self.name = head_of(start.name, config) if start.name == COLOUR else config.head
-        self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
-
-    def fit(self, items: Ints, pool: Ints, seed: int) -> None:
-        self.fitted = head_named(self.name).fit(
-            self.bags,
-            items,
-            self.labels[items],
-            pool=pool,
-            groups=self.groups[items],
-            num_classes=self.num_classes,
-            seed=seed,
-        )
-
-    def predict(self, items: Ints) -> Floats:
-        return self.fitted.predict_proba(self.bags, items)
-
-    def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
-        known = _of_slides(self.bags.pooled[items], self.table, items)
-        save_model(folder, *self.start.load(self.seed), self.fitted, *known, info)
-
-
-def _of_slides(features: Floats, table: LabelTable, items: Ints) -> tuple[Floats, Ints]:
-    own = [table.items[item] for item in items]
-    return slide_means(features, [item.slide for item in own], [item.patient for item in own])
-
-
-class EndToEnd:
-    """The backbone itself learns, with an attention head."""
-
-    def __init__(
-        self,
-        start: Start,
-        index: TileIndex,
-        table: LabelTable,
-        splits: Splits,
-        config: FinetuneConfig,
-        input_px: int,
-        device: torch.device,
-    ) -> None:
-        self.backbone, self.info = start.load(config.seed)
-        self.table = table
-        self.config, self.input_px, self.device, self.num_classes = config, input_px, device, len(table.classes)
-        self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
-        of_slide = {slide: slide_tiles(index, slide) for slide in table.slides}
-        numbers = [
-            of_slide[item.slide] if item.tiles is None else of_slide[item.slide][item.tiles] for item in table.items
-        ]
-        self.source = TileSource(index, numbers)
-
-    def fit(self, items: Ints, pool: Ints, seed: int) -> None:
-        del pool
-        self.fitted = tune(
-            self.backbone,
-            self.info,
-            self.source,
-            items,
-            self.labels[items],
-            self.groups[items],
-            num_classes=self.num_classes,
-            part=self.config.train,
-            input_px=self.input_px,
-            config=self.config.tune,
-            device=self.device,
-            seed=seed,
-        )
-
-    def predict(self, items: Ints) -> Floats:
-        return self.fitted.predict_proba(self.source, items)
-
-    def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
-        mean = np.stack([self.fitted.features(self.source, int(item)).mean(0) for item in items])
-        save_model(
-            folder, self.fitted.backbone, self.info, self.fitted.head, *_of_slides(mean, self.table, items), info
-        )
-
-
-def head_label(config: FinetuneConfig) -> str:
-    """The head of every start that has a network."""
-    return config.head if config.train == "head" else f"end-to-end ({config.train})"
-
-
-def head_of(start: str, config: FinetuneConfig) -> str:
-    """What stands in the tables' column `head`: the colour floor's is a pooled one, whatever the others have."""
-    label = head_label(config)
-    return "mean" if start == COLOUR and label not in POOLED else label
-
-
 def _compute(
     run: FinetuneDir,
     start: Start,
@@ -618,111 +501,25 @@ def _compute(
     """Train and test every head that the journal does not hold yet: this process its share of them."""
     path = run.journal(start.key)
     if team.leads:
-        _join_parts(path, belongs_to)
+        join_parts(path, belongs_to)
     team.wait()
     journal = Journal(path, belongs_to)
     work = [(part, budget) for part in splits.parts for budget in splits.budgets]
-    todo = [(part, budget) for part, budget in work if _key(part, budget) not in journal.done]
+    todo = [(part, budget) for part, budget in work if key_of(part, budget) not in journal.done]
     if todo:
-        own = journal if team.count == 1 else Journal(_part_of(path, team.rank), belongs_to)
+        own = journal if team.count == 1 else Journal(part_of(path, team.rank), belongs_to)
         with own, console.progress(f"heads on {start.key}", len(work), "heads") as bar:
             bar.advance(len(work) - len(todo))
             for part, budget in team.share(todo):
                 learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
-                own.write(_key(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
+                own.write(key_of(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
                 bar.advance(min(team.count, bar.total - bar.done))  # the others are about as far
     team.wait()
     if team.leads:
-        _join_parts(path, belongs_to)
+        join_parts(path, belongs_to)
 
 
-def _part_of(journal: Path, rank: int) -> Path:
-    return journal.with_name(f"{journal.stem}@{rank}.part")
-
-
-def _join_parts(path: Path, belongs_to: Sequence[str]) -> None:
-    """What several processes have written, of this run or of one that was killed, goes into the journal."""
-    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}@*.part"))
-    if not parts:
-        return
-    with Journal(path, belongs_to) as journal:
-        for part in parts:
-            for key, shares in Journal(part, belongs_to).done.items():
-                if key not in journal.done:
-                    journal.write(key, shares)
-    for part in parts:
-        part.unlink()
-
-
-Key = tuple[str, int, int | None]  # budget, draw, fold
-BELONGS_TO = ("weights", "labels", "head", "tiles")
-
-
-def _key(part: Part, budget: Budget) -> Key:
-    return str(budget), part.draw, part.fold
-
-
-class Journal:
-    """Predictions of one start, one line per head, flushed as they come. A line cut off by a kill is dropped.
-
-    `belongs_to` (BELONGS_TO) is its first line; a journal of anything else is refused.
-    """
-
-    def __init__(self, path: Path, belongs_to: Sequence[str]) -> None:
-        self.path, self.belongs_to = path, list(belongs_to)
-        self.done: dict[Key, NDArray[np.float64]] = {}
-        self._whole_bytes = 0
-        if path.exists():
-            self._read()
-
-    @classmethod
-    def of(cls, path: Path) -> Journal:
-        """A journal that is there, whatever it belongs to."""
-        with path.open(encoding="utf-8") as file:
-            return cls(path, json.loads(file.readline() or "[]"))
-
-    def _read(self) -> None:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    entry = None
-                if entry is None or not line.endswith(b"\n"):
-                    break  # what was being written when the process died
-                if number == 0:
-                    if entry != self.belongs_to:
-                        pairs = zip_longest(BELONGS_TO, entry, self.belongs_to)
-                        other = " and ".join(str(what) for what, was, now in pairs if was != now)
-                        raise MismatchError(
-                            f"{self.path} holds predictions made with other {other}; use another --name"
-                        )
-                else:
-                    budget, draw, fold, shares = entry
-                    self.done[(budget, draw, fold)] = np.array(shares, dtype=np.float64)
-                self._whole_bytes += len(line)
-
-    def __enter__(self) -> Journal:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        self._file.truncate(self._whole_bytes)
-        self._file.seek(self._whole_bytes)
-        if not self._whole_bytes:
-            self._line(self.belongs_to)
-        return self
-
-    def write(self, key: Key, shares: NDArray[np.float64]) -> None:
-        shares = np.round(shares, DIGITS)
-        self._line([*key, shares.tolist()])
-        self.done[key] = shares
-
-    def _line(self, entry: Any) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+# ---- from journals to predictions
 
 
 def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> dict[str, dict[str, Path]]:
@@ -730,7 +527,7 @@ def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> di
 
     A start of an earlier, unfinished command waits until it is asked for again.
     """
-    wanted = {_key(part, budget) for part in splits.parts for budget in splits.budgets}
+    wanted = {key_of(part, budget) for part in splits.parts for budget in splits.budgets}
     found = {}
     for start, facts in starts.items():
         backbones = [one.get("backbone", "") for one in facts.get("seeds", [{}])]
@@ -749,7 +546,7 @@ def _predictions(
             journal = Journal.of(path)
             for part in splits.parts:
                 for budget in splits.budgets:
-                    for item, row in zip(part.test, journal.done[_key(part, budget)], strict=True):
+                    for item, row in zip(part.test, journal.done[key_of(part, budget)], strict=True):
                         one = table.items[item]
                         yield Prediction(
                             start,

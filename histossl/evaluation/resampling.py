@@ -64,7 +64,7 @@ from numpy.typing import NDArray
 
 from histossl.errors import StoreError
 from histossl.evaluation.metrics import METRICS, metrics, unit_rows
-from histossl.evaluation.pool import Pool as Pool
+from histossl.evaluation.pool import Pool
 from histossl.evaluation.tables import Budget, Prediction, in_budget_order
 from histossl.evaluation.weighted import drawn_weights, resampled_metrics
 
