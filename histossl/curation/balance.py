@@ -9,19 +9,31 @@ written here from the paper:
 * **Levels.** The same again on the centres, and on the centres of those: a rare tissue that holds one fine cluster in a
   hundred holds one coarse cluster in ten.
 
-What that flattens is density over what the features spread out, so **a rare kind gains only if it takes room of its
-own there**. Kinds of vectors that lie apart go from 100:1 to under 10:1 (tests/curation/test_balance.py). The painter's
-classes do not: to ImageNet's features a few tiles of carcinoma are among many of all sorts, and 109:1 stays above 60:1
-(bench_curate.py painted; examples/LOG.md, 2026-11-25). A kind that is compact loses, even.
-`--like-slides` is the way to have more of something rare that is known.
+What it needs besides, each measured by taking it away (examples/LOG.md, 2026-11-25), on painted kinds that anyone can
+tell apart and that come out at 2 to 8:1 of 108:1 with all of it:
+
+* The features as the backbone gives them. Taking the pool's mean out before they are made unit length, as the search
+  for copies does, blows up the commonest kind, for the mean lies in its midst: 23 to 158:1.
+* Centres that begin far apart (k-means++, in rounds: Bahmani et al. 2012, arXiv 1203.6402). Begun at random, a kind of
+  one tile in a hundred has no centre of its own, and Lloyd's steps do not find it: 15 to 58:1.
+* Small steps from level to level. Where four clusters become one, a rare kind, which is one point there, sooner goes
+  with its neighbours than they with each other: 5 to 96:1.
+
+What is flattened is density over what the features spread out. **A kind gains as far as it lies outside of what the
+common kind spreads over**; one that is labelled by slide, and whose tiles are mostly the stroma of all slides, cannot
+(bench_curate.py painted; LOG). `--like-slides` is the way to have more of something rare that is known.
 
 Then the wanted number is poured over the coarsest clusters like water (the same for each, a small one gives all it has
 and the rest is shared by the others), each share over the finer clusters below, and in a finest cluster chance chooses.
+Chance also gives out what cannot be shared alike, as in the paper: to the largest would be to the frequent.
 
-Finest level: 4 sqrt(N) clusters, each further level a quarter, three levels; 10 million tiles: 12,649, 3,162, 790.
-(With an eighth the top of a small archive has fewer clusters than there are kinds of tissue, and a rare one hides
-beside a frequent one.) Assigning 10 million tiles of D = 384 takes 9.7e13 flops and is done RESAMPLINGS + 1 times,
-k-means between them 6e13 in all: about 8 minutes on 16 cores (1 Tflop/s). Memory: 40 bytes a tile while they are
+Unlike the paper's, centres are made unit length. Plain means of many rare kinds lie near the origin, close to all, and
+one such cluster swallows them: 2,000 kinds of vectors by Zipf's law became less even instead of more.
+
+Finest level: 4 sqrt(N) clusters, each further level five sixths, 17 levels; 10 million tiles: 12,649 to 682. Levels
+so close leave nothing to resample (two clusters for each of the next would be the least), so that works on the finest.
+Assigning 10 million tiles of D = 384 takes 9.7e13 flops and is done RESAMPLINGS + 1 times,
+k-means between them 1e14 in all: about 9 minutes on 16 cores (1 Tflop/s). Memory: 40 bytes a tile while they are
 sorted, and the 632,000 vectors of the first k-means, 1 GB, and twice that while they are read.
 """
 
@@ -33,17 +45,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from histossl.curation.features import PIECE, Floats, pieces
-from histossl.curation.near import centres_of, nearest
+from histossl.curation.near import nearest, settled_centres_of
 from histossl.tiles.sampling import Ints, keys
 
-LEVELS = 3
-FEWER = 4  # clusters of a level for one of the next
+LEVELS = 17
+FEWER = 1.2  # clusters of a level for one of the next
 CLUSTERS_PER_ROOT = 4.0
 FEWEST = 4
 RESAMPLINGS = 3  # of the finest level, where each one assigns all tiles anew
-RESAMPLINGS_ABOVE = 10
-RESAMPLED = 3  # tiles nearest to each centre that k-means sees again, or half of the cluster's mean size
+RESAMPLINGS_ABOVE = 10  # where clusters are given that hold four of the level below; the default's do not
+RESAMPLED = 3  # tiles nearest to each centre that k-means sees again, or half of the cluster's mean size if it is 2
 TRAINING = 50  # vectors per centre in the first k-means
+TRIES_ABOVE = 10  # of k-means above the finest level
 
 
 def _nobody(_: int) -> None:
@@ -77,8 +90,8 @@ class Tree:
 def clusters_for(num: int) -> tuple[int, ...]:
     """Clusters of each level, finest first."""
     counts = [max(FEWEST, round(CLUSTERS_PER_ROOT * num**0.5))]
-    while len(counts) < LEVELS and counts[-1] // FEWER >= FEWEST:
-        counts.append(counts[-1] // FEWER)
+    while len(counts) < LEVELS and int(counts[-1] / FEWER) >= FEWEST:
+        counts.append(int(counts[-1] / FEWER))
     return tuple(counts)
 
 
@@ -93,8 +106,8 @@ def tree_of(
     parents = []
     get, here = vectors, numbers
     for level, count in enumerate(clusters):
-        turns, told = (RESAMPLINGS_ABOVE, _nobody) if level else (RESAMPLINGS, advance)
-        assigned, centres = resampled_kmeans(get, here, count, turns, seed + level, told)
+        turns, tries, told = (RESAMPLINGS_ABOVE, TRIES_ABOVE, _nobody) if level else (RESAMPLINGS, 1, advance)
+        assigned, centres = resampled_kmeans(get, here, count, turns, tries, seed + level, told)
         parents.append(assigned)
         get, here = centres.__getitem__, np.arange(len(centres))
     return Tree(tuple(parents))
@@ -105,6 +118,7 @@ def resampled_kmeans(
     numbers: Ints,
     count: int,
     turns: int,
+    tries: int,
     seed: int,
     advance: Callable[[int], None] = _nobody,
 ) -> tuple[Ints, Floats]:
@@ -112,14 +126,14 @@ def resampled_kmeans(
     num = len(numbers)
     count = min(count, num)
     sample = np.sort(np.random.default_rng(seed).choice(num, min(num, TRAINING * count), replace=False))
-    centres = centres_of(vectors(numbers[sample]), count, seed)
-    taken = max(1, min(RESAMPLED, num // count // 2))
-    for turn in range(turns):
+    centres = settled_centres_of(vectors(numbers[sample]), count, seed, tries)
+    taken = min(RESAMPLED, num // count // 2)
+    for turn in range(turns if taken > 1 else 0):  # one tile of each says no more than its centre, as in the paper
         cluster, cosine = _assigned(vectors, numbers, centres, advance)
         order = np.lexsort((-cosine, cluster))
         rank = np.arange(num) - np.searchsorted(cluster[order], cluster[order])
         kept = np.sort(order[rank < taken])
-        centres = centres_of(vectors(numbers[kept]), min(count, len(kept)), seed + turn + 1)
+        centres = settled_centres_of(vectors(numbers[kept]), count, seed + turn + 1, tries)
     return _assigned(vectors, numbers, centres, advance)[0], centres
 
 
@@ -140,14 +154,19 @@ def _assigned(
 # ---- from the top downwards
 
 
-def water_filled(wanted: int, room: Ints) -> Ints:
-    """`wanted` shared over places that hold `room` each: alike, as far as room goes. What cannot be shared alike goes
-    to the largest."""
-    share = np.zeros_like(room)
+def water_filled(wanted: int, room: Ints, rng: np.random.Generator) -> Ints:
+    """`wanted` shared over places that hold `room` each: alike, as far as room goes. Chance gives out the rest, one to
+    a place that has room."""
     left = min(wanted, int(room.sum()))
+    share = np.zeros_like(room)
     for done, place in enumerate(np.argsort(room, kind="stable")):
-        share[place] = min(int(room[place]), left // (len(room) - done))
-        left -= int(share[place])
+        level = (left - int(share.sum())) // (len(room) - done)
+        if room[place] > level:  # and so is every further one
+            share = np.minimum(room, level)
+            break
+        share[place] = room[place]
+    open_places = np.flatnonzero(room > share)
+    share[rng.choice(open_places, left - int(share.sum()), replace=False)] += 1
     return share
 
 
@@ -155,13 +174,14 @@ def balanced(tree: Tree, numbers: Ints, wanted: int, seed: int) -> Ints:
     """(wanted,) places of the chosen tiles, rising; all of them where there are fewer."""
     of_tiles = tree._of_tiles()
     room = [np.bincount(level).astype(np.int64) for level in of_tiles]
-    share = water_filled(wanted, room[-1])
+    rng = np.random.default_rng(seed)
+    share = water_filled(wanted, room[-1], rng)
     for level in reversed(range(len(room) - 1)):
         finer: Ints = np.zeros(len(room[level]), dtype=np.int64)
         above = tree.parents[level + 1][: len(finer)]
         for cluster in np.flatnonzero(share):
             below = np.flatnonzero(above == cluster)
-            finer[below] = water_filled(int(share[cluster]), room[level][below])
+            finer[below] = water_filled(int(share[cluster]), room[level][below], rng)
         share = finer
     of_finest = of_tiles[0]
     order = np.lexsort((keys(seed, numbers), of_finest))

@@ -204,7 +204,7 @@ def _choice(index: TileIndex, features: Features, whole: Ints, kept: Ints, confi
     clusters = config.clusters or clusters_for(len(kept))
     with console.progress("clustering", 0, "tiles") as bar:
         bar.set_total(4 * len(kept))
-        tree = tree_of(features.shown, kept, clusters, config.seed, bar.advance)
+        tree = tree_of(features.as_given, kept, clusters, config.seed, bar.advance)
     chosen = balanced(tree, kept, config.tiles, config.seed)
     top = np.bincount(tree.coarsest)
     after = np.bincount(tree.coarsest[chosen], minlength=len(top))
@@ -269,6 +269,11 @@ def _per_slide(index: TileIndex, before: Ints, after: Ints) -> dict[str, list[in
     return {slide: list(pair) for slide, pair in zip(index.slides, pairs, strict=True) if pair[0]}
 
 
+def _levels_told(clusters: list[int]) -> str:
+    told = [f"{count:,}" for count in clusters]
+    return " > ".join(told) if len(told) <= 4 else f"{told[0]} > {told[1]} > ... > {told[-1]} ({len(told)} levels)"
+
+
 def _show(ledger: dict[str, Any], place: SubsetDir, how: str) -> None:
     tiles, copies, slides = ledger["tiles"], ledger["copies"], ledger["slides"]
     rows: list[tuple[str, str]] = [
@@ -282,7 +287,7 @@ def _show(ledger: dict[str, Any], place: SubsetDir, how: str) -> None:
     if copies["groups"]:
         rows.append(("groups of copies", f"{copies['groups']:,}, the largest of {copies['largest_group']:,} tiles"))
     if "clusters" in ledger:
-        rows.append(("clusters", " > ".join(f"{count:,}" for count in ledger["clusters"])))
+        rows.append(("clusters", _levels_told(ledger["clusters"])))
         rows.append(("coarsest clusters", _ratio_told(ledger["coarsest_clusters"])))
     if "retrieved" in ledger:
         found = ledger["retrieved"]

@@ -69,6 +69,11 @@ class Features:
         rows -= self.centre_D
         return _unit(rows)
 
+    def as_given(self, numbers: Ints) -> Floats:
+        """(n, D) what tiles show: unit length, the pool's mean left in. For clusters: an archive's mean lies amid its
+        commonest tissue, and seen from there that tissue fills the sphere."""
+        return self._rows(numbers, slice(self.dim))
+
     def shown_and_where(self, numbers: Ints) -> Floats:
         """(n, D + P) unit length: the dot product of two is a weighted mean of the cosines of both parts."""
         both = np.empty((len(numbers), self.table.shape[1]), np.float32)

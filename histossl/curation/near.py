@@ -1,4 +1,4 @@
-"""faiss, in the two calls that curation needs: k-means centres, and the nearest of some vectors.
+"""faiss, in what curation needs: k-means centres, and the nearest of some vectors.
 
 On the CPU, or on the GPUs of a faiss that was built for them. faiss is imported when first needed: it brings its own
 OpenMP beside torch's, so its threads are set to torch's number, and never run at the same time as torch's.
@@ -20,6 +20,7 @@ from histossl.curation.features import Floats
 from histossl.tiles.sampling import Ints
 
 ITERATIONS = 10
+ROUNDS = 8  # in which the first centres of `settled_centres_of` are drawn
 
 
 @functools.cache
@@ -43,6 +44,42 @@ def centres_of(x_ND: Floats, count: int, seed: int) -> Floats:
     count = min(count, len(x_ND))
     if count == len(x_ND):
         return x_ND.copy()
+    return _kmeans(x_ND, count, seed)[0]
+
+
+def settled_centres_of(x_ND: Floats, count: int, seed: int, tries: int = 1) -> Floats:
+    """As `centres_of`, begun far apart, and the best of some tries: the sum of cosines is largest."""
+    count = min(count, len(x_ND))
+    if count == len(x_ND):
+        return x_ND.copy()
+    found = []
+    for number in range(tries):
+        start_KD = x_ND[far_apart(x_ND, count, np.random.default_rng([seed, number]))]
+        found.append(_kmeans(x_ND, count, seed, start_KD))
+    return max(found, key=lambda one: one[1])[0]
+
+
+def far_apart(x_ND: Floats, count: int, rng: np.random.Generator) -> Ints:
+    """(count,) places, the first by chance, then in rounds: each by the square of its distance to those before.
+
+    A round costs one comparison with its new centres, so all of them what one step of k-means costs. Drawing one at a
+    time (k-means++) would read all vectors for every centre.
+    """
+    new = chosen = rng.choice(len(x_ND), 1)
+    apart = np.full(len(x_ND), np.inf, np.float32)
+    while len(chosen) < count:
+        cosine = nearest(x_ND, x_ND[new])[0][:, 0]
+        np.minimum(apart, np.maximum(2 - 2 * cosine, 0), out=apart)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            turn = rng.standard_exponential(len(x_ND)) / apart  # the smallest: drawn in proportion, each once
+        turn[chosen] = np.nan  # sorted behind all others, copies of chosen ones too
+        new = np.argsort(turn)[: min(-(-count // ROUNDS), count - len(chosen))]
+        chosen = np.concatenate([chosen, new])
+    return chosen
+
+
+def _kmeans(x_ND: Floats, count: int, seed: int, start_KD: Floats | None = None) -> tuple[Floats, float]:
+    """(centres, sum of the cosines to them)."""
     faiss, gpus = _ready()
     kmeans = faiss.Kmeans(
         x_ND.shape[1],
@@ -54,9 +91,8 @@ def centres_of(x_ND: Floats, count: int, seed: int) -> Floats:
         min_points_per_centroid=1,
         max_points_per_centroid=len(x_ND),  # who calls has chosen the sample
     )
-    kmeans.train(np.ascontiguousarray(x_ND))
-    centres: Floats = kmeans.centroids
-    return centres
+    kmeans.train(np.ascontiguousarray(x_ND), init_centroids=start_KD)
+    return kmeans.centroids, float(kmeans.obj[-1])
 
 
 def nearest(x_ND: Floats, among_KD: Floats, k: int = 1) -> tuple[Floats, Ints]:

@@ -38,7 +38,7 @@ class Retrieved:
 def thinned(numbers: Ints, owner: Ints, seed: int, most: int = EXAMPLES_MOST) -> Ints:
     """At most `most` of `numbers`, as many from each owner as it has, by chance but always the same."""
     _, owner, room = np.unique(owner, return_inverse=True, return_counts=True)
-    share = water_filled(most, room)
+    share = water_filled(most, room, np.random.default_rng(seed))
     order = np.lexsort((keys(seed, numbers), owner))
     rank = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
     kept: Ints = numbers[np.sort(order[rank < share[owner[order]]])]
