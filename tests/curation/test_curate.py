@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 import tifffile
 import torch
+from painted_kinds import KINDS, kind_of_tiles, paint_kinds
 from synthetic_store import write_synthetic_store
 
 from histossl.config import EmbedConfig
@@ -140,6 +142,23 @@ def test_a_slide_that_lies_there_twice_is_found_by_the_commands_and_hardly_any_o
     assert len(again) > 40
     assert np.mean(found) >= 0.95
     assert len(dropped) - sum(found) <= 0.01 * len(index)
+
+
+def test_kinds_that_stand_a_hundred_to_one_come_out_below_ten_to_one_by_the_commands(workspace, cli, tmp_path):
+    """Painted slides of five kinds, tiled, and balanced by a network that has learnt nothing."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    of_cell = {f"S{n}": paint_kinds(slides / f"S{n}.tif", seed=n, rare=2) for n in range(4)}
+    at = ("-w", workspace.root)
+    assert cli("tile", "--slides", slides, *at, "--tile-px", 64, "--mpp", 0.5, "--grid", "physical").code == 0
+    told = cli("curate", *at, *NET, "--duplicate-cosine", 0.94, "--tiles", 60)
+    assert told.code == 0, told.err
+    index = TileIndex.open(workspace)
+    of_kind = kind_of_tiles(index, {slide: of_cell[Path(slide).stem] for slide in index.slides})
+    before = np.bincount(of_kind, minlength=len(KINDS))
+    after = np.bincount(of_kind[open_subset(index, "curated").tiles], minlength=len(KINDS))
+    assert before.max() / before.min() > 100
+    assert after.max() < 10 * after.min(), after
 
 
 # ---- the command
