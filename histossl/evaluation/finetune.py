@@ -21,7 +21,7 @@ import torch
 
 from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig, commands_with, plain, read_run, refuse_other_config, write_run
-from histossl.errors import LabelsError, MismatchError, UsageError
+from histossl.errors import HistosslError, LabelsError, MismatchError, UsageError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.drawn import drawn_items
@@ -110,7 +110,10 @@ def _finetune(
     _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
     if team.leads:
-        run.root.mkdir(parents=True, exist_ok=True)
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HistosslError(f"{run.root}: cannot be written ({error.strerror}); use another --workspace") from error
         if not run.splits.exists():
             write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})

@@ -37,10 +37,23 @@ class SiteCheck:
         return self.site_p < CLEAR and self.label_p < CLEAR
 
     @property
+    def confounded(self) -> bool:
+        """Whether the site gives the label away. Then whoever tells the label may be telling the site, whether or not
+        the nearest mean, which is asked here and weaker than most heads, tells the site from these features."""
+        return self.label_p < CLEAR
+
+    @property
     def statement(self) -> str:
         """For the verdict; empty where there is nothing to warn of."""
-        if not self.entangled:
+        if not self.confounded:
             return ""
+        if not self.entangled:
+            return (
+                f"The site alone tells the label with a balanced accuracy of {self.label_from_site:.2f} (chance "
+                f"{self.label_chance:.2f}). Features were not seen to tell the site ({self.site_from_features:.2f}, "
+                f"chance {self.site_chance:.2f}), but a head that tells the label may have learnt the site; "
+                "only sites with several labels can part the two."
+            )
         return (
             f"Site and label are entangled: the site alone tells the label with a balanced accuracy of "
             f"{self.label_from_site:.2f} (chance {self.label_chance:.2f}), and features tell the site with "

@@ -33,7 +33,14 @@ def test_site_in_features_and_label_by_site_is_a_warning():
 def test_either_alone_is_not():
     assert not check_site(*archive(0.0, 1.5)).entangled
     assert not check_site(*archive(0.9, 0.0)).entangled
-    assert check_site(*archive(0.9, 0.0)).statement == ""
+    assert check_site(*archive(0.0, 1.5)).statement == ""
+
+
+def test_a_site_that_gives_the_label_away_is_told_whatever_features_show():
+    found = check_site(*archive(1.0, 0.0))
+    assert not found.entangled
+    assert found.label_from_site == 1.0
+    assert "The site alone tells the label with a balanced accuracy of 1.00" in found.statement
 
 
 def test_without_entanglement_the_check_rarely_cries_wolf():
