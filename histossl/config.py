@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import platform
 import sys
 import tomllib
@@ -20,7 +21,7 @@ from typing import Any
 
 from histossl import __version__
 from histossl.errors import MismatchError, UsageError
-from histossl.workspace import written_aside
+from histossl.workspace import VARIABLE, written_aside
 
 # ---- refusing
 
@@ -400,7 +401,7 @@ def write_run(path: Path, config: Any, **derived: Any) -> None:
     """run.json: what was asked for, on what, with which versions, and what was worked out from it."""
     run = {
         "config": plain(asdict(config)),
-        "command": sys.argv,
+        "command": called(),
         "histossl": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -414,15 +415,22 @@ def write_run(path: Path, config: Any, **derived: Any) -> None:
 def note_command(path: Path) -> None:
     """Add this process's command to those that `path` remembers, for the page's "To reproduce"."""
     before = noted_commands(path)
-    if sys.argv not in before:
+    if called() not in before:
         with written_aside(path) as aside:
-            aside.write_text(json.dumps([*before, sys.argv], indent=1) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps([*before, called()], indent=1) + "\n", encoding="utf-8")
 
 
 def commands_with(before: Mapping[str, Any]) -> list[list[str]]:
     """The commands of an earlier run.json and this one."""
     earlier = before.get("commands") or [before["command"]] if before else []
-    return [*[one for one in earlier if one != sys.argv], sys.argv]
+    return [*[one for one in earlier if one != called()], called()]
+
+
+def called() -> list[str]:
+    """This process's command as it can be given elsewhere: with the workspace that the environment named."""
+    given = any(word == "-w" or word.startswith(("-w=", "--workspace")) for word in sys.argv)
+    named = "" if sys.argv[1:2] == ["demo"] else os.environ.get(VARIABLE, "")  # which has a workspace of its own
+    return [*sys.argv, "-w", named] if named and not given else list(sys.argv)
 
 
 def noted_commands(path: Path) -> list[list[str]]:

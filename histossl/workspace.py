@@ -25,6 +25,7 @@ from pathlib import Path
 from histossl.errors import HistosslError, StoreError, UsageError
 
 DEFAULT = "histossl-workspace"
+VARIABLE = "HISTOSSL_WORKSPACE"
 LONGEST_NAME = 200  # bytes of it in the name of the file that is written aside: file systems allow 255 in all
 
 
@@ -181,7 +182,7 @@ class Workspace:
     @classmethod
     def at(cls, given: Path | None) -> Workspace:
         """--workspace, or $HISTOSSL_WORKSPACE, or ./histossl-workspace."""
-        return cls(Path(given or os.environ.get("HISTOSSL_WORKSPACE") or DEFAULT))
+        return cls(Path(given or os.environ.get(VARIABLE) or DEFAULT))
 
     @classmethod
     def holding(cls, index: Path) -> Workspace:

@@ -189,19 +189,18 @@ def verdict(
     if metric in ("log_loss", "calibration_error"):
         sign = -sign
     decided = whole.p < VERDICT_P
-    slides = measured.slides[[measured.budgets.index(row.budget) for row in found.budgets if row.budget is not None]]
-    span = f"from {in_slides(slides.min())} to {in_slides(slides.max())} labelled {unit}s per class"
     size = f"{signed(whole.value)} (95 % interval {signed(whole.low)} to {signed(whole.high)})"
+    what = f"{name} {size} against {named(reference)}, {_span(measured, found, unit)}"
     sentences = []
     if decided:
         outcome: Outcome = "helped" if sign > 0 else "hurt"
-        headline = f"Adaptation {outcome}: {name} {size}, on average over budgets {span}."
+        headline = f"Adaptation {outcome}: {what}."
     else:
         outcome = "no measurable difference"
-        headline = f"Adaptation made no measurable difference: {name} {size}, on average over budgets {span}."
+        headline = f"Adaptation made no measurable difference: {what}."
         if whole.p < 1 - LEVEL:
             wished = "helped" if sign > 0 else "hurt"
-            headline = f"A hint, but no proof, that adaptation {wished}: {name} {size}, on average over budgets {span}."
+            headline = f"A hint, but no proof, that adaptation {wished}: {what}."
             sentences.append(
                 f"Where nothing differs, about one archive in {round(1 / whole.p)} shows as much by chance; "
                 f"a verdict asks for one in {round(1 / VERDICT_P)}."
@@ -219,6 +218,21 @@ def verdict(
     if outcome == "helped":
         sentences += _saved_in_words(labels_saved(measured, metric, adapted, reference, head), unit, adapted, reference)
     return Verdict(outcome, headline, sentences, limits, found)
+
+
+def _span(measured: Measured, found: Comparison, unit: str) -> str:
+    """The budgets that a difference of whole curves is about."""
+    budgets = [row.budget for row in found.budgets if row.budget is not None]
+    ends = [budgets[0], budgets[-1]]
+    first, last = (
+        f"all (about {in_slides(measured.slides[measured.budgets.index(end)])})"
+        if end == ALL and measured.pool.slides
+        else str(end)
+        for end in ends
+    )
+    if len(budgets) == 1:
+        return f"at a budget of {first} labelled {unit}{'' if first == '1' else 's'} per class"
+    return f"on average over budgets from {first} to {last} labelled {unit}s per class"
 
 
 def too_few(measured: Measured) -> Literal["", "patients", "sites"]:
@@ -278,7 +292,8 @@ def _floors(measured: Measured, adapted: str, metric: str, head: str | None) -> 
         floor = compare(measured, metric, adapted, "colour", head).area
         higher = floor.value < 0 if metric in ("log_loss", "calibration_error") else floor.value > 0
         if not (higher and floor.p < 1 - LEVEL):
-            ahead = "is not clearly above" if higher else "does not reach"
+            level = signed(floor.value) == "0.00"
+            ahead = "is level with" if level else "is not clearly above" if higher else "does not reach"
             said.append(
                 f"{_first_upper(named(adapted))} {ahead} the colour floor ({signed(floor.value)}, 95 % interval "
                 f"{signed(floor.low)} to {signed(floor.high)}): what it scores, staining alone may score too."

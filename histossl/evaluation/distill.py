@@ -27,8 +27,8 @@ from histossl.backbones import BackboneInfo, load_backbone
 from histossl.config import DistillConfig
 from histossl.errors import UsageError
 from histossl.evaluation.embed import slide_tiles
-from histossl.evaluation.labels import SlideNames
 from histossl.evaluation.model import Model, save_model
+from histossl.evaluation.slide_names import SlideNames
 from histossl.evaluation.teacher import present_classes, student_head
 from histossl.methods.distillation import Teacher, entropy
 from histossl.tiles.index import TileIndex

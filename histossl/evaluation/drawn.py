@@ -20,7 +20,6 @@ from histossl.evaluation.labels import (
     Item,
     LabelTable,
     Row,
-    SlideNames,
     natural,
     own_patients_note,
     patients_by_name,
@@ -28,6 +27,8 @@ from histossl.evaluation.labels import (
     refuse_two_cases,
     rows_by_slide,
 )
+from histossl.evaluation.slide_names import SlideNames
+from histossl.evaluation.spelling import refuse_alike
 from histossl.slides.files import SlideFile
 from histossl.slides.regions import Ring, read_regions, regions_in
 from histossl.tiles.index import TileIndex
@@ -100,6 +101,7 @@ def drawn_items(
                 patient = row.patient if row and row.patient else own_patient[slide]
                 site, split = (row.site, row.split) if row else ("", "")
                 found.append(Item(f"{slide}#{number}", slide, region.name, patient, site, split, tiles))
+    refuse_alike(str(directory), "class", ((item.label, item.slide) for item in found))
     unread += [(path.name, "no tiled slide of this name") for path in files if path not in used]
     if without_class:
         notes.append(f"{without_class} annotations have no class; they are left out")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig, commands_with, plain, read_run, refuse_other_config, write_run
-from histossl.errors import HistosslError, LabelsError, MismatchError, UsageError
+from histossl.errors import LabelsError, MismatchError, UsageError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.drawn import drawn_items
@@ -30,7 +31,8 @@ from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.learners import EndToEnd, Frozen, Learner, head_label, head_of
 from histossl.evaluation.model import ModelInfo, is_model_of, start_of_model
-from histossl.evaluation.site import check_site
+from histossl.evaluation.site import check_site, warn_of_sites
+from histossl.evaluation.slide_names import SlideNames
 from histossl.evaluation.splits import (
     Splits,
     make_splits,
@@ -45,6 +47,7 @@ from histossl.evaluation.team import Team, team_on
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
+from histossl.training.lock import alone_in
 from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
@@ -69,29 +72,31 @@ def finetune(
 ) -> Result:
     """The whole curve. Whatever can be wrong with the labels or the starts ends before the first tile is read."""
     with team_on(embed.device) as (team, device):
-        return _finetune(workspace, name, config, embed, dry_run, team, device)
+        index = TileIndex.open(workspace)
+        table = labelled_items(workspace, index, config)
+        show_labels(table, config.labels, every_missing=dry_run)
+        run = workspace.finetune(name)
+        if dry_run:  # which looks at these labels, whatever was done under this name before
+            _show_splits(_splits(run, table, config, anew=True), table)
+            console.say("dry run: the labels are in order, nothing was computed")
+            return Result(run, table, False)
+        with alone_in(run) if team.leads else nullcontext():
+            return _finetune(workspace, run, index, table, config, embed, team, device)
 
 
 def _finetune(
     workspace: Workspace,
-    name: str,
+    run: FinetuneDir,
+    index: TileIndex,
+    table: LabelTable,
     config: FinetuneConfig,
     embed: EmbedConfig,
-    dry_run: bool,
     team: Team,
     device: torch.device,
 ) -> Result:
-    index = TileIndex.open(workspace)
-    table = labelled_items(workspace, index, config)
-    show_labels(table, config.labels, every_missing=dry_run)
-    run = workspace.finetune(name)
-    if not dry_run:  # which looks at these labels, whatever was done under this name before
-        refuse_other_config(run.run_json, config, MAY_CHANGE)
-    splits = _splits(run, table, config, anew=dry_run)
+    refuse_other_config(run.run_json, config, MAY_CHANGE)
+    splits = _splits(run, table, config)
     _show_splits(splits, table)
-    if dry_run:
-        console.say("dry run: the labels are in order, nothing was computed")
-        return Result(run, table, False)
     before = read_run(run.run_json) if run.run_json.exists() else {}
     starts = with_floor(resolve_starts(workspace, config))
     starts = replace(starts, notes=(*starts.notes, *scale_notes(starts, index.mpp)))
@@ -109,13 +114,8 @@ def _finetune(
     _refuse_other_runs(run, before.get("starts", {}), starts)
     _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
-    if team.leads:
-        try:
-            run.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HistosslError(f"{run.root}: cannot be written ({error.strerror}); use another --workspace") from error
-        if not run.splits.exists():
-            write_splits(run.splits, splits, table)
+    if team.leads and not run.splits.exists():
+        write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})
     facts["pool_notes"] = list(dict.fromkeys([*before.get("pool_notes", []), *starts.notes]))
     facts["leak"] = _leaks_together(before.get("leak", {}), facts["leak"])
@@ -158,7 +158,7 @@ def _finetune(
     write_run(run.run_json, config, **facts)
     _save_model(run, learners, index, table, splits, starts, config, facts, for_use)
     report = write_report(run, workspace)
-    _show_curve(summary, facts["verdict"], table)
+    _show_curve(summary, facts["verdict"], table, splits.group)
     console.say(f"report: {report}")
     return Result(run, table, True)
 
@@ -237,7 +237,7 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     slides = list(index.slides)
     if config.labels:
         rows = labelling.read_rows(Path(config.labels))
-        names = labelling.SlideNames.of(index)
+        names = SlideNames.of(index)
         _show_missing([(row.slide, names.hint(row.slide)) for row in rows if not names.find(row.slide)])
         slides = sorted({slide for row in rows for slide in names.find(row.slide)})
         if not slides:
@@ -310,7 +310,11 @@ def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, A
 
 
 def _show_curve(
-    summary: Sequence[curves.SummaryRow], verdict: Mapping[str, Any], table: LabelTable, metric: str = "auroc"
+    summary: Sequence[curves.SummaryRow],
+    verdict: Mapping[str, Any],
+    table: LabelTable,
+    group: str,
+    metric: str = "auroc",
 ) -> None:
     """The curve as a table: one line per budget, one column per start, and what may be said of it."""
     rows = [row for row in summary if row.metric == metric]
@@ -318,7 +322,7 @@ def _show_curve(
     cells = {(row.start, row.budget): f"{row.mean:.3f} ({row.low:.2f}-{row.high:.2f})" for row in rows}
     budgets = sorted({row.budget for row in rows}, key=tables.in_budget_order)
     console.table(
-        f"{curves.PLAIN_NAME[metric]} on patients never trained on, by labelled {table.unit}s per class",
+        f"{curves.PLAIN_NAME[metric]} on {group}s never trained on, by labelled {table.unit}s per class",
         [f"{table.unit}s", *starts],
         [[budget, *(cells.get((start, budget), "") for start in starts)] for budget in budgets],
         right=[f"{table.unit}s", *starts],
@@ -334,9 +338,10 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
     """The labels of `config` on the tiles of `index`, in the unit asked for."""
     path = Path(config.labels)
     if config.regions or path.is_dir():
-        rows = [] if path.is_dir() else labelling.read_rows(path, needs_label=False)
+        file = labelling.LabelFile([], []) if path.is_dir() else labelling.read_labels(path, needs_label=False)
         option, folder = ("--regions", Path(config.regions)) if config.regions else ("--labels", path)
-        table = drawn_items(index, folder, rows, config.classes, option=option, source=path.name)
+        table = drawn_items(index, folder, file.rows, config.classes, option=option, source=path.name)
+        table = replace(table, notes=(*file.notes, *table.notes))
         if config.unit == "slide":
             raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
         return _in_unit(table, index, config)
@@ -345,14 +350,17 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
         for row in read_ledger(workspace.archive_csv)
         if row.slide and row.slide not in index.slides
     }
+    file = labelling.read_labels(path)
     table = labelling.match_labels(
-        labelling.read_rows(path),
-        labelling.SlideNames.of(index),
+        file.rows,
+        SlideNames.of(index),
         reasons=reasons,
         classes=config.classes,
         mixed_patients=config.mixed_patients,
         source=path.name,
+        where=str(workspace.root),
     )
+    table = replace(table, notes=(*file.notes, *table.notes))
     if table.unit == "region":
         if config.unit == "slide":
             raise LabelsError(f"--unit slide: {path.name} labels regions (x,y,width,height); leave --unit out")
@@ -410,7 +418,7 @@ def _show_missing(missing: Sequence[tuple[str, str]], at_most: int | None = None
         console.warn(f"and {len(missing) - at_most} more that were not found: run.json names them, and --dry-run does")
 
 
-def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig, anew: bool) -> Splits:
+def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig, anew: bool = False) -> Splits:
     if run.splits.exists() and not anew:
         return read_splits(run.splits, table)
     return make_splits(
@@ -434,7 +442,7 @@ def _show_splits(splits: Splits, table: LabelTable) -> None:
         f"{num_draws} draws, {how}, {tested} tested; labelled {table.unit}s per class: "
         f"{', '.join(str(budget) for budget in splits.budgets)}"
     )
-    for note in splits.notes:
+    for note in filter(None, [*splits.notes, warn_of_sites(table)]):
         console.warn(note)
 
 
@@ -636,7 +644,7 @@ def _facts(
             **_sites_drawn(table, splits),
             "notes": list(splits.notes),
         },
-        "leak": leak_statement(table, splits, starts.chosen, labelling.SlideNames.of(index)),
+        "leak": leak_statement(table, splits, starts.chosen, SlideNames.of(index)),
         "skipped_starts": starts.skipped,
         "pool_notes": list(starts.notes),
         "input_px": starts.input_px,
@@ -662,9 +670,7 @@ def _facts(
     }
 
 
-def leak_statement(
-    table: LabelTable, splits: Splits, starts: Sequence[Start], here: labelling.SlideNames
-) -> dict[str, Any]:
+def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start], here: SlideNames) -> dict[str, Any]:
     """Whether tested slides were in the pretraining pool of any start: in tested items per start, and in words."""
     items = [table.items[item].slide for item in splits.tested]
     tested = set(items)
@@ -713,6 +719,6 @@ def _leaks_in_words(words: Mapping[str, str]) -> str:
     return told or "no start was pretrained on slides of this workspace"
 
 
-def _slides_of(here: labelling.SlideNames, names: Iterable[str]) -> set[str]:
+def _slides_of(here: SlideNames, names: Iterable[str]) -> set[str]:
     """Slides of this workspace that another one may call otherwise (folders above, file types)."""
     return {slide for name in names for slide in here.find(name)}

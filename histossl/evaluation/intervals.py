@@ -167,7 +167,9 @@ def compare(
         t = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
         p = float(2 * stats.t.sf(abs(found.value) / se, found.df)) if se > 0 else float(found.value == 0)
         needed = float(stats.t.ppf(1 - VERDICT_P / 2, found.df) + stats.t.ppf(POWER, found.df)) * se
-        return Difference(budget, found.value, found.value - t * se, found.value + t * se, p, p), needed
+        most = 1.0 if metric in (*BOUNDED, "calibration_error") else math.inf  # two scores are no further apart
+        low, high = max(-most, found.value - t * se), min(most, found.value + t * se)
+        return Difference(budget, found.value, low, high, p, p), needed
 
     rows = []
     for number in np.flatnonzero(both):

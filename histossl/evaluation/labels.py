@@ -26,14 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl.config import nearest
+from histossl.console import count
 from histossl.errors import LabelsError
-from histossl.tiles.index import TileIndex
-from histossl.tiles.names import holders
-from histossl.workspace import Workspace
+from histossl.evaluation.slide_names import TCGA_CASE, SlideNames
+from histossl.evaluation.spelling import reads_unknown, refuse_alike, unread_columns
 
-TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
-TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
 BOX_COLUMNS = ("x", "y", "width", "height")
+OPTIONAL_COLUMNS = {"patient": "the patients", "site": "the sites", "split": "train and test"}
 SURVIVAL_COLUMNS = ("time", "event", "survival", "censored")
 NO_SURVIVAL = (
     "looks like survival times or measurements; histossl learns classes only. Give a column 'label' of a few classes "
@@ -123,8 +122,19 @@ class LabelTable:
 # ---- the file
 
 
+@dataclass(frozen=True)
+class LabelFile:
+    rows: list[Row]
+    notes: list[str]  # what of it is not read, or not as a person may have meant it
+
+
 def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
-    """The lines of labels.csv. Refuses a file that a spreadsheet has saved as something else."""
+    return read_labels(path, needs_label).rows
+
+
+def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
+    """The lines of labels.csv. Refuses a file that a spreadsheet has saved as something else, and two spellings of one
+    class, patient or site."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -141,6 +151,7 @@ def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
     header = [name.strip().lower() for name in next(lines, [])]
     _check_header(path, header, ("slide", "label") if needs_label else ("slide",))
     rows = []
+    unknown_sites: Counter[str] = Counter()
     for cells in lines:
         if not any(cell.strip() for cell in cells):
             continue
@@ -151,10 +162,30 @@ def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
             )
         if any(ends in cell.strip() for cell in cells for ends in "\r\n"):
             raise LabelsError(f"{path}, line {lines.line_num}: a cell holds a line break, or a quote is not closed")
-        rows.append(_row(path, lines.line_num, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
+        named = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+        if reads_unknown(named.get("site", "")):
+            unknown_sites[named["site"]] += 1
+            named["site"] = ""
+        rows.append(_row(path, lines.line_num, named))
     if not rows:
         raise LabelsError(f"{path}: has a first line but no slides below it")
-    return rows
+    for what in ("label", "patient", "site"):
+        words = ((getattr(row, what), f"line {row.line}") for row in rows if getattr(row, what))
+        refuse_alike(str(path), what, words)
+    notes = unread_columns(header, OPTIONAL_COLUMNS)
+    if unlabelled := sum(not row.label for row in rows) if needs_label else 0:
+        notes.append(
+            f"{count(unlabelled, 'line')} without a label: {'it counts' if unlabelled == 1 else 'they count'} "
+            "as unlabelled"
+        )
+    for label, number in sorted(Counter(row.label for row in rows if reads_unknown(row.label)).items()):
+        notes.append(
+            f"the label {label!r} ({count(number, 'line')}) is a class like any other; where it means that nobody "
+            "knows, leave the cell empty"
+        )
+    for site, number in sorted(unknown_sites.items()):
+        notes.append(f"the site {site!r} ({count(number, 'line')}) is read as not known")
+    return LabelFile(rows, notes)
 
 
 def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
@@ -187,6 +218,11 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
     labelled = bool(cells.get("label", "-"))
     if "patient" in cells and not cells["patient"] and labelled:
         raise LabelsError(f"{where}: {cells['slide']} has no patient; fill it in, or remove the whole column")
+    if reads_unknown(cells.get("patient", "")) and labelled:
+        raise LabelsError(
+            f"{where}: {cells['slide']} has the patient {cells['patient']!r}, and all slides with it would count as "
+            "one patient's; fill in whose it is, or leave its label empty"
+        )
     split = cells.get("split", "").lower()
     if "split" in cells and labelled and split not in ("train", "test"):
         raise LabelsError(f"{where}: split {cells['split']!r} must be train or test")
@@ -203,93 +239,6 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
     )
 
 
-# ---- names to slides
-
-
-class SlideNames:
-    """Finds a slide by the name a person gave it. `others`: further names, and the slide that holds the tiles."""
-
-    def __init__(self, slides: Iterable[str], others: Mapping[str, str] | None = None) -> None:
-        self.slides = tuple(slides)
-        self.others = dict(others or {})
-        self._holder = {**self.others, **{slide: slide for slide in self.slides}}
-        self._cases: dict[str, set[str]] = defaultdict(set)
-        for slide, holder in self._holder.items():
-            barcode = TCGA_CASE.search(PurePosixPath(slide).name) or TCGA_CASE.search(slide)
-            self._cases[holder] |= {barcode.group().upper()} if barcode else set()
-        self._last = [(slide, _parts(slide)[-1]) for slide in self._holder]
-        self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for slide in self._holder:
-            for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
-                self._by_stem[stem].append(slide)
-
-    @classmethod
-    def of(cls, index: TileIndex) -> SlideNames:
-        """Of an archive's tiles: also by names that an anonymous store hides, or that the same content has twice."""
-        return cls(index.slides, holders(Workspace.holding(index.path), index.slides))
-
-    def find(self, name: str) -> tuple[str, ...]:
-        """The slides meant by `name`: none, one, or (a TCGA case barcode, an ambiguous file name) several."""
-        return tuple(sorted({self._holder[own] for own in self._named(name)}))
-
-    def cases(self, slide: str) -> set[str]:
-        """TCGA barcodes of the case that the slide's names tell: one, none, or where names contradict, several."""
-        return self._cases[slide]
-
-    def _named(self, name: str) -> tuple[str, ...]:
-        name = name.replace("\\", "/").removeprefix("./")
-        if name in self._holder:
-            return (name,)
-        for spelling in (name, _without_suffix(name)):
-            found = self._same_ending(spelling)
-            if found:
-                return found
-        return self._barcode(name)
-
-    def labelled_by(self, name: str) -> tuple[str, ...]:
-        """The slides whose label is that of `name`: a case's is its tumour's, not that of normal tissue beside it."""
-        named = self._named(name)
-        if self.is_case_barcode(PurePosixPath(name).name):
-            named = tuple(own for own in named if not TCGA_NORMAL.match(PurePosixPath(own).name)) or named
-        return tuple(sorted({self._holder[own] for own in named}))
-
-    def is_case_barcode(self, name: str) -> bool:
-        return TCGA_CASE.fullmatch(name) is not None
-
-    def hint(self, name: str) -> str:
-        stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]
-        close = nearest(stem, self._by_stem)
-        return close.removeprefix(", ") if close else "no slide has a similar name"
-
-    def _same_ending(self, name: str) -> tuple[str, ...]:
-        """Slides whose path, read from its end, agrees with `name` as far as both go."""
-        parts = _parts(name)
-        found = []
-        for slide in self._by_stem.get(parts[-1], ()):
-            others = _parts(slide)
-            shared = min(len(parts), len(others)) - 1
-            if shared == 0 or parts[:-1][-shared:] == others[:-1][-shared:]:
-                found.append(slide)
-        return tuple(sorted(found))
-
-    def _barcode(self, name: str) -> tuple[str, ...]:
-        stem = PurePosixPath(name).name.casefold()
-        if not TCGA_CASE.match(stem):
-            return ()
-        return tuple(
-            sorted(s for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
-        )
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    return tuple(part for part in name.casefold().split("/") if part) or ("",)
-
-
-def _without_suffix(name: str) -> str:
-    """A1.svs -> A1, A1.v2 -> A1.v2: only what looks like a file type goes (letters first, so 'S1.2' keeps its end)."""
-    return re.sub(r"\.(?:ome\.tiff?|[A-Za-z][A-Za-z0-9]{1,6})$", "", name, flags=re.IGNORECASE)
-
-
 # ---- labels to items
 
 
@@ -301,6 +250,7 @@ def match_labels(
     classes: Sequence[str] = (),
     mixed_patients: bool = False,
     source: str = "labels.csv",
+    where: str = "this workspace",
 ) -> LabelTable:
     """Items of `rows` whose slides are among `slides`; `reasons` says why a known slide has no tiles.
 
@@ -331,16 +281,14 @@ def match_labels(
         for slide in hits:
             found[slide].append(row)
     if not found:
-        raise LabelsError(_none_found(source, named, missing))
+        raise LabelsError(_none_found(source, where, named, missing))
     patient_of, patients_from = _patients(found, names)
     items = []
     for slide in sorted(found):
         items += _items_of(source, slide, found[slide], patient_of[slide], regions, notes)
     present = tuple(sorted({item.label for item in items}, key=natural))
     if len(present) < 2:
-        raise LabelsError(
-            f"{source}: every labelled slide that was found is {present[0]!r}; two classes at least are needed"
-        )
+        raise LabelsError(_one_class(source, where, present[0], named, missing))
     refuse_split_patients(source, items)
     if not regions and not mixed_patients:
         _refuse_mixed_patients(source, items)
@@ -406,12 +354,25 @@ def _is_number(label: str) -> bool:
         return False
 
 
-def _none_found(source: str, named: Sequence[Row], missing: Mapping[str, str]) -> str:
+def _one_class(source: str, where: str, label: str, named: Sequence[Row], missing: Mapping[str, str]) -> str:
+    num_named = len({row.slide for row in named})
+    said = f"{source}: every labelled slide that was found is {label!r}; two classes at least are needed"
+    if not missing or len({row.label for row in named}) < 2:
+        return said
+    first = next(iter(missing))
+    have = "has" if len(missing) == 1 else "have"
+    return (
+        f"{said}. {len(missing):,} of its {count(num_named, 'slide')} {have} no tiles in {where}, the first {first!r} "
+        f"({missing[first]}); is that the workspace of these labels?"
+    )
+
+
+def _none_found(source: str, where: str, named: Sequence[Row], missing: Mapping[str, str]) -> str:
     if not named:
         return f"{source}: no line has a label"
     first = next(iter(missing))
     return (
-        f"{source}: none of its {len(missing)} slides has tiles in this workspace; the first is {first!r} "
+        f"{source}: none of its {len(missing)} slides has tiles in {where}; the first is {first!r} "
         f"({missing[first]}). Names must be those of the slide files; histossl tile --slides DIR makes the tiles"
     )
 
@@ -442,7 +403,7 @@ def patients_by_name(slides: Iterable[str], names: SlideNames | None = None) -> 
     if own == 0:
         return patients, "TCGA barcodes"
     if own == len(patients):
-        return patients, "nothing: each slide is its own patient"
+        return patients, "no column: each slide is its own patient"
     return patients, f"TCGA barcodes; {own} slides without one are each their own patient"
 
 
@@ -582,12 +543,14 @@ def overview(table: LabelTable) -> tuple[list[str], list[list[object]]]:
     """Columns and rows of the table that is shown before anything runs: per class (and split) items and patients."""
     splits = [split for split in ("train", "test") if any(item.split == split for item in table.items)]
     unit = f"{table.unit}s"
-    columns = ["class", unit, "patients"]
+    with_sites = any(item.site for item in table.items)
+    columns = ["class", unit, "patients", *(["sites"] if with_sites else [])]
     columns += [f"{split} {what}" for split in splits for what in (unit, "patients")]
     rows: list[list[object]] = []
     for label in (*table.classes, None):
         chosen = [item for item in table.items if label is None or item.label == label]
         row: list[object] = ["all" if label is None else label, len(chosen), len({item.patient for item in chosen})]
+        row += [len({item.site for item in chosen if item.site})] if with_sites else []
         for split in splits:
             part = [item for item in chosen if item.split == split]
             row += [len(part), len({item.patient for item in part})]

@@ -9,21 +9,17 @@ from pathlib import Path
 from histossl import console
 from histossl.config import nearest
 from histossl.errors import LabelsError, UsageError
-from histossl.evaluation.labels import (
-    TCGA_CASE,
-    LabelTable,
-    Row,
-    SlideNames,
-    match_labels,
-    read_rows,
-    refuse_two_cases,
-)
+from histossl.evaluation.labels import LabelTable, Row, match_labels, read_labels, read_rows, refuse_two_cases
+from histossl.evaluation.slide_names import TCGA_CASE, SlideNames
 from histossl.tiles.index import TileIndex
 
 
 def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
     """What may judge the run as it goes; None, with the reason told, where the labels do not serve for that."""
-    rows = read_rows(path)
+    file = read_labels(path)
+    rows = file.rows
+    for note in file.notes:
+        console.warn(f"{path}: {note}")
     if not any(row.split for row in rows):
         console.warn(
             f"{path}: has no split column, so no slide is left out of pretraining; patients tested later will have "

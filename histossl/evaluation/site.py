@@ -7,14 +7,17 @@ sites (labels) shuffled over patients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from histossl.evaluation.heads import Floats, Ints, SimpleShotHead
 from histossl.evaluation.labels import LabelTable
 
+Bools = NDArray[np.bool_]
 FEWEST_PATIENTS = 3  # per site, to be told from the others
 NUM_SHUFFLES = 200
 CLEAR = 0.05  # share of shuffles that may do as well
@@ -65,17 +68,24 @@ class SiteCheck:
         return {**asdict(self), "entangled": self.entangled, "statement": self.statement}
 
 
-def check_site(pooled: Floats, table: LabelTable, seed: int = 0) -> SiteCheck | None:
+@dataclass(frozen=True)
+class _Evidence:
+    """A row for what a patient has of one label at one site: tiles and slides of a patient are no more evidence."""
+
+    row_of_item: Ints
+    chosen: Bools  # of the rows: those of sites with patients enough
+    site: Ints  # of the chosen rows, as are the next two
+    label: Ints
+    patients: Ints
+    num_sites: int
+
+
+def _evidence(table: LabelTable) -> _Evidence | None:
     """None where fewer than two sites have three patients each, so that nothing can be said."""
-    # What a patient has of one label at one site is one row: tiles and slides of a patient are no more evidence.
     keys = [(item.patient, item.site, item.label) for item in table.items]
     distinct = sorted(set(keys))
     row_of = {key: row for row, key in enumerate(distinct)}
-    rows = np.array([row_of[key] for key in keys])
-    means = np.zeros((len(distinct), pooled.shape[1]))
-    np.add.at(means, rows, pooled)
-    means /= np.bincount(rows)[:, None]
-    patients = np.unique([key[0] for key in distinct], return_inverse=True)[1].astype(np.int64)
+    patients = np.unique([key[0] for key in distinct], return_inverse=True)[1]
     names = np.array([key[1] for key in distinct])
     labels = np.array([table.classes.index(key[2]) for key in distinct], dtype=np.int64)
     per_site = {name: len(np.unique(patients[names == name])) for name in np.unique(names)}
@@ -83,25 +93,65 @@ def check_site(pooled: Floats, table: LabelTable, seed: int = 0) -> SiteCheck | 
     if len(sites) < 2:
         return None
     chosen = np.isin(names, sites)
-    patients = np.unique(patients[chosen], return_inverse=True)[1].astype(np.int64)
-    site = np.searchsorted(np.sort(sites), names[chosen]).astype(np.int64)
-    label = labels[chosen]
-    x = means[chosen]
-    rng = np.random.default_rng(seed)
-    fold = _folds(site, patients, rng)
+    return _Evidence(
+        np.array([row_of[key] for key in keys]),
+        chosen,
+        np.searchsorted(np.sort(sites), names[chosen]).astype(np.int64),
+        labels[chosen],
+        np.unique(patients[chosen], return_inverse=True)[1].astype(np.int64),
+        len(sites),
+    )
 
-    def features_tell(truth: Ints) -> float:
-        return _balanced(truth, _nearest_mean(x, truth, fold))
 
-    def site_tells(truth: Ints) -> float:
-        return _balanced(truth, _majority(site, truth, patients))
+def warn_of_sites(table: LabelTable) -> str:
+    """Said before a tile is read, since no features are needed to see it: the sites give the labels away. Else ''."""
+    evidence = _evidence(table)
+    if evidence is None:
+        return ""
+    real, chance, p = _label_from_site(evidence, 0)
+    if p >= CLEAR:
+        return ""
+    return (
+        f"the site alone tells the label with a balanced accuracy of {real:.2f} (chance {chance:.2f}): a head that "
+        "tells the label may be telling the site, and only sites with several labels can part the two"
+    )
 
-    scores = []
-    for ask, truth in ((features_tell, site), (site_tells, label)):
-        real = ask(truth)
-        shuffled = np.array([ask(_over_patients(truth, patients, rng)) for _ in range(NUM_SHUFFLES)])
-        scores += [real, float(shuffled.mean()), float((1 + (shuffled >= real).sum()) / (1 + NUM_SHUFFLES))]
-    return SiteCheck(len(sites), *scores)
+
+def check_site(pooled: Floats, table: LabelTable, seed: int = 0) -> SiteCheck | None:
+    """`pooled` (items, features). None where fewer than two sites have three patients each."""
+    evidence = _evidence(table)
+    if evidence is None:
+        return None
+    means = np.zeros((len(evidence.chosen), pooled.shape[1]))
+    np.add.at(means, evidence.row_of_item, pooled)
+    x = (means / np.bincount(evidence.row_of_item)[:, None])[evidence.chosen]
+    rng = np.random.default_rng([seed, 1])
+    fold = _folds(evidence.site, evidence.patients, rng)
+
+    def tell(site: Ints) -> float:
+        return _balanced(site, _nearest_mean(x, site, fold))
+
+    return SiteCheck(
+        evidence.num_sites,
+        *_beside_shuffles(tell, evidence.site, evidence.patients, rng),
+        *_label_from_site(evidence, seed),
+    )
+
+
+def _label_from_site(evidence: _Evidence, seed: int) -> tuple[float, float, float]:
+    def tell(label: Ints) -> float:
+        return _balanced(label, _majority(evidence.site, label, evidence.patients))
+
+    return _beside_shuffles(tell, evidence.label, evidence.patients, np.random.default_rng([seed, 2]))
+
+
+def _beside_shuffles(
+    ask: Callable[[Ints], float], truth: Ints, patients: Ints, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """(score, its mean over shuffles, the share of shuffles that score as well)."""
+    real = ask(truth)
+    shuffled = np.array([ask(_over_patients(truth, patients, rng)) for _ in range(NUM_SHUFFLES)])
+    return real, float(shuffled.mean()), float((1 + (shuffled >= real).sum()) / (1 + NUM_SHUFFLES))
 
 
 def _folds(site: Ints, patients: Ints, rng: np.random.Generator, num_folds: int = 3) -> Ints:
@@ -137,10 +187,12 @@ def _majority(site: Ints, label: Ints, patients: Ints) -> Ints:
     """Each item's label guessed from the other patients of its site: the most frequent one, classes weighed alike."""
     num_classes = int(label.max()) + 1
     weight = 1 / np.maximum(np.bincount(label, minlength=num_classes), 1)
-    predicted = np.zeros_like(label)
-    for item in range(len(label)):
-        others = (site == site[item]) & (patients != patients[item])
-        predicted[item] = int((np.bincount(label[others], minlength=num_classes) * weight).argmax())
+    of_site = np.zeros((int(site.max()) + 1, num_classes))
+    np.add.at(of_site, (site, label), 1)
+    pair = np.unique(np.stack([site, patients]), axis=1, return_inverse=True)[1].ravel()
+    of_patient = np.zeros((int(pair.max()) + 1, num_classes))
+    np.add.at(of_patient, (pair, label), 1)
+    predicted: Ints = ((of_site[site] - of_patient[pair]) * weight).argmax(1)
     return predicted
 
 

@@ -105,6 +105,7 @@ def make_splits(
     taken = _budgets(budgets, least, whole, table)
     notes += _short_classes(taken, parts, table) + _untested(table, parts)
     notes += _no_verdict(table, parts, groups, group) + _one_draw(num_draws, table)
+    notes += _tied_sites(table, groups) if group == "site" else []
     splits = Splits(group, folds, taken, parts, tuple(notes))
     check(splits, table)
     return splits
@@ -119,10 +120,12 @@ def groups_of(table: LabelTable, group: Group) -> NDArray[np.int64]:
         names = [item.patient for item in table.items]
         return np.unique(names, return_inverse=True)[1].astype(np.int64)
     without = [item.name for item in table.items if not item.site]
+    if len(without) == len(table.items):
+        raise LabelsError("--group site: the labels name no site; add a column 'site' to them")
     if without:
         raise LabelsError(
-            f"--group site: {len(without)} items have no site, the first {without[0]!r}; "
-            "the labels need a column 'site' filled in everywhere"
+            f"--group site: {len(without)} of {len(table.items):,} {table.unit}s have no site, the first "
+            f"{without[0]!r}; fill in the column 'site' everywhere"
         )
     root: dict[str, str] = {}
 
@@ -183,11 +186,33 @@ def _one_draw(num_draws: int, table: LabelTable) -> list[str]:
 
 def site_names(table: LabelTable) -> list[str]:
     """Per item the sites that stay on one side with it, as `groups_of` ties them."""
-    groups = groups_of(table, "site")
+    groups = groups_of(table, "site").tolist()
+    named = _sites_of_groups(table, groups)
+    return ["+".join(sorted(named[number])) for number in groups]
+
+
+def _sites_of_groups(table: LabelTable, groups: Sequence[int]) -> dict[int, set[str]]:
     named: dict[int, set[str]] = defaultdict(set)
-    for item, number in zip(table.items, groups.tolist(), strict=True):
+    for item, number in zip(table.items, groups, strict=True):
         named[number].add(item.site)
-    return ["+".join(sorted(named[number])) for number in groups.tolist()]
+    return named
+
+
+def _tied_sites(table: LabelTable, groups: NDArray[np.int64]) -> list[str]:
+    """Sites that count as one because a patient was at more than one of them."""
+    at: dict[str, set[str]] = defaultdict(set)
+    for item in table.items:
+        at[item.patient].add(item.site)
+    notes = []
+    for sites in _sites_of_groups(table, groups.tolist()).values():
+        if len(sites) > 1:
+            patients = sorted(patient for patient, own in at.items() if len(own) > 1 and own <= sites)
+            others = f" and {len(patients) - 1} more" * (len(patients) > 1)
+            notes.append(
+                f"the sites {' and '.join(map(repr, sorted(sites)))} count as one: patient {patients[0]!r}{others} has "
+                "slides at several of them, and no patient may stand on both sides"
+            )
+    return notes
 
 
 def groups_per_class(table: LabelTable, groups: NDArray[np.int64]) -> dict[str, int]:

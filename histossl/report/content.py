@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from histossl.evaluation.metrics import auroc, confidence_bins, unit_rows
 from histossl.evaluation.resampling import Measured, beside, measure
 from histossl.report import plots
 from histossl.slides.ledger import LedgerRow, read_ledger
+from histossl.training.looks import Best, probe_verdict
 from histossl.workspace import FinetuneDir, PretrainDir, Workspace
 
 Floats = NDArray[np.float64]
@@ -287,15 +288,9 @@ MONITORS = {
 
 
 def pretraining_log(run: PretrainDir) -> dict[str, tuple[Floats, Floats]]:
-    """{key: (steps, values)} of log.jsonl. Lines cut off by a kill are passed over, a step's last value counts."""
+    """{key: (steps, values)} of log.jsonl. A step's last value counts."""
     found: dict[str, dict[int, float]] = {}
-    for line in run.log.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            continue
+    for row in _log_rows(run):
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 found.setdefault(key, {})[row["step"]] = float(value)
@@ -303,3 +298,30 @@ def pretraining_log(run: PretrainDir) -> dict[str, tuple[Floats, Floats]]:
         key: (np.array(sorted(values), dtype=np.float64), np.array([values[step] for step in sorted(values)]))
         for key, values in found.items()
     }
+
+
+def pretraining_told(run: PretrainDir) -> list[str]:
+    """What the run itself said of its backbone: whether the probe rose, and what its monitors warned of."""
+    rows = list(_log_rows(run))
+    best = Best()
+    for row in rows:
+        if isinstance(row.get("probe"), int | float):
+            best = best.with_look(row["step"], row["probe"])
+    last_step = max((row["step"] for row in rows), default=0)
+    told = [f"{probe_verdict(best, last_step, run)}."] if best.num_looks else []
+    warned: dict[str, list[int]] = {}
+    for row in rows:
+        if isinstance(row.get("warning"), str):
+            warned.setdefault(row["warning"], []).append(row["step"])
+    return told + [f"Step {', '.join(map(str, steps))}: {text}." for text, steps in warned.items()]
+
+
+def _log_rows(run: PretrainDir) -> Iterator[dict[str, Any]]:
+    """Lines cut off by a kill are passed over."""
+    for line in run.log.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row

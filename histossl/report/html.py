@@ -38,6 +38,7 @@ METRIC = "auroc"  # what the verdict and the first curve are about
 BESIDE = ("balanced_accuracy", "log_loss")
 MOST_LEDGER_ROWS = 200
 SIMULATED_HEADS = ("mean", "simpleshot")  # logistic regression and the nearest mean
+PLANNED = ("batch_size", "warmup_steps", "optimizer", "lr", "final_lr", "weight_decay", "layer_decay")
 WORKED_OUT_AT_ZERO = ("input_px", "folds")
 
 
@@ -312,9 +313,22 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", "-"), _plainly(value)) for name, value in shown.items()]
 
 
+def _as_planned(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A pretraining run's settings, with what the planner made of those that were left to it."""
+    asked, plan = dict(run.get("config", {})), run.get("plan", {})
+    if plan:
+        for name in ("epochs", "hours", "warmup", "final_lr", "set"):  # told by steps, warm-up steps, rates, knobs
+            asked.pop(name, None)
+        asked |= {name: plan[name] for name in PLANNED if name in plan}
+        asked |= {"steps": plan.get("num_steps"), "knobs": run.get("knobs", {})}
+    return asked
+
+
 def _plainly(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name.replace('_', '-')} {_plainly(one)}" for name, one in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, list):
         return ", ".join(map(_plainly, value))
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
@@ -454,7 +468,8 @@ def _pretraining_figure(content: Content) -> dict[str, Any] | None:
         "name": content.pretrain.root.name,
         "others": [run.root.name for run in content.pretrain_runs if run.root != content.pretrain.root],
         "figure": _drawn(plots.pretraining(log, shown), "pretraining", "Pretraining"),
-        "config": _settings(run.get("config", {})),
+        "told": [(run.root.name, contents.pretraining_told(run)) for run in content.pretrain_runs],
+        "config": _settings(_as_planned(run)),
         "steps": int(max(steps[-1] for steps, _ in log.values() if len(steps))),
     }
 

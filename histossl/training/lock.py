@@ -1,17 +1,17 @@
-"""One run at a time in its directory: two would rename each other's checkpoints and write one log between them."""
+"""One run at a time in its directory: two would rename each other's files and write one log between them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from histossl.errors import HistosslError, TrainingError
-from histossl.workspace import PretrainDir, locked
+from histossl.workspace import FinetuneDir, PretrainDir, locked
 
 
 @contextmanager
-def alone_in(run: PretrainDir) -> Iterator[None]:
+def alone_in(run: PretrainDir | FinetuneDir) -> Iterator[None]:
     """Hold the run's directory, and remove what killed ones left half-written in it.
 
     The kernel lets go of the lock however the process ends. A directory that is made here and left empty (the settings
@@ -42,3 +42,5 @@ def alone_in(run: PretrainDir) -> Iterator[None]:
             if new and {*run.root.iterdir()} <= {path}:
                 path.unlink(missing_ok=True)
                 run.root.rmdir()
+                with suppress(OSError):  # others' runs lie beside it
+                    run.root.parent.rmdir()

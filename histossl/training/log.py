@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -43,12 +44,18 @@ class RunLog:
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < step]
             aside.write_text("".join(kept), encoding="utf-8")
 
+    def warn(self, step: int, text: str) -> None:
+        """A row without figures: what a monitor said at this step."""
+        self._write({"step": step, "warning": text}, {})
+
     def write(self, row: dict[str, float]) -> None:
+        self._write({name: _plain(value) for name, value in row.items()}, row)
+
+    def _write(self, line: Mapping[str, object], row: Mapping[str, float]) -> None:
         assert self._board is not None, "begin_at comes first"
-        line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(json.dumps(line) + "\n")
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(row["step"]))

@@ -95,7 +95,7 @@ class Looks:
             **{f"weight_change/{name}": value for name, value in change.items()},
         }
         if done and not any(change.values()) and prepared.processes.writes:
-            console.warn(f"step {done}: {UNMOVED}")
+            self._warn(done, UNMOVED)
         with others_wait(prepared.processes):
             self._judge(health, row, done)
         if health.collapsed and prepared.operation.stop_on_collapse and done:
@@ -115,17 +115,18 @@ class Looks:
                 share_done = done / prepared.plan.num_steps
                 trend = self.probe_trend.look(score, self.loss, self.best.at_start, self.best.score, share_done)
                 if trend:
-                    console.warn(f"step {done}: {trend}")
+                    self._warn(done, trend)
         if row.get("queue_slides", math.inf) < FEW_SLIDES and prepared.order.num_slides > 1 and writes:
-            console.warn(
-                f"step {done}: the queue is nearly all of one slide (as good as {row['queue_slides']:.1f} slides), so "
-                "negatives betray their slide; use --slide-balance 1, or a larger --set queue_size"
+            self._warn(
+                done,
+                f"the queue is nearly all of one slide (as good as {row['queue_slides']:.1f} slides), so "
+                "negatives betray their slide; use --slide-balance 1, or a larger --set queue_size",
             )
         if self.log:
             self.log.write(row)
         self.last_look = [f"rank {health.rank:.0f}", *([f"probe {row['probe']:.3f}"] if "probe" in row else [])]
         if health.verdict and writes:
-            console.warn(f"step {done}: {health.verdict}")
+            self._warn(done, health.verdict)
         if not health.collapsed and done and writes:
             # With statistics of clean tiles each time: whatever ends the run, what lies there is fit to be used.
             save_backbone(run.healthy_backbone, clean_backbone(prepared, MONITOR_TILES), adapted_info(prepared, done))
@@ -142,7 +143,7 @@ class Looks:
                 keys.append(key_BD)
         drift = self.key_drift.look(done, torch.cat(keys))
         if prepared.processes.writes and (stale := self.key_drift.verdict(drift)):
-            console.warn(f"step {done}: {stale}")
+            self._warn(done, stale)
         return {"key_drift": drift}
 
     def _look_at_student(self, done: int) -> dict[str, float]:
@@ -152,7 +153,7 @@ class Looks:
             return {}
         health = self.watch.beside(monitor_features(self.prepared, learner))
         if health.verdict and done and self.prepared.processes.writes:
-            console.warn(f"step {done}: the student, whom the exported teacher follows: {health.verdict}")
+            self._warn(done, f"the student, whom the exported teacher follows: {health.verdict}")
         return {"student_feature_std": health.spread, "student_effective_rank_share": health.rank_share}
 
     def logged(self, row: dict[str, float], done: int) -> None:
@@ -162,7 +163,7 @@ class Looks:
         easy = self.shortcut.taken(row, done, num_steps, helps=self.best.score > self.best.at_start)
         for told in (stuck, easy):
             if told and self.prepared.processes.writes:
-                console.warn(f"step {done}: {told}")
+                self._warn(done, told)
         self._tell_ailment(row, done)
 
     def _tell_ailment(self, row: dict[str, float], done: int) -> None:
@@ -170,8 +171,14 @@ class Looks:
         ailment = self.prepared.method.ailment(row)
         kind = re.sub(r"\d[\d.,]*", "", ailment)  # the next line has other figures for the same
         if ailment and kind != self.told and self.prepared.processes.writes:
-            console.warn(f"step {done}: {ailment}")
+            self._warn(done, ailment)
         self.told = kind
+
+    def _warn(self, done: int, text: str) -> None:
+        """On the console, and in the log: the report of a finetuning tells what went wrong with its backbone."""
+        console.warn(f"step {done}: {text}")
+        if self.log:
+            self.log.warn(done, text)
 
     def state_dict(self) -> dict[str, Any]:
         """Under the names that a checkpoint has them."""

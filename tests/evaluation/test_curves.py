@@ -426,6 +426,9 @@ def test_a_big_effect_is_found_and_told():
     found = verdict(measured)
     assert found.outcome == "helped"
     assert found.headline.startswith("Adaptation helped: AUROC +0.")
+    assert found.headline.endswith(
+        ") against the ImageNet start, on average over budgets from 1 to 8 labelled slides per class."
+    )
     assert "the adapted start reaches what the ImageNet start reaches" in found.sentences[-1]
     assert "36 tested patients" in found.limits[0]
     turned = verdict(measured, adapted="imagenet", reference="adapted")
@@ -446,6 +449,34 @@ def test_a_difference_between_one_in_twenty_and_one_in_fifty_is_a_hint():
     assert found.comparison.area.low > 0
     assert "a verdict asks for one in 50" in found.sentences[0]
     assert found.sentences[1].startswith("With 36 patients")
+
+
+def test_the_headline_names_what_it_is_measured_against_and_where():
+    archive = Archive(separation={"random": 1.0, "adapted": 1.0}, budgets=(2, "all"), num_draws=4)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    measured = measure(rows, archive.classes, pool_per_class=9.6, pool_patients_per_class=9.6)
+    assert verdict(measured, reference="random").headline.endswith(
+        ") against the random start, on average over budgets from 2 to all (about 9.6) labelled slides per class."
+    )
+    one = measure([row for row in rows if row.budget == 2], archive.classes)
+    assert verdict(one, reference="random").headline.endswith(", at a budget of 2 labelled slides per class.")
+
+
+def test_a_difference_of_scores_does_not_leave_its_range():
+    archive = Archive(patients_per_class=2, budgets=(1,), num_draws=2, num_folds=2)
+    for seed in range(10):
+        measured = measure(predictions_of(archive, np.random.default_rng(seed)), archive.classes)
+        for metric in ("auroc", "balanced_accuracy", "f1", "calibration_error"):
+            found = compare(measured, metric, "adapted", "imagenet").area
+            assert -1 <= found.low <= found.value <= found.high <= 1
+
+
+def test_a_start_level_with_the_colour_floor_is_said_to_be():
+    archive = Archive(separation={"imagenet": 1.0, "adapted": 1.5}, budgets=(1, 4), num_draws=4)
+    rows = predictions_of(archive, np.random.default_rng(0))
+    rows += [replace(row, start="colour") for row in rows if row.start == "adapted"]
+    limits = verdict(measure(rows, archive.classes)).limits
+    assert any("The adapted start is level with the colour floor (0.00" in limit for limit in limits)
 
 
 def test_log_loss_is_better_when_it_is_lower():

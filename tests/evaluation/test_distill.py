@@ -18,9 +18,10 @@ from histossl.evaluation.distill import compared, leave_model, look_at_teacher, 
 from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.finetune import finetune, leak_statement
 from histossl.evaluation.heads import HEADS, Fitted, head_named
-from histossl.evaluation.labels import SlideNames, match_labels, read_rows
+from histossl.evaluation.labels import match_labels, read_rows
 from histossl.evaluation.model import Model, load_model
 from histossl.evaluation.predict import Rows, predict_tiles
+from histossl.evaluation.slide_names import SlideNames
 from histossl.evaluation.splits import make_splits
 from histossl.evaluation.starts import Start
 from histossl.evaluation.teacher import teacher_of, tile_head

@@ -13,12 +13,13 @@ from synthetic_store import write_synthetic_store
 
 from histossl.backbones import create_backbone, save_backbone
 from histossl.config import EmbedConfig, FinetuneConfig
-from histossl.errors import LabelsError, MismatchError, StoreError, UsageError, WeightsError
+from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError, UsageError, WeightsError
 from histossl.evaluation.embed import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
 from histossl.evaluation.finetune import Journal, finetune
 from histossl.evaluation.starts import resolve_starts
 from histossl.evaluation.tables import read_points, read_predictions, read_summary
 from histossl.tiles.index import TileIndex
+from histossl.training.lock import alone_in
 from histossl.workspace import Workspace
 
 SLIDES = [f"s{number:02d}" for number in range(24)]
@@ -262,6 +263,32 @@ def test_a_dry_run_writes_nothing(ready, cli):
     assert sorted(ready.root.rglob("*")) == before
 
 
+def test_a_dry_run_says_that_the_site_gives_the_label_away(ready, capsys):
+    lines = ["slide,label,patient,site"]
+    lines += [f"s{n:02d},{'low' if n % 12 < 6 else 'high'},P{n % 12},{'K' if n % 12 < 6 else 'L'}" for n in range(24)]
+    (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    finetune(ready, "a", config_of(ready), dry_run=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the site alone tells the label with a balanced accuracy of 1.00" in said
+    assert not ready.finetune("a").root.exists()
+
+
+def test_two_at_once_into_one_curve_are_refused(ready):
+    with alone_in(ready.finetune("a")):
+        with pytest.raises(TrainingError, match="another process is at work on this run"):
+            finetune(ready, "a", config_of(ready, **ONE))
+        finetune(ready, "a", config_of(ready, **ONE), dry_run=True)
+        finetune(ready, "b", config_of(ready, **ONE))
+    finetune(ready, "a", config_of(ready, **ONE))
+
+
+def test_labels_of_another_workspace_are_told_as_such(ready, cli):
+    (ready.root / "other.csv").write_text("slide,label\ns00,low\nnone1,high\nnone2,high\n")
+    code, _, err = cli("finetune", "--labels", ready.root / "other.csv", "-w", ready.root)
+    assert code == 2
+    assert f"2 of its 3 slides have no tiles in {ready.root}, the first 'none1'" in " ".join(err.split())
+
+
 def test_the_pretraining_pool_is_told(ready):
     export(ready, "run", seed=3, slides=SLIDES[:7])
     finetune(ready, "a", config_of(ready, starts=("adapted", "random"), backbone=""))
@@ -434,7 +461,9 @@ def test_with_sites_left_out_predictions_name_them_and_the_run_counts_them(ready
         assert int(one.patient[1:]) % 6 == int(one.site[4:])
     facts = json.loads(run.run_json.read_text())
     assert facts["split"]["num_tested_sites"] == 6
-    assert "12 patients of 6 sites tested" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "12 patients of 6 sites tested" in said
+    assert "on sites never trained on" in said
 
 
 def test_a_backbone_of_another_scale_is_told_on_the_page_too(ready, capsys):
@@ -560,7 +589,7 @@ def test_the_colour_floor_is_on_every_curve(ready):
         (["--head", "meen"], "did you mean 'mean'"),
         (["--labels", "nowhere.csv"], "nowhere.csv: cannot be read"),
         (["--classes", "low"], "two classes at least"),
-        (["--group", "site"], "need a column 'site'"),
+        (["--group", "site"], "name no site; add a column 'site'"),
         (["--device", "cuda:7"], "CUDA devices"),
         (["--tiles-per-slide", "5"], "add --unit tile"),
         (["--train", "all", "--workers", "4"], "--workers 4: is of embedding"),

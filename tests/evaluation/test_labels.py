@@ -10,14 +10,15 @@ from histossl.evaluation.labels import (
     Box,
     Item,
     LabelTable,
-    SlideNames,
     match_labels,
     natural,
     one_item_per_tile,
     overview,
+    read_labels,
     read_rows,
     tiles_in_boxes,
 )
+from histossl.evaluation.slide_names import SlideNames
 
 SLIDES = ["A1", "A2", "case1/B1", "case2/B1", "S1.2", "twin.svs", "twin.tif"]
 
@@ -149,6 +150,11 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
         ("slide,label\n,x\n", "line 2: the slide's name is empty"),
         ("slide,label,split\nA1,x,train\nA2,y,val\n", "line 3: split 'val' must be"),
         ("slide,label,patient\nA1,x,\n", "has no patient"),
+        ("slide,label,patient\nA1,x,NA\n", "line 2: A1 has the patient 'NA'"),
+        ("slide,label\nA1,AC\nA2,ac\n", r"label 'AC' \(line 2\) and 'ac' \(line 3\) differ only in case"),
+        ("slide,label,patient\nA1,x,P 1\nA2,y,p_1\n", "patient 'P 1' .* and 'p_1' .* would count as two"),
+        ("slide,label,site\nA1,x,K\u00f6ln\nA2,y,Ko\u0308ln\n", "site 'K\u00f6ln' .* spell them alike"),
+        ("slide,label\nA1,x\nA2,x\nZ1,y\n", r"is 'x'; two classes .* 1 of its 3 slides has no tiles in this workspace"),
         ("slide,label\nA1,x\nA1.svs,y\nA2,y\n", "A1 is listed twice with different label"),
         ("slide,label\nA1,x\nA2,x\n", "two classes at least"),
         ("slide,label\nB1,x\nA1,y\n", "'B1' may be 'case1/B1', 'case2/B1'"),
@@ -165,6 +171,39 @@ def test_each_mistake_is_one_clear_line(tmp_path, text, said):
         table_of(tmp_path, text)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_what_is_not_read_as_it_may_be_meant_is_told(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("slide,label,patients,Center\nA1,x,P,K\nA2,unknown,P,K\nA3,,P,K\n", encoding="utf-8")
+    assert read_labels(path).notes == [
+        "the column 'patients' is not read; if it holds the patients, call it 'patient'",
+        "the column 'center' is not read; if it holds the sites, call it 'site'",
+        "1 line without a label: it counts as unlabelled",
+        "the label 'unknown' (1 line) is a class like any other; where it means that nobody knows, leave the cell "
+        "empty",
+    ]
+    path.write_text("slide,label,site,age,set\nA1,x,NA,31,a\nA2,y,K,40,a\nA3,y,NA,50,a\n", encoding="utf-8")
+    file = read_labels(path)
+    assert [row.site for row in file.rows] == ["", "K", ""]
+    assert file.notes == [
+        "the column 'set' is not read; if it holds train and test, call it 'split'",
+        "the site 'NA' (2 lines) is read as not known",
+    ]
+    path.write_text("slide,label,patient,site,split,stain\nA1,x,P,K,train,HE\n", encoding="utf-8")
+    assert read_labels(path).notes == []
+
+
+def test_names_that_only_look_a_little_alike_are_two(tmp_path):
+    table = table_of(tmp_path, "slide,label,patient\nA1,grade 1,1-1\nA2,grade 1+,11\ncase1/B1,grade 10,1 1\n")
+    assert len(table.classes) == 3
+    assert len(table.patients) == 3
+
+
+def test_the_table_counts_sites_where_the_labels_name_any(tmp_path):
+    columns, rows = overview(table_of(tmp_path, "slide,label,site\nA1,x,K\nA2,y,K\ncase1/B1,y,L\nS1.2,y,?\n"))
+    assert columns == ["class", "slides", "patients", "sites"]
+    assert rows == [["x", 1, 1, 1], ["y", 3, 3, 2], ["all", 4, 4, 2]]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The site check warns when a shortcut pays, and only then."""
 
 import numpy as np
+import pytest
 
 from histossl.evaluation.labels import Item, LabelTable
-from histossl.evaluation.site import check_site
+from histossl.evaluation.site import _majority, check_site, warn_of_sites
 
 
 def archive(label_of_site: float, site_in_features: float, seed: int = 0, sites: int = 3, patients: int = 45):
@@ -53,3 +54,26 @@ def test_too_few_sites_or_patients_say_nothing():
     assert check_site(pooled, table) is None
     pooled, table = archive(0.5, 1.0, sites=1)
     assert check_site(pooled, table) is None
+
+
+def test_the_warning_needs_no_features_and_says_the_same():
+    for label_of_site in (0.0, 1.0):
+        pooled, table = archive(label_of_site, 1.0)
+        found = check_site(pooled, table)
+        told = warn_of_sites(table)
+        assert bool(told) == found.confounded
+        assert f"balanced accuracy of {found.label_from_site:.2f} (chance {found.label_chance:.2f})" in told or not told
+    assert warn_of_sites(archive(1.0, 1.0, sites=1)[1]) == ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_patients_site_tells_its_label_from_other_patients_only(seed):
+    """Held to the definition, row by row: the most frequent label of the site's other patients, classes alike."""
+    rng = np.random.default_rng(seed)
+    site, patients, label = (rng.integers(high, size=40) for high in (4, 25, 3))
+    weight = 1 / np.bincount(label, minlength=3)
+    told = []
+    for row in range(40):
+        others = (site == site[row]) & (patients != patients[row])
+        told.append((np.bincount(label[others], minlength=3) * weight).argmax())
+    assert _majority(site, label, patients).tolist() == told

@@ -82,6 +82,19 @@ def test_sites_stay_together_and_so_do_patients_seen_at_two():
         assert not sides[0] & sides[1]
     assert site_names(table)[:2] == ["site0+site7"] * 2
     assert site_names(table)[4] == "site1"
+    told = [note for note in splits.notes if "count as one" in note]
+    assert told == [
+        "the sites 'site0' and 'site7' count as one: patient 'P0' has slides at several of them, and no patient may "
+        "stand on both sides"
+    ]
+
+
+def test_a_site_that_is_missing_is_named_by_its_column():
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", f"site{n % 9}" if n else "") for n in range(54)]
+    with pytest.raises(LabelsError, match="1 of 54 slides have no site, the first 's0'; fill in the column 'site'"):
+        make_splits(table_of(items), group="site")
+    with pytest.raises(LabelsError, match="the labels name no site; add a column 'site'"):
+        make_splits(table_of([Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}") for n in range(54)]), group="site")
 
 
 def test_too_few_sites_for_a_verdict_are_told_before_anything_runs():

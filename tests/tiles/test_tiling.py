@@ -26,7 +26,7 @@ from histossl.cli.tiles import tell
 from histossl.config import TileConfig, TissueConfig, noted_commands
 from histossl.demo.paint import paint_slide
 from histossl.errors import HistosslError, MismatchError, StoreError
-from histossl.evaluation.labels import SlideNames
+from histossl.evaluation.slide_names import SlideNames
 from histossl.slides import reader
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reader import open_slide

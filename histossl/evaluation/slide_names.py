@@ -1,0 +1,100 @@
+"""Finds a slide by the name that a person gave it: its path below the slides folder, its file name, a TCGA barcode."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+
+from histossl.config import nearest
+from histossl.tiles.index import TileIndex
+from histossl.tiles.names import holders
+from histossl.workspace import Workspace
+
+TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
+
+
+class SlideNames:
+    """Finds a slide by the name a person gave it. `others`: further names, and the slide that holds the tiles."""
+
+    def __init__(self, slides: Iterable[str], others: Mapping[str, str] | None = None) -> None:
+        self.slides = tuple(slides)
+        self.others = dict(others or {})
+        self._holder = {**self.others, **{slide: slide for slide in self.slides}}
+        self._cases: dict[str, set[str]] = defaultdict(set)
+        for slide, holder in self._holder.items():
+            barcode = TCGA_CASE.search(PurePosixPath(slide).name) or TCGA_CASE.search(slide)
+            self._cases[holder] |= {barcode.group().upper()} if barcode else set()
+        self._last = [(slide, _parts(slide)[-1]) for slide in self._holder]
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for slide in self._holder:
+            for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
+                self._by_stem[stem].append(slide)
+
+    @classmethod
+    def of(cls, index: TileIndex) -> SlideNames:
+        """Of an archive's tiles: also by names that an anonymous store hides, or that the same content has twice."""
+        return cls(index.slides, holders(Workspace.holding(index.path), index.slides))
+
+    def find(self, name: str) -> tuple[str, ...]:
+        """The slides meant by `name`: none, one, or (a TCGA case barcode, an ambiguous file name) several."""
+        return tuple(sorted({self._holder[own] for own in self._named(name)}))
+
+    def cases(self, slide: str) -> set[str]:
+        """TCGA barcodes of the case that the slide's names tell: one, none, or where names contradict, several."""
+        return self._cases[slide]
+
+    def _named(self, name: str) -> tuple[str, ...]:
+        name = name.replace("\\", "/").removeprefix("./")
+        if name in self._holder:
+            return (name,)
+        for spelling in (name, _without_suffix(name)):
+            found = self._same_ending(spelling)
+            if found:
+                return found
+        return self._barcode(name)
+
+    def labelled_by(self, name: str) -> tuple[str, ...]:
+        """The slides whose label is that of `name`: a case's is its tumour's, not that of normal tissue beside it."""
+        named = self._named(name)
+        if self.is_case_barcode(PurePosixPath(name).name):
+            named = tuple(own for own in named if not TCGA_NORMAL.match(PurePosixPath(own).name)) or named
+        return tuple(sorted({self._holder[own] for own in named}))
+
+    def is_case_barcode(self, name: str) -> bool:
+        return TCGA_CASE.fullmatch(name) is not None
+
+    def hint(self, name: str) -> str:
+        stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]
+        close = nearest(stem, self._by_stem)
+        return close.removeprefix(", ") if close else "no slide has a similar name"
+
+    def _same_ending(self, name: str) -> tuple[str, ...]:
+        """Slides whose path, read from its end, agrees with `name` as far as both go."""
+        parts = _parts(name)
+        found = []
+        for slide in self._by_stem.get(parts[-1], ()):
+            others = _parts(slide)
+            shared = min(len(parts), len(others)) - 1
+            if shared == 0 or parts[:-1][-shared:] == others[:-1][-shared:]:
+                found.append(slide)
+        return tuple(sorted(found))
+
+    def _barcode(self, name: str) -> tuple[str, ...]:
+        stem = PurePosixPath(name).name.casefold()
+        if not TCGA_CASE.match(stem):
+            return ()
+        return tuple(
+            sorted(s for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
+        )
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.casefold().split("/") if part) or ("",)
+
+
+def _without_suffix(name: str) -> str:
+    """A1.svs -> A1, A1.v2 -> A1.v2: only what looks like a file type goes (letters first, so 'S1.2' keeps its end)."""
+    return re.sub(r"\.(?:ome\.tiff?|[A-Za-z][A-Za-z0-9]{1,6})$", "", name, flags=re.IGNORECASE)

@@ -1,0 +1,60 @@
+"""Words of labels.csv that a computer tells apart and a person does not: `AC` and `ac`, a site called `NA`, `patients`.
+
+Two spellings of one class are two classes that look alike, two spellings of one patient are a leak, and a misspelt
+column is not read at all. None of the three shows in any figure, so they are looked for before one is computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+from histossl.errors import LabelsError
+
+UNKNOWN = frozenset(
+    ("?", "??", "-", "--", "na", "n/a", "n.a.", "nan", "none", "null", "unknown", "not known", "missing", "unspecified")
+)
+OFTEN_CALLED = {
+    "patient": ("patients", "patient_id", "patient id", "patientid", "case", "case_id", "subject", "subject_id", "pid"),
+    "site": ("sites", "site_id", "center", "centre", "hospital", "institution", "lab"),
+    "split": ("splits", "set", "fold", "partition", "train_test"),
+}
+ALIKE = 0.8  # share of letters in order, of a column's name and the one that is wanted
+
+
+def reads_unknown(word: str) -> bool:
+    """Whether a cell says that nobody knows: `NA`, `?`, `unknown`."""
+    return word.casefold() in UNKNOWN
+
+
+def as_read(word: str) -> str:
+    """What two spellings share that a person takes for one word: letters' case, spaces and underscores set aside."""
+    return re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", word)).strip().casefold()
+
+
+def refuse_alike(source: str, what: str, words: Iterable[tuple[str, str]]) -> None:
+    """`words` are (word, where it stands). LabelsError where two differ only in case, spaces or underscores."""
+    first: dict[str, tuple[str, str]] = {}
+    for word, where in words:
+        before, there = first.setdefault(as_read(word), (word, where))
+        if word != before:
+            raise LabelsError(
+                f"{source}: {what} {before!r} ({there}) and {word!r} ({where}) differ only in case or spaces, and "
+                "would count as two; spell them alike (or, if they are two, name them so that it shows)"
+            )
+
+
+def unread_columns(header: Sequence[str], read: Mapping[str, str]) -> list[str]:
+    """`read` are the optional columns and what each holds; a line for each that is absent though one looks like it."""
+    said = []
+    for name, holds in read.items():
+        if name in header:
+            continue
+        others = [column for column in header if column]
+        close = [column for column in others if column in OFTEN_CALLED.get(name, ())]
+        close += difflib.get_close_matches(name, others, n=1, cutoff=ALIKE)
+        if close:
+            said.append(f"the column {close[0]!r} is not read; if it holds {holds}, call it {name!r}")
+    return said
