@@ -15,7 +15,7 @@ import pytest
 from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
-from histossl.config import commands_with, note_command
+from histossl.config import commands_with, note_command, noted_commands
 from histossl.evaluation.curves import Saved, measure, read_predictions, summarise, verdict, write_predictions
 from histossl.report.content import pretraining_log, read_content
 from histossl.report.features import look_at_features
@@ -257,6 +257,12 @@ def test_the_commands_on_the_page_are_all_there_were_and_remake_it(tmp_path, mon
         "histossl finetune --labels l.csv --workspace 'my ws' --starts adapted",
         "histossl report --name both -w 'my ws'",
     ]
+    monkeypatch.setattr("sys.argv", ["/bin/histossl", "tile", "--slides", "archive"])
+    monkeypatch.setenv("HISTOSSL_WORKSPACE", "/data/ws")
+    note_command(tmp_path / "noted.json")
+    assert noted_commands(tmp_path / "noted.json") == [
+        ["/bin/histossl", "tile", "--slides", "archive", "-w", "/data/ws"]
+    ]
     run = write_finetuning(workspace, "without")
     assert sections(read_content(run, workspace))["remake"] == f"histossl report --name without -w {tmp_path}"
 
@@ -315,6 +321,28 @@ def test_log_of_a_killed_and_resumed_run_is_read(tmp_path):
     steps, values = pretraining_log(run)["loss"]
     assert steps.tolist() == [1, 2]
     assert values.tolist() == [3.0, 2.0]
+
+
+def test_the_page_tells_what_pretraining_said_of_itself(reported, tmp_path):
+    """A probe that fell and a monitor's warning stand on the page, and settings as the planner made them."""
+    _, workspace = reported
+    copied = Workspace(shutil.copytree(workspace.root, tmp_path / "ws"))
+    moved = copied.finetune("colon")
+    run = read_content(moved, copied).pretrain
+    run.log.write_text(
+        '{"step": 0, "probe": 0.6}\n{"step": 5, "warning": "features < fall together"}\n{"step": 9, "probe": 0.5}\n'
+        '{"step": 9, "loss": 1.0}\n{"step": 10, "loss": 0.9}\n'
+    )
+    asked = {"config": {"lr": 0.0, "weight_decay": -1.0, "warmup": -1.0, "steps": 0, "method": "mocov2"}}
+    plan = {"plan": {"num_steps": 10, "lr": 0.03, "weight_decay": 1e-4, "warmup_steps": 2}, "knobs": {"momentum": 0.99}}
+    run.run_json.write_text(json.dumps(asked | plan))
+    told = words(Page(render(read_content(moved, copied))))
+    assert "Adaptation did not help on the labelled training slides: no look scored above the start (0.600)" in told
+    assert "Step 5: features < fall together." in told
+    settings = told[told.index("Settings of this run") :]
+    for one in ("lr 0.03", "weight-decay 0.0001", "warmup-steps 2", "steps 10", "knobs momentum 0.99"):
+        assert one in settings
+    assert "-1" not in settings[: settings.index("Labels, split")]
 
 
 def test_command_remakes_the_page(reported, capsys):
