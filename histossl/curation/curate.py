@@ -35,7 +35,7 @@ from histossl.curation.retrieve import Retrieved, retrieve, thinned
 from histossl.curation.sheet import Section, Strip, place_of, write_sheet
 from histossl.errors import LabelsError, MismatchError, UsageError
 from histossl.evaluation.embed import Embedder, backbone_embedder, device_of
-from histossl.evaluation.labels import read_rows
+from histossl.evaluation.label_file import read_rows
 from histossl.evaluation.slide_names import SlideNames
 from histossl.evaluation.starts import resolve_starts
 from histossl.tiles.index import TileIndex

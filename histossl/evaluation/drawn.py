@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from histossl.errors import LabelsError, SlideError
 from histossl.evaluation.embed import slide_tiles
+from histossl.evaluation.label_file import Row
 from histossl.evaluation.labels import (
     Item,
     LabelTable,
-    Row,
     natural,
     own_patients_note,
     patients_by_name,

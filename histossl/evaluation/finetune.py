@@ -9,8 +9,6 @@ the pieces (team.py), each with a part of the journal that the first one puts to
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,15 +20,24 @@ import torch
 
 from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig, commands_with, plain, read_run, refuse_other_config, write_run
-from histossl.errors import LabelsError, MismatchError, UsageError
+from histossl.errors import LabelsError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
-from histossl.evaluation.drawn import drawn_items
-from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles, tiles_digest
+from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
+from histossl.evaluation.items import labelled_items, show_labels, show_missing
 from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
+from histossl.evaluation.label_file import read_rows
 from histossl.evaluation.labels import LabelTable
+from histossl.evaluation.leaks import leak_statement, leaks_together
 from histossl.evaluation.learners import EndToEnd, Frozen, Learner, head_label, head_of
 from histossl.evaluation.model import ModelInfo, is_model_of, start_of_model
+from histossl.evaluation.same_run import (
+    labelled_digest,
+    refuse_other_architecture,
+    refuse_other_runs,
+    refuse_other_tiles,
+    refuse_other_weights,
+)
 from histossl.evaluation.site import check_site, warn_of_sites
 from histossl.evaluation.slide_names import SlideNames
 from histossl.evaluation.splits import (
@@ -52,8 +59,6 @@ from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
-NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
-MISSING_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,15 @@ def _finetune(
 
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
-    _refuse_other_architecture(run, before.get("starts", {}), starts)
-    _refuse_other_runs(run, before.get("starts", {}), starts)
-    _refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
+    refuse_other_architecture(run, before.get("starts", {}), starts)
+    refuse_other_runs(run, before.get("starts", {}), starts)
+    refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
     if team.leads and not run.splits.exists():
         write_splits(run.splits, splits, table)
     facts["starts"] = before.get("starts", {})
     facts["pool_notes"] = list(dict.fromkeys([*before.get("pool_notes", []), *starts.notes]))
-    facts["leak"] = _leaks_together(before.get("leak", {}), facts["leak"])
+    facts["leak"] = leaks_together(before.get("leak", {}), facts["leak"])
     facts |= {what: before[what] for what in ("site", "site_statement") if what in before}
     facts["commands"] = commands_with(before)
     if team.leads:
@@ -131,7 +136,7 @@ def _finetune(
     asked_for: dict[str, list[dict[str, Any]]] = {}
     for start in starts.chosen:
         embedder = start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
-        _refuse_other_weights(run, start, embedder, measured_before)
+        refuse_other_weights(run, start, embedder, measured_before)
         learner = _learner(workspace, index, start, embedder, table, splits, config, embed, starts.input_px, team)
         asked_for.setdefault(start.name, []).append(_start_facts(start, embedder))
         facts["starts"][start.name] = {**asked_for[start.name][0], "seeds": asked_for[start.name]}
@@ -236,9 +241,9 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
     index = TileIndex.open(workspace)
     slides = list(index.slides)
     if config.labels:
-        rows = labelling.read_rows(Path(config.labels))
+        rows = read_rows(Path(config.labels))
         names = SlideNames.of(index)
-        _show_missing([(row.slide, names.hint(row.slide)) for row in rows if not names.find(row.slide)])
+        show_missing([(row.slide, names.hint(row.slide)) for row in rows if not names.find(row.slide)])
         slides = sorted({slide for row in rows for slide in names.find(row.slide)})
         if not slides:
             raise LabelsError(f"--labels {config.labels}: none of its slides has tiles in {workspace.tiles}")
@@ -331,91 +336,7 @@ def _show_curve(
     console.panel("verdict", "\n".join([verdict["headline"], *verdict["sentences"], *others, *verdict["limits"]]))
 
 
-# ---- labels and splits
-
-
-def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfig) -> LabelTable:
-    """The labels of `config` on the tiles of `index`, in the unit asked for."""
-    path = Path(config.labels)
-    if config.regions or path.is_dir():
-        file = labelling.LabelFile([], []) if path.is_dir() else labelling.read_labels(path, needs_label=False)
-        option, folder = ("--regions", Path(config.regions)) if config.regions else ("--labels", path)
-        table = drawn_items(index, folder, file.rows, config.classes, option=option, source=path.name)
-        table = replace(table, notes=(*file.notes, *table.notes))
-        if config.unit == "slide":
-            raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
-        return _in_unit(table, index, config)
-    reasons = {
-        row.slide: row.tile_reason or row.reason or ("not tiled yet" if row.tile_status != "tiled" else NAMELESS)
-        for row in read_ledger(workspace.archive_csv)
-        if row.slide and row.slide not in index.slides
-    }
-    file = labelling.read_labels(path)
-    table = labelling.match_labels(
-        file.rows,
-        SlideNames.of(index),
-        reasons=reasons,
-        classes=config.classes,
-        mixed_patients=config.mixed_patients,
-        source=path.name,
-        where=str(workspace.root),
-    )
-    table = replace(table, notes=(*file.notes, *table.notes))
-    if table.unit == "region":
-        if config.unit == "slide":
-            raise LabelsError(f"--unit slide: {path.name} labels regions (x,y,width,height); leave --unit out")
-        table = _regions_on_tiles(table, index)
-    elif config.unit == "region":
-        raise LabelsError(
-            f"--unit region: {path.name} labels whole slides; add columns x,y,width,height, or --regions DIR"
-        )
-    return _in_unit(table, index, config)
-
-
-def _in_unit(table: LabelTable, index: TileIndex, config: FinetuneConfig) -> LabelTable:
-    if config.unit == "tile":
-        counts = {slide: len(slide_tiles(index, slide)) for slide in table.slides}
-        table = labelling.one_item_per_tile(table, counts, at_most=config.tiles_per_slide, seed=config.seed)
-    return table
-
-
-def _regions_on_tiles(table: LabelTable, index: TileIndex) -> LabelTable:
-    """Each region with the tiles whose centre lies in it; regions without any are left out and counted."""
-    items = []
-    empty = 0
-    for item in table.items:
-        numbers = slide_tiles(index, item.slide)
-        side_l0 = index.facts(item.slide)["scales"][0]["side_l0"]
-        tiles = labelling.tiles_in_boxes(index.coords_l0(numbers), side_l0, item.boxes)
-        if len(tiles):
-            items.append(
-                labelling.Item(
-                    item.name, item.slide, item.label, item.patient, item.site, item.split, tiles, item.boxes
-                )
-            )
-        empty += not len(tiles)
-    notes = [f"{empty} regions hold no tile's centre; they are left out"] if empty else []
-    return labelling.with_tiles(table, items, notes)
-
-
-def show_labels(table: LabelTable, source: str, every_missing: bool = False) -> None:
-    columns, rows = labelling.overview(table)
-    console.table(f"labels: {Path(source).name}", columns, rows, right=columns[1:])
-    found = table.num_named - len(table.missing)
-    console.say(
-        f"{table.num_named} slides named, {found} found, {len(table.missing)} missing; "
-        f"{len(table.unlabelled)} slides of the workspace have no label; patients from {table.patients_from}"
-    )
-    _show_missing(table.missing, len(table.missing) if every_missing else MISSING_SHOWN)
-    for note in table.notes:
-        console.warn(note)
-
-
-def _show_missing(missing: Sequence[tuple[str, str]], at_most: int | None = None) -> None:
-    for name, why in missing[:at_most]:
-        console.warn(f"{name}: not found ({why})")
-    if at_most is not None and len(missing) > at_most:
-        console.warn(f"and {len(missing) - at_most} more that were not found: run.json names them, and --dry-run does")
+# ---- splits
 
 
 def _splits(run: FinetuneDir, table: LabelTable, config: FinetuneConfig, anew: bool = False) -> Splits:
@@ -447,57 +368,6 @@ def _show_splits(splits: Splits, table: LabelTable) -> None:
 
 
 # ---- one start
-
-
-def _refuse_other_weights(
-    run: FinetuneDir, start: Start, embedder: Embedder, before: Mapping[str, Mapping[str, Any]]
-) -> None:
-    seeds = before.get(start.name, {}).get("seeds") or [before.get(start.name)]
-    known = next((one for one in seeds if one and one.get("backbone", "") == start.backbone), None)
-    if known and (known["digest"], known["input_px"]) != (embedder.digest, embedder.input_px):
-        raise MismatchError(
-            f"{run.root}: start {start.key!r} was measured with other weights or at another size (digest "
-            f"{known['digest']} at {known['input_px']} px, now {embedder.digest} at {embedder.input_px} px); "
-            "use another --name"
-        )
-
-
-def _refuse_other_runs(run: FinetuneDir, before: Mapping[str, Mapping[str, Any]], starts: Starts) -> None:
-    """A start that was measured may gain pretraining runs, and lose none: what was said of them would silently go."""
-    for name in dict.fromkeys(start.name for start in starts.chosen):
-        was = [str(one["backbone"]) for one in before.get(name, {}).get("seeds", [])]
-        now = [start.backbone for start in starts.chosen if start.name == name]
-        if not set(was) <= set(now):
-            before_it, after_it = (", ".join(runs) if any(runs) else "one backbone" for runs in (was, now))
-            raise MismatchError(
-                f"{run.root}: start {name!r} was measured as {before_it}, and is now {after_it}; "
-                "name all earlier runs too, or use another --name"
-            )
-
-
-def _labelled_digest(index: TileIndex, table: LabelTable) -> str:
-    """Changes when a labelled slide is tiled otherwise; other slides of the archive may come and go."""
-    each = [(slide, tiles_digest(index, slide_tiles(index, slide))) for slide in table.slides]
-    return hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16]
-
-
-def _refuse_other_architecture(run: FinetuneDir, before: Mapping[str, Mapping[str, Any]], starts: Starts) -> None:
-    known = {name: str(one["timm_name"]) for name, one in before.items() if one.get("timm_name")}
-    for start in starts.chosen:
-        for name, timm_name in known.items():
-            if start.timm_name and start.timm_name != timm_name:
-                raise UsageError(
-                    f"--starts: {run.root} has {name}, a {timm_name}; {start.key} is a {start.timm_name}, and starts "
-                    "are compared within one architecture; use another --name"
-                )
-
-
-def _refuse_other_tiles(run: FinetuneDir, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    if before.get("labelled_digest", now["labelled_digest"]) != now["labelled_digest"]:
-        was, has = (f"{one['tile_px']} px at {one['mpp']:g} microns per pixel" for one in (before, now))
-        raise MismatchError(
-            f"{run.root} was measured on other tiles of these slides ({was}, now {has}); use another --name"
-        )
 
 
 def _compute(
@@ -650,7 +520,7 @@ def _facts(
         "input_px": starts.input_px,
         "tiles": {
             "digest": index.digest,
-            "labelled_digest": _labelled_digest(index, table),
+            "labelled_digest": labelled_digest(index, table),
             "num_tiles": len(index),
             "num_slides": len(index.slides),
             "tile_px": index.tile_px,
@@ -668,57 +538,3 @@ def _facts(
         if table.unit == "region"
         else {},
     }
-
-
-def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start], here: SlideNames) -> dict[str, Any]:
-    """Whether tested slides were in the pretraining pool of any start: in tested items per start, and in words."""
-    items = [table.items[item].slide for item in splits.tested]
-    tested = set(items)
-    seen: dict[str, int | None] = {}
-    words: dict[str, str] = {}
-    for name in dict.fromkeys(start.name for start in starts if start.exported is not None):
-        of_name = [start.provenance for start in starts if start.name == name]
-        pools = [provenance.get("pretraining_slides") for provenance in of_name]
-        known = [_slides_of(here, pool or ()) for pool in pools]
-        shown = tested & set().union(*known)
-        untold = any(pool is None for pool in pools)
-        strange = any(pool and not found for pool, found in zip(pools, known, strict=True))
-        seen[name] = None if untold or strange else sum(slide in shown for slide in items)
-        any_of = "" if len(pools) == 1 else f" of any of its {len(pools)} runs"
-        taught = tested & set().union(*(_slides_of(here, one.get("teacher", {}).get("slides", ())) for one in of_name))
-        if taught:
-            words[name] = (
-                f"its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what "
-                "it scores on them is no measure of it"
-            )
-        elif untold:
-            words[name] = "its file does not say which slides it was pretrained on"
-        elif strange:
-            words[name] = (
-                f"none of the slides in its pretraining pool{any_of} has a name that is known here, so whether tested "
-                "slides were among them cannot be told"
-            )
-        elif shown:
-            words[name] = (
-                f"{len(shown)} of {len(tested)} tested slides were in its pretraining pool{any_of}, "
-                "without their labels (transductive)"
-            )
-        else:
-            words[name] = f"none of the {len(tested)} tested slides was in its pretraining pool{any_of}"
-    return {"statement": _leaks_in_words(words), "words": words, "seen": seen, "num_tested_slides": len(tested)}
-
-
-def _leaks_together(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Of every start on the curve, those of earlier commands too."""
-    words, seen = ({**before.get(what, {}), **now[what]} for what in ("words", "seen"))
-    return {**now, "statement": _leaks_in_words(words), "words": words, "seen": seen}
-
-
-def _leaks_in_words(words: Mapping[str, str]) -> str:
-    told = "; ".join(f"{name}: {what}" for name, what in words.items())
-    return told or "no start was pretrained on slides of this workspace"
-
-
-def _slides_of(here: SlideNames, names: Iterable[str]) -> set[str]:
-    """Slides of this workspace that another one may call otherwise (folders above, file types)."""
-    return {slide for name in names for slide in here.find(name)}

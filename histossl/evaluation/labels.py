@@ -1,25 +1,19 @@
-"""Read labels.csv and find each labelled slide in the archive, so that every mistake in it shows before anything runs.
+"""Find each labelled slide in the archive, so that every contradiction in the labels shows before anything runs.
 
-    slide,label,patient,site,split
-    case1/A1.svs,tumour,P1,Bonn,train
-
-`slide` and `label` are needed. A slide is named by its path below the slides folder, by its file name (with or without
-extension) or by its TCGA barcode. Labels are text: "1" stays "1". What is learnt from is an *item*: a bag of tiles with
-one label and one patient. It is a whole slide, or a region of one (columns x,y,width,height in level-0 pixels,
-or QuPath annotations), or a single tile.
+A slide is named by its path below the slides folder, by its file name (with or without extension) or by its TCGA
+barcode. What is learnt from is an *item*: a bag of tiles with one label and one patient. It is a whole slide, or a
+region of one (columns x,y,width,height, or QuPath annotations), or a single tile.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -28,41 +22,11 @@ from numpy.typing import NDArray
 from histossl.config import nearest
 from histossl.console import count
 from histossl.errors import LabelsError
+from histossl.evaluation.label_file import NO_SURVIVAL, Box, Row
 from histossl.evaluation.slide_names import TCGA_CASE, SlideNames
-from histossl.evaluation.spelling import reads_unknown, refuse_alike, unread_columns
 
-BOX_COLUMNS = ("x", "y", "width", "height")
-OPTIONAL_COLUMNS = {"patient": "the patients", "site": "the sites", "split": "train and test"}
-SURVIVAL_COLUMNS = ("time", "event", "survival", "censored")
-NO_SURVIVAL = (
-    "looks like survival times or measurements; histossl learns classes only. Give a column 'label' of a few classes "
-    "(for example: event within two years, yes or no)"
-)
 MOST_NUMBERS = 10  # as labels; grades are fewer
 Unit = Literal["slide", "region", "tile"]
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle on a slide, in level-0 pixels."""
-
-    x_l0: float
-    y_l0: float
-    width_l0: float
-    height_l0: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of labels.csv, as written."""
-
-    line: int
-    slide: str
-    label: str
-    patient: str = ""
-    site: str = ""
-    split: str = ""
-    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -117,126 +81,6 @@ class LabelTable:
     def label_numbers(self) -> NDArray[np.int64]:
         number = {label: position for position, label in enumerate(self.classes)}
         return np.array([number[item.label] for item in self.items], dtype=np.int64)
-
-
-# ---- the file
-
-
-@dataclass(frozen=True)
-class LabelFile:
-    rows: list[Row]
-    notes: list[str]  # what of it is not read, or not as a person may have meant it
-
-
-def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
-    return read_labels(path, needs_label).rows
-
-
-def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
-    """The lines of labels.csv. Refuses a file that a spreadsheet has saved as something else, and two spellings of one
-    class, patient or site."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise LabelsError(f"--labels {path}: cannot be read ({error.strerror})") from error
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise LabelsError(f"{path}: is UTF-16 text; save it as 'CSV UTF-8'")
-    if raw.startswith(b"PK"):
-        raise LabelsError(f"{path}: is a spreadsheet or zip file; save it as 'CSV UTF-8'")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LabelsError(f"{path}: is not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
-    lines = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip().lower() for name in next(lines, [])]
-    _check_header(path, header, ("slide", "label") if needs_label else ("slide",))
-    rows = []
-    unknown_sites: Counter[str] = Counter()
-    for cells in lines:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            raise LabelsError(
-                f"{path}, line {lines.line_num}: {len(cells)} columns where the first line has {len(header)}; "
-                "put text that holds a comma in double quotes"
-            )
-        if any(ends in cell.strip() for cell in cells for ends in "\r\n"):
-            raise LabelsError(f"{path}, line {lines.line_num}: a cell holds a line break, or a quote is not closed")
-        named = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        if reads_unknown(named.get("site", "")):
-            unknown_sites[named["site"]] += 1
-            named["site"] = ""
-        rows.append(_row(path, lines.line_num, named))
-    if not rows:
-        raise LabelsError(f"{path}: has a first line but no slides below it")
-    for what in ("label", "patient", "site"):
-        words = ((getattr(row, what), f"line {row.line}") for row in rows if getattr(row, what))
-        refuse_alike(str(path), what, words)
-    notes = unread_columns(header, OPTIONAL_COLUMNS)
-    if unlabelled := sum(not row.label for row in rows) if needs_label else 0:
-        notes.append(
-            f"{count(unlabelled, 'line')} without a label: {'it counts' if unlabelled == 1 else 'they count'} "
-            "as unlabelled"
-        )
-    for label, number in sorted(Counter(row.label for row in rows if reads_unknown(row.label)).items()):
-        notes.append(
-            f"the label {label!r} ({count(number, 'line')}) is a class like any other; where it means that nobody "
-            "knows, leave the cell empty"
-        )
-    for site, number in sorted(unknown_sites.items()):
-        notes.append(f"the site {site!r} ({count(number, 'line')}) is read as not known")
-    return LabelFile(rows, notes)
-
-
-def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
-    wanted = "the first line must name the columns, like: slide,label,patient"
-    if not any(header):
-        raise LabelsError(f"{path}: is empty; {wanted}")
-    if not {*needed} <= {*header}:
-        for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-            if any(mark in column for column in header):
-                raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
-    for column in needed:
-        if column not in header:
-            if column == "label" and {*SURVIVAL_COLUMNS} & {*header}:
-                raise LabelsError(f"{path}: {NO_SURVIVAL}")
-            named = ", ".join(repr(name) for name in header)
-            raise LabelsError(f"{path}: no column '{column}' among {named}{nearest(column, header)}; {wanted}")
-    twice = [name for name, count in Counter(name for name in header if name).items() if count > 1]
-    if twice:
-        raise LabelsError(f"{path}: column {twice[0]!r} stands twice in the first line")
-    boxes = [name for name in BOX_COLUMNS if name in header]
-    if boxes and len(boxes) < len(BOX_COLUMNS):
-        absent = ", ".join(name for name in BOX_COLUMNS if name not in header)
-        raise LabelsError(f"{path}: region columns {', '.join(boxes)} without {absent}; x,y,width,height go together")
-
-
-def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
-    where = f"{path}, line {line}"
-    if not cells["slide"]:
-        raise LabelsError(f"{where}: the slide's name is empty")
-    labelled = bool(cells.get("label", "-"))
-    if "patient" in cells and not cells["patient"] and labelled:
-        raise LabelsError(f"{where}: {cells['slide']} has no patient; fill it in, or remove the whole column")
-    if reads_unknown(cells.get("patient", "")) and labelled:
-        raise LabelsError(
-            f"{where}: {cells['slide']} has the patient {cells['patient']!r}, and all slides with it would count as "
-            "one patient's; fill in whose it is, or leave its label empty"
-        )
-    split = cells.get("split", "").lower()
-    if "split" in cells and labelled and split not in ("train", "test"):
-        raise LabelsError(f"{where}: split {cells['split']!r} must be train or test")
-    box = None
-    if "x" in cells:
-        try:
-            box = Box(*(float(cells[name]) for name in BOX_COLUMNS))
-        except ValueError as error:
-            raise LabelsError(f"{where}: x,y,width,height must be numbers in level-0 pixels ({error})") from error
-        if not (box.width_l0 > 0 and box.height_l0 > 0):
-            raise LabelsError(f"{where}: a region of {box.width_l0:g} x {box.height_l0:g} pixels holds nothing")
-    return Row(
-        line, cells["slide"], cells.get("label", ""), cells.get("patient", ""), cells.get("site", ""), split, box
-    )
 
 
 # ---- labels to items

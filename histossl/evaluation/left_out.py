@@ -9,7 +9,8 @@ from pathlib import Path
 from histossl import console
 from histossl.config import nearest
 from histossl.errors import LabelsError, UsageError
-from histossl.evaluation.labels import LabelTable, Row, match_labels, read_labels, read_rows, refuse_two_cases
+from histossl.evaluation.label_file import Row, read_labels, read_rows
+from histossl.evaluation.labels import LabelTable, match_labels, refuse_two_cases
 from histossl.evaluation.slide_names import TCGA_CASE, SlideNames
 from histossl.tiles.index import TileIndex
 

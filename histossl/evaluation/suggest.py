@@ -23,8 +23,9 @@ from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig
 from histossl.errors import UsageError
 from histossl.evaluation.embed import COLOUR, Bags, device_of, embed_slides, slide_tiles
-from histossl.evaluation.finetune import PREFERRED, labelled_items
+from histossl.evaluation.finetune import PREFERRED
 from histossl.evaluation.heads import Floats, Ints, MeanHead
+from histossl.evaluation.items import labelled_items
 from histossl.evaluation.starts import resolve_starts
 from histossl.tiles.index import TileIndex
 from histossl.workspace import Workspace, written_aside

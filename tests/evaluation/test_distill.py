@@ -16,9 +16,11 @@ from histossl.config import DistillConfig, FinetuneConfig, PretrainConfig
 from histossl.errors import UsageError
 from histossl.evaluation.distill import compared, leave_model, look_at_teacher, sample_of, slides_held_out, verdict
 from histossl.evaluation.embed import slide_tiles
-from histossl.evaluation.finetune import finetune, leak_statement
+from histossl.evaluation.finetune import finetune
 from histossl.evaluation.heads import HEADS, Fitted, head_named
-from histossl.evaluation.labels import match_labels, read_rows
+from histossl.evaluation.label_file import read_rows
+from histossl.evaluation.labels import match_labels
+from histossl.evaluation.leaks import leak_statement
 from histossl.evaluation.model import Model, load_model
 from histossl.evaluation.predict import Rows, predict_tiles
 from histossl.evaluation.slide_names import SlideNames

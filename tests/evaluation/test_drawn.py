@@ -10,8 +10,8 @@ from synthetic_store import write_synthetic_store
 from histossl.config import FinetuneConfig
 from histossl.errors import LabelsError
 from histossl.evaluation.drawn import drawn_items, surrounded
-from histossl.evaluation.finetune import labelled_items
-from histossl.evaluation.labels import read_rows
+from histossl.evaluation.items import labelled_items
+from histossl.evaluation.label_file import read_rows
 from histossl.slides.ledger import LedgerRow, write_ledger
 
 SIDE = 64  # 32 px at 0.5 microns per pixel, of a slide at 0.25

@@ -15,7 +15,8 @@ from histossl.backbones import create_backbone, save_backbone
 from histossl.config import EmbedConfig, FinetuneConfig
 from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError, UsageError, WeightsError
 from histossl.evaluation.embed import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
-from histossl.evaluation.finetune import Journal, finetune
+from histossl.evaluation.finetune import finetune
+from histossl.evaluation.journal import Journal
 from histossl.evaluation.starts import resolve_starts
 from histossl.evaluation.tables import read_points, read_predictions, read_summary
 from histossl.tiles.index import TileIndex

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from histossl.errors import LabelsError
+from histossl.evaluation.label_file import Box, read_labels, read_rows
 from histossl.evaluation.labels import (
-    Box,
     Item,
     LabelTable,
     match_labels,
     natural,
     one_item_per_tile,
     overview,
-    read_labels,
-    read_rows,
     tiles_in_boxes,
 )
 from histossl.evaluation.slide_names import SlideNames
