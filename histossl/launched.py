@@ -38,15 +38,17 @@ def tell_launcher(error: HistosslError) -> bool:
     return True
 
 
-def tell_end() -> None:
-    """A worker has done all it should, or has saved and stopped: its launcher knows it by an empty file."""
+def tell_end(code: int = 0) -> None:
+    """A worker has done all it should, or has saved and stopped: its launcher reads here what to exit with."""
     path = os.environ.get(NOTE)
     if path:
-        _ending(Path(path)).touch()
+        _ending(Path(path)).write_text(str(code), encoding="utf-8")
 
 
-def ended_well(path: Path) -> bool:
-    return _ending(path).exists()
+def read_end(path: Path) -> int | None:
+    """What `tell_end` wrote, or None where nothing ended well."""
+    ending = _ending(path)
+    return int(ending.read_text(encoding="utf-8")) if ending.exists() else None
 
 
 def _ending(path: Path) -> Path:

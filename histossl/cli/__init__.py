@@ -6,7 +6,12 @@ Heavy imports (torch, timm, sklearn) happen inside the commands, so that `histos
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +19,7 @@ import typer
 from histossl import __version__, console
 from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, slides, tiles, views
 from histossl.errors import HistosslError, UsageError
-from histossl.launched import failed_before, tell_end, tell_launcher
+from histossl.launched import failed_before, is_launched, tell_end, tell_launcher
 
 # Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
 # own loader's threads, or anybody else on the machine, spinning costs several times what it saves (examples/LOG.md).
@@ -54,8 +59,8 @@ for room in (demo, bench, slides, curate, methods, pretrain, distill, evaluate, 
     room.register(app)
 
 
-INTERRUPTED = 130
-GOES_ON = "interrupted; what is finished is kept, the same command goes on from there"
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
 def _refuse_two_scales(arguments: list[str]) -> None:
@@ -64,17 +69,56 @@ def _refuse_two_scales(arguments: list[str]) -> None:
         raise UsageError("--mpp is given twice; give it once (several scales, where a command takes them: --mpp 0.5,1)")
 
 
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[list[int]]:
+    """`kill` (SIGTERM) ends a command as Ctrl-C does: what it began is tidied away, and one line says what to do.
+
+    Yields a list that holds the signal once it came; a second one ends at once. A process beside others ends at once
+    in any case: it may wait for another in an exchange, which no handler could break off.
+    """
+    came: list[int] = []
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def ask(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 killed.
+
+    `pretrain` and `distill` save when they are killed while they train, and are then done for this time: 0.
+    """
     if failed_before():
         return 0
+    with _terminated_as_interrupted() as came:
+        code = _run(arguments)
+    if came and code == INTERRUPTED:
+        code = TERMINATED
+    first = os.environ.get("RANK", "0") == "0"
+    if is_launched() and code in (0, INTERRUPTED):
+        if first:
+            tell_end(code)
+        return 0  # its launcher would start it again, and says the line
+    if code > 128 and first:
+        how = "interrupted" if code == INTERRUPTED else f"stopped by {signal.Signals(code - 128).name}"
+        console.say(f"{how}; {GOES_ON}")
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         _refuse_two_scales(sys.argv[1:] if arguments is None else arguments)
         code = app(arguments, standalone_mode=False)
-        if code == INTERRUPTED:  # how typer says Ctrl-C
-            console.say(GOES_ON)
-        elif os.environ.get("RANK", "0") == "0" and not code:
-            tell_end()
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return int(stop.exit_code)
@@ -87,7 +131,6 @@ def main(arguments: list[str] | None = None) -> int:
             console.fail(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.say(GOES_ON)
         return INTERRUPTED
 
 

@@ -43,7 +43,8 @@ def demo(
 
     del config  # its values have become the defaults above
     if only_paint is None:
-        return 0 if run_demo(output, DemoConfig(slides, seed, steps, weights)) else 130
+        came_of_it = run_demo(output, DemoConfig(slides, seed, steps, weights))
+        return 128 + came_of_it if isinstance(came_of_it, int) else 0
     if only_paint.is_file():
         raise UsageError(f"--only-paint {only_paint}: is a file; name a folder")
     paint_into(only_paint, slides, seed)

@@ -144,7 +144,7 @@ def distill(
             console.say(leave_model(index, run, model, taught, settings))
             here = f" -w {shared['workspace']}" if shared["workspace"] else ""
             console.say(f"next: histossl predict --model {run.model}{here}")
-    return 0
+    return pretraining.exit_code_of(result)
 
 
 def _with_shared_options(command: Any) -> None:

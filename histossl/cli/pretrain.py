@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from histossl.methods import self_supervised
 
 if TYPE_CHECKING:
     from histossl.tiles.index import TileIndex
+    from histossl.training.pretrain import Result
     from histossl.workspace import Workspace
 
 DEFAULTS = PretrainConfig()
@@ -343,7 +345,7 @@ def pretrain(
             here = f" -w {workspace}" if workspace else ""
             named = f" --adapted {name}" if name else ""
             console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{named}{here}")
-    return 0
+    return exit_code_of(result)
 
 
 @functools.wraps(pretrain)
@@ -352,6 +354,11 @@ def plan(**options: Any) -> int:
 
 
 plan.__doc__ = "Print what `histossl pretrain` with the same options would do, how long it would take, and why."
+
+
+def exit_code_of(result: Result) -> int:
+    """A cluster that stops a run has been obeyed: 0. After Ctrl-C nothing that a person chained to it is to follow."""
+    return 128 + signal.SIGINT if result.stopped_by == signal.SIGINT else 0
 
 
 # ---- what the options say

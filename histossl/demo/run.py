@@ -78,8 +78,8 @@ class DemoDir:
         return Workspace(self.root / "workspace")
 
 
-def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
-    """Paint, scan, tile, pretrain, finetune. The path of the report; None if a signal stopped it on the way."""
+def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
+    """Paint, scan, tile, pretrain, finetune. The path of the report; the signal, if one stopped it on the way."""
     # These bring torch and scikit-learn, which painting alone does not need.
     from histossl.evaluation.finetune import finetune
     from histossl.slides.scan import scan
@@ -121,8 +121,8 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | None:
         )
     trained = pretrain(index, workspace.pretrain(NAME), settings, Operation(num_workers=1, checkpoint_every_s=30))
     console.say(trained.text)
-    if not trained.finished:
-        return None
+    if trained.stopped_by:
+        return trained.stopped_by
 
     # ---- with labels
     _heading(5, "finetune", f"finetune --labels {at.labels} --name {NAME} --draws {DRAWS} --seed {config.seed} {where}")

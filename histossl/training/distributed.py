@@ -175,7 +175,8 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
     # Without it a restarted worker may read the addresses of the round before (seen in 3 of 7 restarts).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("", ".agent.server.api"):  # the latter has a level of its own
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="histossl-") as directory:
         note = Path(directory) / "failure.json"
         os.environ[launched.NOTE] = str(note)
@@ -193,7 +194,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
         )
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "histossl", *arguments)
-            code = 0
+            code = launched.read_end(note) or 0
         except ChildFailedError as error:
             rank, failure = next(iter(error.failures.items()))
             code = 1
@@ -203,13 +204,8 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
                     "own words are above. The same command goes on from the last checkpoint"
                 ) from error
         except SignalException as error:  # handed on to the workers, which save and stop, and say so
-            if launched.ended_well(note):
-                return 0
-            if not note.exists():
-                raise TrainingError(
-                    f"{error.sigval.name} ended the processes before they had saved; "
-                    "the same command goes on from what was saved before"
-                ) from error
+            ended = launched.read_end(note)
+            code = 128 + error.sigval if ended is None else ended  # as of one process that could not save any more
         finally:
             del os.environ[launched.NOTE]
         told = launched.read_note(note)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -37,7 +36,7 @@ from histossl.training.planner import Plan, batch_bounds
 from histossl.training.prepared import PREFILL, Prepared
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of
-from histossl.training.signals import stop_on_signal
+from histossl.training.signals import Stop, stop_on_signal
 from histossl.training.told import announce, note
 from histossl.training.trial import (
     expected_time,
@@ -60,6 +59,7 @@ class Result:
     run: PretrainDir
     finished: bool
     text: str  # what a person should know, a line or a few
+    stopped_by: int = 0  # the signal that asked it to stop, if one did
 
 
 def pretrain(
@@ -82,7 +82,7 @@ def pretrain(
     with stop_on_signal() as stop, joined() as processes, alone_in(run) if processes.writes else nullcontext():
         settled = settle_batch(index, run, config, operation, processes, teacher)
         prepared = Prepared(index, run, settled, operation, processes, teacher)
-        return _Pretraining(prepared, probe, config).carry_out(stop)
+        return replace(_Pretraining(prepared, probe, config).carry_out(stop), stopped_by=stop.number)
 
 
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
@@ -189,7 +189,7 @@ class _Pretraining:
 
     # ---- the recipe
 
-    def carry_out(self, stop: threading.Event) -> Result:
+    def carry_out(self, stop: Stop) -> Result:
         fit_memory(self.prepared)
         if self.prepared.config.hours:
             fit_hours(self.prepared, self.looks.probe)
@@ -213,15 +213,12 @@ class _Pretraining:
         finally:
             self._tell_damaged()
         if done < self.prepared.plan.num_steps:
-            return Result(
-                self.run,
-                False,
-                f"stopped at step {done} of {self.prepared.plan.num_steps} and saved; "
-                "the same command goes on from there",
-            )
+            goes_on = "" if stop.interrupted else "; the same command goes on from there"  # of Ctrl-C the CLI says it
+            text = f"stopped at step {done} of {self.prepared.plan.num_steps} and saved{goes_on}"
+            return Result(self.run, False, text)
         return Result(self.run, True, self._finish())
 
-    def _train_in_memory(self, first: int, stop: threading.Event) -> int:
+    def _train_in_memory(self, first: int, stop: Stop) -> int:
         """`_train`; where memory runs out under `--batch-size auto`, on with half the tiles a pass."""
         while True:
             try:
@@ -254,7 +251,7 @@ class _Pretraining:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _train(self, first: int, stop: threading.Event) -> int:
+    def _train(self, first: int, stop: Stop) -> int:
         """From step `first` to the end, or to a signal. Returns how many steps are done."""
         operation, num_steps = self.operation, self.prepared.plan.num_steps
         tiles = self.prepared.tile_batches(first)
@@ -462,7 +459,7 @@ class _Pretraining:
             }
             save_checkpoint(self.run, state)
 
-    def _all_stop(self, stop: threading.Event, done: int) -> bool:
+    def _all_stop(self, stop: Stop, done: int) -> bool:
         """Whether any process was asked to stop: they must save and leave the loop at the same step.
 
         GPUs are asked at every tenth step, for the answer makes the host wait for them.
@@ -471,11 +468,12 @@ class _Pretraining:
             return stop.is_set()
         if self.device.type == "cuda" and done % 10:
             return False
-        flag = torch.tensor(float(stop.is_set()), device=self.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        if flag.item() and not stop.is_set():
-            stop.set()
-        return bool(flag.item())
+        asked_by = torch.tensor(stop.number, device=self.device)  # the signal that any of them got
+        torch.distributed.all_reduce(asked_by, torch.distributed.ReduceOp.MAX)
+        number = int(asked_by.item())
+        if number:
+            stop.ask(number)
+        return number > 0
 
     # ---- before the first step, and of each logged one
 

@@ -1048,16 +1048,17 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(tmp_path, painted_archi
     assert TileIndex.open(broken).digest == TileIndex.open(whole).digest
 
 
-def test_ctrl_c_is_clean_and_the_same_command_goes_on(tmp_path, painted_archive):
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_kill_are_clean_and_the_same_command_goes_on(tmp_path, painted_archive, how, code):
     for attempt in range(5):  # twelve small slides may be done before this process, on a busy machine, comes to ask
         at = Workspace(tmp_path / f"workspace{attempt}")
         process = start(painted_archive.directory, at.root)
         wait_for(lambda tiles=at.tiles: len(find_zips(tiles)) >= 2, process)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        os.killpg(process.pid, how)  # as a terminal does: to all of them
         _, told = process.communicate(timeout=30)
         if process.returncode != 0:
             break
-    assert process.returncode == 130
+    assert process.returncode == code
     assert b"goes on from there" in told
     assert b"Traceback" not in told
     assert hidden_parts(at.tiles) == []

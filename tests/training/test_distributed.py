@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from histossl import launched
-from histossl.errors import TrainingError, UsageError
+from histossl.errors import UsageError
 from histossl.training import distributed
 from histossl.training.distributed import Processes, gpu_of, is_worker, launch, others_wait
 
@@ -58,15 +58,15 @@ def test_a_process_that_hangs_is_noticed_within_minutes() -> None:
     assert distributed.TIMEOUT.total_seconds() <= 180
 
 
-def stopped_workers(monkeypatch: pytest.MonkeyPatch, *, saved: bool) -> list[launcher.LaunchConfig]:
-    """The launcher is told to stop; its workers save, or are killed before they could."""
+def stopped_workers(monkeypatch: pytest.MonkeyPatch, *, saved: int | None) -> list[launcher.LaunchConfig]:
+    """The launcher is told to stop; its workers save and say with what to exit, or are killed before they could."""
     seen: list[launcher.LaunchConfig] = []
 
     def elastic_launch(config: launcher.LaunchConfig, _: str):
         def run(*_: str) -> None:
             seen.append(config)
-            if saved:
-                launched.tell_end()
+            if saved is not None:
+                launched.tell_end(saved)
             raise SignalException("asked to stop", signal.SIGTERM)
 
         return run
@@ -76,16 +76,18 @@ def stopped_workers(monkeypatch: pytest.MonkeyPatch, *, saved: bool) -> list[lau
 
 
 def test_processes_that_are_asked_to_stop_have_minutes_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = stopped_workers(monkeypatch, saved=True)
+    seen = stopped_workers(monkeypatch, saved=0)
     assert launch(2, [], 0) == 0
     assert seen[0].shutdown_timeout is not None
     assert seen[0].shutdown_timeout >= 300
 
 
-def test_a_signal_that_ends_processes_before_they_saved_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped_workers(monkeypatch, saved=False)
-    with pytest.raises(TrainingError, match="SIGTERM ended the processes before they had saved"):
-        launch(2, [], 0)
+@pytest.mark.parametrize(("saved", "code"), [(None, 143), (130, 130)])
+def test_a_signal_that_ends_processes_before_they_saved_is_no_success_and_no_ctrl_c_is(
+    monkeypatch: pytest.MonkeyPatch, saved: int | None, code: int
+) -> None:
+    stopped_workers(monkeypatch, saved=saved)
+    assert launch(2, [], 0) == code
 
 
 def test_a_batch_script_is_no_worker_before_srun_has_started_any(monkeypatch: pytest.MonkeyPatch) -> None:
