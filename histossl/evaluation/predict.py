@@ -2,8 +2,10 @@
 
 WORKSPACE/predictions/NAME/
     run.json            which model spoke; another one needs another NAME
-    predictions.csv     slide, predicted, p_CLASS..., num_tiles, distance, usual_distance, warning
-                        (distance: to the nearest training slide; usual: the farthest that a training patient lies off)
+    predictions.csv     slide, predicted, p_CLASS..., num_tiles, trained_on, distance, usual_distance, warning
+                        (trained_on: yes where the model has learnt this slide's label, so that a right answer proves
+                        nothing; distance: to the nearest training slide; usual: the farthest that a training patient
+                        lies off)
     heatmaps/           SLIDE.png (tissue, and tissue under attention or probability), SLIDE.geojson for QuPath
 """
 
@@ -27,6 +29,7 @@ from histossl.evaluation.abmil import FittedAbmil
 from histossl.evaluation.embed import Bags, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
+from histossl.evaluation.labels import SlideNames
 from histossl.evaluation.model import Model, distances, load_model
 from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
@@ -95,9 +98,10 @@ def predict(
             if heatmaps:
                 _draw(folder, model, index, one, tile_shares, attention)
             bar.advance()
-    _write(folder.table, found, skipped, model.info.classes)
-    _show(found, skipped, model.info.classes)
-    console.say(f"{len(found)} slides predicted: {folder.table}")
+    known = slides_learnt(model, index)
+    _write(folder.table, found, skipped, model.info.classes, known)
+    _show(found, skipped, model.info.classes, known)
+    console.say(f"{console.count(len(found), 'slide')} predicted: {folder.table}")
     return folder.table
 
 
@@ -108,6 +112,12 @@ def _digest_of(model: Model) -> str:
         with (model.folder / name).open("rb") as file:
             hashed.update(hashlib.file_digest(file, "sha256").digest())
     return hashed.hexdigest()[:16]
+
+
+def slides_learnt(model: Model, index: TileIndex) -> set[str]:
+    """Slides here whose labels the model was trained with (a student: its teacher), by the names in its own record."""
+    here = SlideNames.of(index)
+    return {slide for name in model.info.provenance.get("slides", ()) for slide in here.find(name)}
 
 
 def _refuse_another_model(folder: PredictionDir, digest: str) -> None:
@@ -224,26 +234,33 @@ def _draw(
 
 
 def _write(
-    path: Path, found: Sequence[SlidePrediction], skipped: Sequence[tuple[str, str]], classes: Sequence[str]
+    path: Path,
+    found: Sequence[SlidePrediction],
+    skipped: Sequence[tuple[str, str]],
+    classes: Sequence[str],
+    known: set[str],
 ) -> None:
     """A slide that could not be predicted has a row too, with the reason and no probabilities.
 
     What the same model said of other slides before stays.
     """
     columns = ["slide", "predicted", *(f"p_{name}" for name in classes)]
-    columns += ["num_tiles", "distance", "usual_distance", "warning"]
+    columns += ["num_tiles", "trained_on", "distance", "usual_distance", "warning"]
     rows: list[list[Any]] = []
     for one in found:
         label = classes[int(one.shares.argmax())]
         shares = [f"{share:.6f}" for share in one.shares]
-        figures = [one.num_tiles, f"{one.distance:.4f}", f"{one.usual_distance:.4f}"]
+        trained_on = "yes" if one.slide in known else "no"
+        figures = [one.num_tiles, trained_on, f"{one.distance:.4f}", f"{one.usual_distance:.4f}"]
         rows.append([one.slide, label, *shares, *figures, one.warning])
-    rows += [[slide, "", *[""] * len(classes), 0, "", "", f"not predicted: {why}"] for slide, why in skipped]
+    rows += [[slide, "", *[""] * len(classes), 0, "", "", "", f"not predicted: {why}"] for slide, why in skipped]
     now = {str(row[0]) for row in rows}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            before = list(csv.reader(file))
-        rows += [row for row in before[1:] if before[0] == columns and row[0] not in now]
+            before = list(csv.DictReader(file))
+        # An older version's rows had no trained_on: that cell stays empty.
+        kept = [row for row in before if {*row} <= {*columns} and row.get("slide") not in now]
+        rows += [[row.get(name, "") for name in columns] for row in kept]
     with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns)
@@ -252,12 +269,31 @@ def _write(
 
 
 def _show(
-    found: Sequence[SlidePrediction], skipped: Sequence[tuple[str, str]], classes: Sequence[str], most: int = 20
+    found: Sequence[SlidePrediction],
+    skipped: Sequence[tuple[str, str]],
+    classes: Sequence[str],
+    known: set[str],
+    most: int = 20,
 ) -> None:
-    rows = [[one.slide, classes[int(one.shares.argmax())], f"{one.shares.max():.2f}", one.warning] for one in found]
-    console.table("predictions", ["slide", "predicted", "probability", "warning"], rows[:most], right=["probability"])
+    rows = [
+        [
+            one.slide,
+            classes[int(one.shares.argmax())],
+            f"{one.shares.max():.2f}",
+            "yes" if one.slide in known else "no",
+            one.warning,
+        ]
+        for one in found
+    ]
+    columns = ["slide", "predicted", "probability", "trained on", "warning"]
+    console.table("predictions", columns, rows[:most], right=["probability"])
     if len(rows) > most:
-        console.say(f"and {len(rows) - most} more in the file")
+        console.say(f"and {len(rows) - most:,} more in the file")
+    if learnt := sum(one.slide in known for one in found):
+        console.warn(
+            f"the model was trained with the labels of {learnt:,} of these {console.count(len(found), 'slide')} "
+            "(trained_on in the file): what it says of them tests nothing"
+        )
     warned = sum(bool(one.warning) for one in found)
     if warned:
         console.warn(f"{warned} of {len(found)} slides: look at the warning before you trust the prediction")

@@ -126,6 +126,24 @@ def test_what_was_said_of_other_slides_stays(workspace, monkeypatch, tmp_path):
     assert set(after) == {*before, after[-1]}
     assert after[-1].startswith("x.svs,")
     assert len(after) == len(before) + 1
+    older = [",".join(cells[:5] + cells[6:]) for cells in (line.split(",") for line in before)]  # without trained_on
+    assert older[0] == "slide,predicted,p_high,p_low,num_tiles,distance,usual_distance,warning"
+    table.write_text("\n".join(older) + "\n")
+    predict(workspace, model, slides=tmp_path, heatmaps=False)
+    assert {slide: row["trained_on"] for slide, row in table_of(workspace).items() if row["trained_on"]} == {
+        "s03": "yes"
+    }
+    assert len(table_of(workspace)) == 21
+
+
+def test_slides_that_the_model_was_trained_on_are_marked(workspace, cli):
+    """Fifteen of twenty were its training slides: what it says of these is no test of it."""
+    model, labels = trained(workspace)
+    told = cli("predict", "--model", model, "-w", workspace.root, "--no-heatmaps")
+    assert told.code == 0
+    marked = {slide: row["trained_on"] for slide, row in table_of(workspace).items()}
+    assert marked == {slide: "no" if number >= 15 else "yes" for number, slide in enumerate(labels)}
+    assert "trained with the labels of 15 of these 20 slides" in " ".join(told.err.split())
 
 
 def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):
