@@ -141,9 +141,11 @@ def distill(
     if int(os.environ.get("RANK", "0")) == 0:
         console.panel("finished" if result.finished else "stopped", result.text)
         if result.finished:
-            console.say(leave_model(index, run, model, taught, settings))
+            text, fit = leave_model(index, run, model, taught, settings)
+            console.say(text)
             here = f" -w {shared['workspace']}" if shared["workspace"] else ""
-            console.say(f"next: histossl predict --model {run.model}{here}")
+            if fit:
+                console.say(f"next: histossl predict --model {run.model}{here}")
     return pretraining.exit_code_of(result)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from histossl import console
 from histossl.backbones import BackboneInfo, load_backbone
 from histossl.config import DistillConfig
-from histossl.errors import UsageError
+from histossl.errors import TrainingError, UsageError
 from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.model import Model, save_model
 from histossl.evaluation.slide_names import SlideNames
@@ -176,10 +176,16 @@ def compared(teacher_NC: Tensor, student_NC: Tensor, classes: Sequence[str]) -> 
     }
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """One sentence on what the figures of `compared` mean."""
+def collapsed_to(found: dict[str, Any]) -> str | None:
+    """The class that the student calls every tile, where its teacher tells several apart."""
     one = next((name for name, row in found["classes"].items() if row["student_share"] == 1), None)
-    if one is not None and found["classes"][one]["teacher_share"] < 1:
+    return one if one is not None and found["classes"][one]["teacher_share"] < 1 else None
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """One sentence on what the figures of `compared` mean; empty where all is well."""
+    one = collapsed_to(found)
+    if one is not None:
         return (
             f"collapse to one class: the student calls every tile {one!r}. Likely causes: --lr too high, too few steps"
         )
@@ -194,8 +200,13 @@ def verdict(found: dict[str, Any]) -> str:
 # ---- what is left
 
 
-def leave_model(index: TileIndex, run: PretrainDir, model: Model, teacher: Teacher, config: DistillConfig) -> str:
-    """The student's model folder, from a finished run; what came of it, in words. Made anew whenever asked."""
+def leave_model(
+    index: TileIndex, run: PretrainDir, model: Model, teacher: Teacher, config: DistillConfig
+) -> tuple[str, bool]:
+    """The student's model folder, from a finished run; what came of it, in words, and whether it is fit for use.
+
+    Made anew whenever asked. A student that collapsed to one class leaves none: TrainingError.
+    """
     backbone, info = load_backbone(run.backbone)
     device = teacher.scale.device
     backbone = backbone.to(device).eval()
@@ -206,17 +217,22 @@ def leave_model(index: TileIndex, run: PretrainDir, model: Model, teacher: Teach
     teacher_NC = torch.cat([one.cpu() for one in _teacher_logits(sample, teacher, info)])
     found = compared(teacher_NC, torch.cat(features) @ weight.T + bias, teacher.classes)
     fitted = student_head(head["weight"], head["bias"], present_classes(model.fitted), len(model.info.classes))
+    _show(found)
+    said = verdict(found)
+    if collapsed_to(found) is not None:
+        raise TrainingError(
+            f"{run.root}: {said}. No model is left for predict; begin again with other settings under another --name"
+        )
     # What new slides are compared with, to warn of those unlike them; whose these are is not known: each its own.
     known = torch.stack([one.mean(0) for one in features]).double().numpy()
     save_model(run.model, backbone, info, fitted, known, np.arange(len(known)), _info_of(model, run, config, found))
-    _show(found)
-    said = verdict(found)
     if said:
         console.warn(said)
-    return (
-        f"the student agrees with its teacher on {found['agreement']:.1%} of {found['num_tiles']} tiles "
+    text = (
+        f"the student agrees with its teacher on {found['agreement']:.1%} of {found['num_tiles']:,} tiles "
         f"({found['agreement_by_chance']:.0%} by chance)\nmodel for use: {run.model}"
     )
+    return text, not said
 
 
 def _info_of(model: Model, run: PretrainDir, config: DistillConfig, found: dict[str, Any]) -> Any:

@@ -282,6 +282,7 @@ def test_self_distillation_from_the_command_line_leaves_what_predict_loads(lab: 
     assert "self-distillation: the student starts from the teacher's own weights" in said
     assert "4 slides stay out: the teacher was tested on these patients" in said
     assert "the student agrees with its teacher on" in said
+    assert "next: histossl predict" in said
     run = lab.pretrain("self")
     told = cli("predict", "-w", lab.root, "--model", run.model, "--no-heatmaps")
     assert told.code == 0, told.err
@@ -297,6 +298,16 @@ def test_self_distillation_from_the_command_line_leaves_what_predict_loads(lab: 
     told = cli(*curve, "--budgets", "2", "--starts", "random,self", "--backbone", "test_vit")
     assert told.code == 0, told.err
     assert "self: none of the 4 tested slides" in " ".join(told.err.split())
+
+
+def test_a_student_that_says_one_class_alone_is_no_success_and_no_model(lab: Workspace, cli) -> None:
+    burnt = ("--lr", "10", "--warmup", "0", "--no-stop-on-collapse", "--name", "burnt")
+    for _ in range(2):  # and the same command says the same again
+        told = cli(*command(lab, *burnt))
+        assert told.code == 1
+        assert "collapse to one class: the student calls every tile" in " ".join(told.err.split("error:")[1].split())
+        assert "next: histossl predict" not in told.err
+        assert not lab.pretrain("burnt").model.exists()
 
 
 def test_a_curve_says_so_when_the_teacher_knew_the_labels_it_tests(lab: Workspace, index: TileIndex) -> None:
