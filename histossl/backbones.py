@@ -125,15 +125,7 @@ def create_backbone(
 
 def load_backbone(path: Path) -> tuple[nn.Module, BackboneInfo]:
     """A backbone that `save_backbone` wrote: `path` is the safetensors file, its JSON lies beside it."""
-    beside = path.with_suffix(".json")
-    try:
-        stored = json.loads(beside.read_text(encoding="utf-8"))
-        info = BackboneInfo(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{path}: needs the {beside.name} that histossl writes beside it ({type(error).__name__}: {error}); "
-            "for weights from elsewhere give --weights FILE with --backbone NAME"
-        ) from error
+    info = info_beside(path)
     backbone, _ = _empty(info.timm_name, seed=0)
     _load_into(backbone, path)
     if info.projection is None:
@@ -143,6 +135,24 @@ def load_backbone(path: Path) -> tuple[nn.Module, BackboneInfo]:
         return Projected(backbone, read_weights(behind)), info
     except (KeyError, RuntimeError) as error:
         raise WeightsError(f"{behind}: holds no layers that fit behind {path.name} ({error})") from error
+
+
+def info_beside(path: Path) -> BackboneInfo:
+    """What the JSON says that `save_backbone` wrote beside the weights at `path`."""
+    beside = path.with_suffix(".json")
+    ways_out = (
+        "copy both files together; for weights that histossl did not write give --weights FILE with --backbone NAME "
+        "(as the start imagenet)"
+    )
+    try:
+        stored = json.loads(beside.read_text(encoding="utf-8"))
+        return BackboneInfo(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: there is no {beside.name} beside it, as histossl writes; {ways_out}") from error
+    except OSError as error:
+        raise WeightsError(f"{beside}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: the {beside.name} beside it is not one that histossl wrote; {ways_out}") from error
 
 
 def recorded_with(weights: str | Path) -> dict[str, Any] | None:
@@ -319,8 +329,12 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             "save its state_dict alone, or convert it to safetensors"
         ) from error
     except UNREADABLE as error:
-        first = str(error).split(". ")[0]  # torch goes on about its internals
-        raise WeightsError(f"{path}: is no weights file, or is truncated ({type(error).__name__}: {first})") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
+        raise WeightsError(
+            f"{path}: is no weights file, or is truncated; give a .safetensors file, or what torch.save wrote of a "
+            "state_dict"
+        ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content

@@ -33,9 +33,10 @@ def require(holds: bool, option: str, value: object, wanted: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for a mistyped name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    """', did you mean X?' for a mistyped name, with X as it is spelt, or nothing. Small letters and large are alike."""
+    spelt = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold(), list(spelt), n=1, cutoff=0.5)
+    return f", did you mean {spelt[close[0]]!r}?" if close else ""
 
 
 # ---- scan and tile
@@ -184,7 +185,8 @@ class PretrainConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "a number above 0, or 0: worked out from the tiles")
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
-        require(len(given) < 2, " and --".join(given), "", "only one of them: each sets the length")
+        if len(given) > 1:
+            raise UsageError(f"--{' and --'.join(given)}: give only one of them; each sets the length")
         require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, "auto, or 2 or more tiles")
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
         require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
@@ -320,7 +322,7 @@ class FinetuneConfig:
             ("group", ("patient", "site")),
         ):
             value = getattr(self, name)
-            require(value in known, name, value, f"one of {', '.join(known)}{nearest(value, known)}")
+            require(value in known, name, value, f"one of {', '.join(filter(None, known))}{nearest(value, known)}")
         end_to_end = f"abmil with --train {self.train}: only the attention head learns together with a backbone"
         require(self.train == "head" or self.head == "abmil", "head", self.head, end_to_end)
         for budget in self.budgets:

@@ -257,7 +257,8 @@ class Workspace:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(
+            in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))  # a file: that is no workspace's name
+            raise (UsageError if in_the_way else HistosslError)(
                 f"workspace {self.root}: cannot be made ({error.strerror}); "
                 "pass --workspace DIR, or set $HISTOSSL_WORKSPACE"
             ) from error

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from histossl import console
-from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.cli.options import ConfigOption, WorkspaceOption
 from histossl.config import CurateConfig, EmbedConfig
 from histossl.errors import UsageError
+from histossl.workspace import Workspace
 
 DEFAULTS = CurateConfig()
 RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)
@@ -116,7 +117,7 @@ def curate(
             f"--weights random: tell tiles apart less well than trained ones, and --duplicate-cosine "
             f"{duplicate_cosine:g} drops others with the copies; {RANDOM_COSINE:g} was right for them"
         )
-    at = workspace_at(workspace)
+    at = Workspace.at(workspace)
     at.subset(name)  # refuses what is no name, before any work
     index = TileIndex.open(at)
     left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())

@@ -16,9 +16,9 @@ import typer
 
 from histossl import console
 from histossl.cli import pretrain as pretraining
-from histossl.cli.options import workspace_at
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
+from histossl.workspace import Workspace
 
 if TYPE_CHECKING:
     from histossl.backbones import BackboneInfo
@@ -106,7 +106,7 @@ def distill(
     from histossl.training.pretrain import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
-    at = workspace_at(shared["workspace"])
+    at = Workspace.at(shared["workspace"])
     model = load_model(teacher, "--teacher")
     DistillationConfig(temperature, targets)  # refuses what no run could use
     settings = _settings(model, student, weights, targets, temperature, view_px, shared)

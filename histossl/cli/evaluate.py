@@ -11,6 +11,7 @@ import typer
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
 from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
+from histossl.workspace import Workspace
 
 LabelsOption = Annotated[
     Path,
@@ -134,7 +135,7 @@ def predict(
     if slide_mpp is not None and slides is None:
         raise UsageError(f"--slide-mpp {slide_mpp:g}: is of slides that are tiled here; add --slides DIR")
     settings = EmbedConfig(embed_batch_size, workers, device)
-    stage(workspace_at(workspace), model, name, slides, settings, heatmaps, slide_mpp)
+    stage(Workspace.at(workspace), model, name, slides, settings, heatmaps, slide_mpp)
 
 
 def suggest(
@@ -366,7 +367,10 @@ def embed(
         input_px=input_px,
         seed=seed,
     )
-    embed_start(workspace_at(workspace), settings, EmbedConfig(embed_batch_size, workers, device))
+    try:
+        embed_start(Workspace.at(workspace), settings, EmbedConfig(embed_batch_size, workers, device))
+    except UsageError as error:  # of a curve's starts; here there is one
+        raise UsageError(str(error).replace("--starts", "--start")) from error
 
 
 def _listed(text: str) -> tuple[str, ...]:

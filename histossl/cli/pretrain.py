@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl import console
-from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
+from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
 from histossl.config import PretrainConfig, TileConfig
-from histossl.errors import UsageError
+from histossl.errors import StoreError, UsageError
 from histossl.methods import self_supervised
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def pretrain(
 
     del config  # read before any other option, by its callback
     every_s, every_steps = _every(checkpoint_every)
-    at = workspace_at(workspace) if slides else Workspace.at(workspace)  # a mistyped name makes no folder
+    at = Workspace.at(workspace)  # made where tiles are cut into it: a mistyped name makes no folder
     settings = PretrainConfig(
         method=method,
         backbone=backbone,
@@ -298,13 +298,13 @@ def pretrain(
     )
     self_supervised(method)
     num_processes = 1 if is_worker() else num_processes_for(gpus)
+    if slides is not None and not slides.exists():
+        raise UsageError(f"--slides {slides}: no such folder")
     if slides is not None and only_plan and not at.tiles.exists():
-        raise UsageError(
+        raise StoreError(
             f"no tiles in {at.root} to plan with; cut them first with histossl tile --slides {slides} "
             f"(histossl scan {slides} says how many there will be)"
         )
-    if slides is not None and not slides.exists():
-        raise UsageError(f"--slides {slides}: no such folder")
     if slides is not None and not only_plan and not is_worker():
         tile_for(at, slides, tile_px, mpp, slide_mpp)
     index = TileIndex.open(at)

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption, workspace_at
+from histossl.cli.options import ConfigOption, WorkspaceOption
 from histossl.config import nearest
 from histossl.errors import UsageError
+from histossl.workspace import Workspace
 
 MAPS = ("pca", "umap")
 
@@ -26,7 +27,7 @@ def report(
         typer.Option(
             "--map",
             metavar="pca|umap",
-            help="The map of features: principal components, or a UMAP beside them (pip install 'histossl[umap]').",
+            help="The map of features: principal components, or a UMAP beside them (pip install 'histossl\\[umap]').",
         ),
     ] = "pca",
     workspace: WorkspaceOption = None,
@@ -38,7 +39,7 @@ def report(
     del config  # its values have become the defaults above
     if map_ not in MAPS:
         raise UsageError(f"--map {map_}: must be one of {', '.join(MAPS)}{nearest(map_, MAPS)}")
-    place = workspace_at(workspace)
+    place = Workspace.at(workspace)
     run = place.finetune(name)
     if not run.root.is_dir():
         known = sorted(path.name for path in place.finetune_root.glob("*") if path.is_dir())

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from histossl import console
-from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
+from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
 from histossl.config import TileConfig
 from histossl.errors import SlideError, StoreError, UsageError
-from histossl.workspace import written_aside
+from histossl.workspace import Workspace, written_aside
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from histossl.workspace import Workspace
 
 DEFAULTS = TileConfig()
 MOST_TILES = 64
@@ -73,7 +72,7 @@ def views(
         raise UsageError(f"--output {output}: must be a .png file")
     chosen = with_settings(recipe_named(recipe, view_px), view_set or ())
     if slides is None:
-        names, pixels = _from_store(workspace_at(workspace), tiles, seed)
+        names, pixels = _from_store(Workspace.at(workspace), tiles, seed)
     else:
         names, pixels = _from_slides(slides, tiles, seed, TileConfig(tile_px=tile_px, mpp=mpp), slide_mpp)
     columns = []
@@ -131,7 +130,7 @@ def _from_slides(
         pixels += cut
         names += [file.slide] * len(cut)
     if not pixels:
-        raise UsageError(f"{directory}: no slide in it gave a tile of {config.tile_px} px at {config.mpp:g} mpp")
+        raise StoreError(f"{directory}: no slide in it gave a tile of {config.tile_px} px at {config.mpp:g} mpp")
     return names, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 

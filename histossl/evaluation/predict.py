@@ -29,8 +29,8 @@ from histossl.evaluation.abmil import FittedAbmil
 from histossl.evaluation.embed import Bags, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
-from histossl.evaluation.labels import SlideNames
 from histossl.evaluation.model import Model, distances, load_model
+from histossl.evaluation.slide_names import SlideNames
 from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
 from histossl.workspace import PredictionDir, Workspace, written_aside

@@ -68,7 +68,7 @@ class SlideNames:
 
     def hint(self, name: str) -> str:
         stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]
-        close = nearest(stem, self._by_stem)
+        close = nearest(stem, [_without_suffix(PurePosixPath(slide).name) for slide in self._holder])
         return close.removeprefix(", ") if close else "no slide has a similar name"
 
     def _same_ending(self, name: str) -> tuple[str, ...]:

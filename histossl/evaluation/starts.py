@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from histossl.backbones import BackboneInfo, create_backbone, load_backbone, recorded_with
+from histossl.backbones import BackboneInfo, create_backbone, info_beside, load_backbone, recorded_with
 from histossl.config import FinetuneConfig, PretrainConfig, nearest, plain, read_run
 from histossl.errors import UsageError, WeightsError
 from histossl.evaluation.embed import COLOUR, Embedder, backbone_embedder, colour_embedder
@@ -296,15 +296,8 @@ def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str,
 
 
 def _from_file(name: str, path: Path) -> Start:
-    beside = path.with_suffix(".json")
-    try:
-        stored = json.loads(beside.read_text(encoding="utf-8"))
-        provenance = dict(stored.get("provenance") or {})
-        start = Start(name, stored["timm_name"], exported=path, provenance=provenance, mpp=stored.get("mpp"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{path}: needs the {beside.name} that histossl writes beside it ({type(error).__name__}: {error})"
-        ) from error
+    info = info_beside(path)
+    start = Start(name, info.timm_name, exported=path, provenance=dict(info.provenance or {}), mpp=info.mpp)
     run_json = path.parent / "run.json"
     if "start_weights" not in start.provenance and run_json.is_file():
         start.provenance["start_weights"] = str(read_run(run_json)["config"].get("weights", ""))

@@ -588,6 +588,7 @@ def test_the_colour_floor_is_on_every_curve(ready):
         (["--budgets", "0"], "--budgets 0: must be"),
         (["--budgets", "99"], "no class has more than"),
         (["--head", "meen"], "did you mean 'mean'"),
+        (["--unit", "cell"], "--unit cell: must be one of slide, region, tile\n"),
         (["--labels", "nowhere.csv"], "nowhere.csv: cannot be read"),
         (["--classes", "low"], "two classes at least"),
         (["--group", "site"], "name no site; add a column 'site'"),
@@ -620,6 +621,22 @@ def test_embed_by_itself_leaves_files_as_mil_tools_read_them(ready, cli):
         assert file["features"].shape == (5, 64)
         assert file["coords"].shape == (5, 2)
         assert file.attrs["tile_px"] == 32
+
+
+def test_embed_speaks_of_its_own_option_and_of_the_file_that_lacks_its_other_half(ready, tmp_path, cli):
+    told = cli("embed", "--start", "nope", "-w", ready.root)
+    assert told.code == 2
+    assert "--start nope: 'nope' is neither a file nor" in told.err
+    (tmp_path / "lonely.safetensors").touch()
+    told = cli("embed", "--start", tmp_path / "lonely.safetensors", "-w", ready.root)
+    assert told.code == 1
+    assert "there is no lonely.json beside it" in " ".join(told.err.split())
+    assert "Error" not in told.err
+    (tmp_path / "lonely.json").write_text("{}")
+    told = cli("embed", "--start", tmp_path / "lonely.safetensors", "-w", ready.root)
+    assert "is not one that histossl wrote; copy both files together" in " ".join(told.err.split())
+    assert cli("embed", "-w", tmp_path / "mistyped").code == 1
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_every_slide_that_is_not_found_is_named_by_embed_and_by_a_dry_run(ready, cli):

@@ -353,6 +353,11 @@ def test_command_remakes_the_page(reported, capsys):
     assert capsys.readouterr().out.strip() == str(run.report)
 
 
+def test_help_names_the_extra_that_a_umap_needs(capsys):
+    assert cli.main(["report", "--help"]) == 0
+    assert "'histossl[umap]'" in capsys.readouterr().out
+
+
 def test_command_names_the_curves_that_there_are(reported, capsys):
     _, workspace = reported
     assert cli.main(["report", "--name", "colen", "-w", str(workspace.root)]) == 2

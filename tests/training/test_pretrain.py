@@ -500,7 +500,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--batch-size", "100"), 2, "only 64 tiles"),
         (("--gpus", "400"), 2, "--gpus 400"),
         (("--gpus", "some"), 2, "must be 'auto' or a whole number"),
-        (("--epochs", "2"), 2, "only one of them"),
+        (("--epochs", "2"), 2, "--steps and --epochs: give only one of them"),
         (("--checkpoint-every", "soon"), 2, "must be like 10m"),
         (("--recipe", "mocov9"), 2, "mocov9"),
         (("--recipe", "dino-histology"), 2, "MoCo takes 2"),
@@ -564,6 +564,7 @@ def test_a_file_that_is_no_weights_gets_one_line(index: TileIndex, tmp_path: Pat
     assert told.code == 1
     assert told.err.startswith("error:")
     assert "weights.pth: " in told.err
+    assert "Error" not in told.err  # what Python calls it
 
 
 def test_how_many_keys_were_loaded_is_told(index: TileIndex, tmp_path: Path, cli) -> None:
