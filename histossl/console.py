@@ -15,6 +15,7 @@ from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -42,8 +43,9 @@ def say(text: str, to: Console | None = None) -> None:
 
 
 def count(number: int, thing: str) -> str:
-    """As people write it: 1 file, 2,000 files."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    """As people write it: 1 file, 2,000 files, 1 batch, 2 batches."""
+    plural = "" if number == 1 else "es" if thing.endswith(("s", "ch")) else "s"
+    return f"{number:,} {thing}{plural}"
 
 
 def warn(text: str) -> None:
@@ -69,19 +71,43 @@ def table(
     right: Sequence[str] = (),
     to: Console | None = None,
 ) -> None:
-    """`right` names the columns to be set flush right (numbers)."""
+    """`right` names the columns to be set flush right (numbers).
+
+    Where the rows' names (the first column) would have to be broken, each has a line of its own above its row.
+    """
     to = to or console
     drawn = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    cells = [
-        [name, *("" if row[number] is None else str(row[number]) for row in rows)]
-        for number, name in enumerate(columns)
-    ]
-    for name, width in zip(columns, _widths(cells, to.width), strict=True):
+    lines = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [list(column) for column in zip(columns, *lines, strict=True)]
+    widths = _widths(cells, to.width)
+    if widths[0] is not None and max(map(len, cells[0])) > widths[0] and not any(" " in cell for cell in cells[0][1:]):
+        _names_apart(title, columns, lines, right, to)
+        return
+    for name, width in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "right" if name in right else "left"
         drawn.add_column(escape(name), justify=justify, overflow="fold", width=width)
-    for row in rows:
-        drawn.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
+    for line in lines:
+        drawn.add_row(*map(escape, line))
     to.print(drawn)
+
+
+def _names_apart(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[str], to: Console
+) -> None:
+    cells = [list(column) for column in zip(columns, *lines, strict=True)][1:]
+    widths = [width or max(map(len, cell)) for cell, width in zip(cells, _widths(cells, to.width - 2), strict=True)]
+    to.print(f"[italic]{escape(title)}[/]\n\n {escape(columns[0])}", soft_wrap=True)
+    for number, (name, *rest) in enumerate([columns, *lines]):
+        if number:
+            to.print(f" {escape(name)}", soft_wrap=True)
+        row = Table.grid(padding=(0, 3, 0, 0))
+        for column, width in zip(columns[1:], widths, strict=True):
+            row.add_column(justify="right" if column in right else "left", overflow="fold", width=width)
+        row.add_row(*map(escape, rest))
+        to.print(Padding(row, (0, 0, 0, 4)))
+        if not number:
+            to.print(f" {'─' * (to.width - 2)}")
+    to.print()
 
 
 def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int | None]:
@@ -140,7 +166,7 @@ class Bar:
         if self._resumed_at < self.done < self.total:
             left_s = elapsed_s * (self.total - self.done) / (self.done - self._resumed_at)
             left = f", about {_duration(left_s)} left"
-        say(f"{self.what}: {self.done}/{self.total} {self.unit}, {elapsed_s:.0f} s{left}  {self.note}".rstrip())
+        say(f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {elapsed_s:.0f} s{left}  {self.note}".rstrip())
 
     def finish(self) -> None:
         if self._live is None and self._said != self.done:

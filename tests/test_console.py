@@ -29,5 +29,6 @@ def test_a_narrow_terminal_breaks_no_word_of_a_table(monkeypatch: pytest.MonkeyP
     row = (file, "unreadable", "Hamamatsu NDPI/VMS", "139264x98304", "0.2527", "unknown", 54321)
     console.table("3 files", columns, [row] * 3)
     shown = narrow.export_text()
-    for word in ("unreadable", "139264x98304", "0.2527", "unknown", "54321"):
+    for word in (file, "unreadable", "139264x98304", "0.2527", "unknown", "54321"):
         assert shown.count(word) == 3, shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -152,7 +152,7 @@ def views(
     store: TileStore
     try:
         store = TileIndex.open(at)
-        console.say(f"tiles of {at.root}: {len(store)} of {store.tile_px} px")
+        console.say(f"tiles of {at.root}: {len(store):,} of {store.tile_px} px")
     except StoreError:
         if workspace is not None:
             raise

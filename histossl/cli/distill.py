@@ -44,8 +44,9 @@ def distill(
         Path,
         typer.Option(
             "--teacher",
+            "--model",
             metavar="DIR",
-            help="The model that teaches: WORKSPACE/finetune/NAME/model.",
+            help="The model that teaches: WORKSPACE/finetune/NAME/model, as predict takes it.",
             show_default=False,
         ),
     ],
@@ -226,11 +227,13 @@ def _say_who(settings: DistillConfig, model: Model, taught: Teacher, tested: set
         console.warn(f"the teacher never saw {', '.join(missing)}; the student will not know it either")
     known = set(model.info.provenance.get("slides", ()))
     if tested:
-        console.say(f"{len(tested)} slides stay out: the teacher was tested on these patients")
+        slides = console.count(len(tested), "slide")
+        console.say(f"{slides} stay{'s' if len(tested) == 1 else ''} out: the teacher was tested on these patients")
     elif known:
         console.warn(
             f"the teacher's own record names no test patients, so no slide stays out for it (it has learnt the labels "
-            f"of {len(known & set(index.slides))} slides here); keep some out with --labels or --exclude, to test on"
+            f"of {console.count(len(known & set(index.slides)), 'slide')} here); keep some out with --labels or "
+            "--exclude, to test on"
         )
     if settings.view_px < taught.input_px:
         console.warn(

@@ -142,7 +142,8 @@ def scan(
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""
         console.say(f"contact sheet: {place.contact_sheet}{more}")
     if not scanned.num_readable:
-        console.fail(f"{directory}: none of its {len(scanned.rows)} files can be used; archive.csv says why for each")
+        files = console.count(len(scanned.rows), "file")
+        console.fail(f"{directory}: none of its {files} can be used; archive.csv says why for each")
         raise typer.Exit(1)
 
 
@@ -166,7 +167,7 @@ def _show(scanned: Scanned) -> None:
             right=("mpp", "tiles"),
         )
     if len(rows) > SHOWN_ROWS:
-        console.say(f"and {len(rows) - SHOWN_ROWS} more in archive.csv")
+        console.say(f"and {len(rows) - SHOWN_ROWS:,} more in archive.csv")
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.reason:
@@ -190,15 +191,15 @@ def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
     tissue_mm2 = sum(row.tissue_mm2 or 0 for row in tiled)
     lines = [
         f"{console.count(len(rows), 'file')}, {_size(sum(row.bytes or 0 for row in rows))}: "
-        + ", ".join(f"{counts[status]} {status}" for status in ("ok", "warning", "unreadable") if counts[status]),
+        + ", ".join(f"{counts[status]:,} {status}" for status in ("ok", "warning", "unreadable") if counts[status]),
         f"{tissue_mm2:,.1f} mm² of tissue: about {tiles:,} tiles of {tile_px} px at {mpp} microns per pixel, "
         f"{_size(sum(row.expected_mb or 0 for row in tiled) * 1e6)} on disk",
     ]
     stains = Counter(row.stain for row in rows if row.stain)
     if len(stains) > 1:
-        lines.append("stains: " + ", ".join(f"{count} {stain}" for stain, count in stains.most_common()))
+        lines.append("stains: " + ", ".join(f"{count:,} {stain}" for stain, count in stains.most_common()))
     if scanned.ignored:
-        passed = ", ".join(f"{count} {suffix}" for suffix, count in list(scanned.ignored.items())[:6])
+        passed = ", ".join(f"{count:,} {suffix}" for suffix, count in list(scanned.ignored.items())[:6])
         lines.append(f"not slides, passed by: {passed}")
     return "\n".join(lines)
 

@@ -243,9 +243,9 @@ def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
     tiled = [row for row in rows if row.num_tiles]
     tiles = sum(row.num_tiles or 0 for row in tiled)
     ways = Counter(row.tile_way for row in tiled)
-    told = ", ".join(f"{count} {way}" for way, count in ways.most_common())
+    told = ", ".join(f"{count:,} {way}" for way, count in ways.most_common())
     console.say(
-        f"{console.count(tiles, 'tile')} of {len(tiled)} of {console.count(len(rows), 'slide')}"
+        f"{console.count(tiles, 'tile')} of {len(tiled):,} of {console.count(len(rows), 'slide')}"
         + (f" ({told})" if told else "")
     )
     if obtained := _scale_obtained(tiled, mpps):

@@ -70,6 +70,8 @@ def views(
         raise UsageError(f"--draws {draws}: must be 1 to 8")
     if output.suffix.lower() != ".png":
         raise UsageError(f"--output {output}: must be a .png file")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {output.parent}")
     chosen = with_settings(recipe_named(recipe, view_px), view_set or ())
     if slides is None:
         names, pixels = _from_store(Workspace.at(workspace), tiles, seed)
@@ -84,7 +86,8 @@ def views(
     sheet = contact_sheet(title, names, pixels, columns)
     with written_aside(output) as aside:
         sheet.save(aside, "PNG")
-    console.say(f"{output}: {len(names)} tiles, {len(chosen.views)} views each, {draws} times ({chosen.name})")
+    rows, each = console.count(len(names), "tile"), console.count(len(chosen.views), "view")
+    console.say(f"{output}: {rows}, {each} each, {console.count(draws, 'time')} ({chosen.name})")
 
 
 def _from_store(at: Workspace, count: int, seed: int) -> tuple[list[str], Tensor]:

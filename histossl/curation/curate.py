@@ -203,7 +203,7 @@ def _choice(index: TileIndex, features: Features, whole: Ints, kept: Ints, confi
         console.warn(f"--tiles {config.tiles}: there are only {len(kept):,} without copies; all of them are kept")
         return Choice(kept, {})
     clusters = config.clusters or clusters_for(len(kept))
-    with console.progress("clustering", 0, "tiles") as bar:
+    with console.progress("clustering, each tile 4 times", 0, "tiles") as bar:
         bar.set_total(4 * len(kept))
         tree = tree_of(features.as_given, kept, clusters, config.seed, bar.advance)
     chosen = balanced(tree, kept, config.tiles, config.seed)

@@ -114,7 +114,8 @@ def look_at_teacher(sample: Sample, teacher: Teacher, info: BackboneInfo, config
     mean_entropy, most = float(entropy(shares_NC).mean()), float(np.log(len(teacher.classes)))
     said = ", ".join(f"{name} {share:.0%}" for name, share in zip(teacher.classes, choice_C.tolist(), strict=True))
     console.say(
-        f"the teacher on {len(logits_NC)} tiles: {said}; entropy of its labels {mean_entropy:.2f} nats of {most:.2f}"
+        f"the teacher on {console.count(len(logits_NC), 'tile')}: {said}; "
+        f"entropy of its labels {mean_entropy:.2f} nats of {most:.2f}"
     )
     first = teacher.classes[int(choice_C.argmax())]
     where = f"--teacher {teacher.facts['folder']}"
@@ -264,7 +265,7 @@ def _show(found: dict[str, Any]) -> None:
         for name, row in found["classes"].items()
     ]
     console.table(
-        f"{found['num_tiles']} whole tiles of the pool, as teacher and student see them",
+        f"{found['num_tiles']:,} whole tiles of the pool, as teacher and student see them",
         ["class", "teacher", "student", "agreement"],
         rows,
         right=["teacher", "student", "agreement"],

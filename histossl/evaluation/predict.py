@@ -80,7 +80,7 @@ def predict(
         skipped = [(row.slide or row.file, row.tile_reason or row.reason) for row in rows if not row.num_tiles]
         if not wanted:
             why = f", the first because: {skipped[0][1]}" if skipped else ""
-            raise StoreError(f"{slides}: none of {len(skipped)} slides gave a tile{why}")
+            raise StoreError(f"{slides}: none of {console.count(len(skipped), 'slide')} gave a tile{why}")
     index = TileIndex.open(workspace)
     refuse_other_tiles(model, index)
     if wanted is None:
@@ -175,7 +175,7 @@ def _warning(num_tiles: int, distance: float, usual: float) -> str:
             f"lies {distance / usual:.1f} times as far from the training slides as the oddest training patient does"
         )
     if num_tiles < FEW_TILES:
-        said.append(f"only {num_tiles} tiles of tissue")
+        said.append(f"only {console.count(num_tiles, 'tile')} of tissue")
     return "; ".join(said)
 
 
@@ -296,6 +296,8 @@ def _show(
         )
     warned = sum(bool(one.warning) for one in found)
     if warned:
-        console.warn(f"{warned} of {len(found)} slides: look at the warning before you trust the prediction")
+        console.warn(
+            f"{warned:,} of {console.count(len(found), 'slide')}: look at the warning before you trust the prediction"
+        )
     for slide, why in skipped:
         console.warn(f"{slide}: not predicted ({why})")

@@ -225,7 +225,7 @@ def probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:
         return f"On the labelled training slides the probe stayed at {best.at_start:.3f}; {last}"
     kept = "" if best.step == num_steps else f"; the best look's backbone is {run.best_backbone}"
     worse = "" if best.last > best.at_start else ", no more than the start"
-    chance = f". The highest of {best.num_looks} looks is partly luck: a small rise is no evidence"
+    chance = f". The highest of {best.num_looks:,} looks is partly luck: a small rise is no evidence"
     return (
         f"On the labelled training slides the probe rose from {best.at_start:.3f} to {best.score:.3f} "
         f"(step {best.step} of {num_steps}){kept}; {last}{worse}{chance if best.num_looks > 1 else ''}"

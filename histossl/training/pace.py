@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
+from histossl.console import count
+
 TIMED_STEPS, TIMED_S = 20, 20.0
 
 
@@ -27,9 +29,9 @@ class Expected:
 
     def __str__(self) -> str:
         each = f"of {duration(self.look_s)}" if self.look_s else "that are not timed yet"
-        looks = f", {self.num_looks:,} looks {each}" if self.num_looks else ""
+        looks = f", {count(self.num_looks, 'look')} {each}" if self.num_looks else ""
         rest = f", {duration(self.rest_s)} before and after" if self.rest_s >= 1 else ""
-        return f"about {duration(self.total_s)} ({self.num_steps:,} steps of {self.step_s:.3g} s{looks}{rest})"
+        return f"about {duration(self.total_s)} ({count(self.num_steps, 'step')} of {self.step_s:.3g} s{looks}{rest})"
 
 
 @dataclass

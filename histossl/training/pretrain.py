@@ -214,7 +214,7 @@ class _Pretraining:
             self._tell_damaged()
         if done < self.prepared.plan.num_steps:
             goes_on = "" if stop.interrupted else "; the same command goes on from there"  # of Ctrl-C the CLI says it
-            text = f"stopped at step {done} of {self.prepared.plan.num_steps} and saved{goes_on}"
+            text = f"stopped at step {done:,} of {self.prepared.plan.num_steps:,} and saved{goes_on}"
             return Result(self.run, False, text)
         return Result(self.run, True, self._finish())
 
@@ -428,7 +428,7 @@ class _Pretraining:
         first = int(state["step"])
         if self.log:
             self.log.begin_at(first + 1)
-            console.say(f"going on from step {first} of {self.prepared.plan.num_steps}")
+            console.say(f"going on from step {first:,} of {self.prepared.plan.num_steps:,}")
         return first
 
     def _refuse_apart(self, first: int) -> None:

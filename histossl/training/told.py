@@ -7,6 +7,7 @@ from collections import Counter
 from histossl import console
 from histossl.backbones import BackboneInfo
 from histossl.config import PretrainConfig
+from histossl.console import count
 from histossl.methods.tokens import Tokens
 from histossl.training.planner import BATCH_LEAST, BATCH_MOST, BATCH_SHARE, BATCH_USUAL
 from histossl.training.prepared import Prepared
@@ -25,11 +26,12 @@ def announce(
 ) -> None:
     planned = prepared.plan
     lines = [
-        f"{planned.num_tiles:,} tiles of {planned.num_slides} slides, {int((~prepared.keep).sum())} slides left out"
+        f"{planned.num_tiles:,} tiles of {count(planned.num_slides, 'slide')}, "
+        f"{count(int((~prepared.keep).sum()), 'slide')} left out"
         + (f" (subset {prepared.subset.name} of {len(prepared.index):,} tiles)" if prepared.subset else ""),
-        f"batch {planned.batch_size}: {planned.tiles_per_pass} tiles a pass x {planned.num_processes} "
-        f"process{'es' if planned.num_processes > 1 else ''} ({name_of(prepared.device)}, {prepared.precision.name}) x "
-        f"{planned.micro_batches} micro-batch{'es' if planned.micro_batches > 1 else ''}",
+        f"batch {planned.batch_size:,}: {planned.tiles_per_pass:,} tiles a pass x "
+        f"{count(planned.num_processes, 'process')} ({name_of(prepared.device)}, {prepared.precision.name}) x "
+        f"{count(planned.micro_batches, 'micro-batch')}",
         *([AUTO_BATCH] if asked.batch_size == 0 else []),
         _weights_told(prepared.info, isinstance(getattr(prepared.method, "student", None), Tokens)),
         *planned.reasons,
@@ -53,7 +55,7 @@ def _weights_told(info: BackboneInfo, masks: bool) -> str:
     dropped = Counter(key.partition(".")[0] for key in info.provenance["keys_dropped"])
     if brought and not masks:
         dropped["mask_token"] = 1
-    names = [f"{name} ({count} keys)" if count > 1 else name for name, count in dropped.items()]
+    names = [f"{name} ({keys} keys)" if keys > 1 else name for name, keys in dropped.items()]
     rest = f"; left out: {', '.join(names)}" if names else ""
     return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone{also} loaded{rest}"
 

@@ -276,7 +276,8 @@ def command(lab: Workspace, *more: object) -> list[object]:
 
 
 def test_self_distillation_from_the_command_line_leaves_what_predict_loads(lab: Workspace, cli) -> None:
-    told = cli(*command(lab, "--name", "self", "--labels", lab.root / "labels.csv"))
+    as_predict_has_it = ["--model" if word == "--teacher" else word for word in command(lab, "--name", "self")]
+    told = cli(*as_predict_has_it, "--labels", lab.root / "labels.csv")
     assert told.code == 0, told.err
     said = " ".join(told.err.split())
     assert "self-distillation: the student starts from the teacher's own weights" in said

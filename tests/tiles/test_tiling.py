@@ -1097,6 +1097,22 @@ def test_the_folder_is_taken_with_or_without_its_option(cli, tmp_path, command):
     assert "two folders" in cli(command, tmp_path, "--slides", tmp_path / "slides", "-w", tmp_path / "ws").err
 
 
+def test_a_workspace_that_may_not_be_made_is_a_failure_and_a_file_in_its_place_a_wrong_name(
+    cli, painted_archive, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    for command in ("scan", "tile"):
+        assert cli(command, painted_archive.directory, "-w", tmp_path / "file").code == 2
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    for command in ("scan", "tile"):
+        told = cli(command, painted_archive.directory, "-w", tmp_path / "new")
+        assert (told.code, "cannot be made (Permission denied)" in told.err) == (1, True)
+
+
 def test_a_command_that_fails_at_once_leaves_no_workspace(cli, painted_archive, tmp_path):
     slides, bad = painted_archive.directory, tmp_path / "bad.csv"
     bad.write_text("slide,mpp\nA,none\n")

@@ -7,6 +7,10 @@ import pytest
 from histossl.training.pace import Expected, Pace, clock, duration, steps_within
 
 
+def test_one_look_is_one_look() -> None:
+    assert "(1 step of 2 s, 1 look of 3 s)" in str(Expected(2.0, 1, 3.0, 1))
+
+
 def paced(num_steps: int, step_s: float, monkeypatch: pytest.MonkeyPatch, first: int = 0) -> tuple[int, Expected]:
     """A run whose first step takes ten seconds and the others `step_s`: (when it speaks, what it says)."""
     clock = [0.0]

@@ -50,6 +50,7 @@ def test_views_of_slides_and_of_their_tiles(painted_archive, tmp_path, cli):
         (("--tiles", 0), "--tiles 0: must be 1 to 64"),
         (("--draws", 99), "--draws 99: must be 1 to 8"),
         (("--output", "views.jpg"), "--output views.jpg: must be a .png file"),
+        (("--output", "mistyped/views.png"), "--output mistyped/views.png: there is no folder mistyped"),
         (("--slides", "nowhere"), "nowhere: no such folder"),
         ((), "no tiles yet"),
     ],
