@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption, workspace_at
+from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
 from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -171,7 +171,7 @@ def suggest(
         mixed_patients=True,
         seed=seed,
     )
-    stage(workspace_at(workspace), settings, number, EmbedConfig(embed_batch_size, workers, device))
+    stage(Workspace.at(workspace), settings, number, EmbedConfig(embed_batch_size, workers, device))
 
 
 def finetune(
@@ -317,7 +317,7 @@ def finetune(
         mixed_patients=mixed_patients,
         seed=seed,
     )
-    place = workspace_at(workspace)
+    place = Workspace.at(workspace)  # a mistyped name makes no folder
     num_processes = 1 if is_worker() or dry_run else num_processes_for(gpus if device == "auto" else "1")
     if device != "auto" and gpus not in ("auto", "1"):
         raise UsageError(f"--device {device} --gpus {gpus}: with several processes each takes its own GPU; drop one")

@@ -9,7 +9,6 @@ import typer
 
 from histossl.config import read_toml
 from histossl.errors import UsageError
-from histossl.workspace import Workspace
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -99,7 +98,3 @@ RejectPenOption = Annotated[
         "hold beside enough tissue is tile's --max-ink."
     ),
 ]
-
-
-def workspace_at(given: Path | None) -> Workspace:
-    return Workspace.at(given).make()
