@@ -158,15 +158,16 @@ def verdict(
     unit: str = "slide",
     seen_in_pretraining: int | None = 0,
     site_statement: str = "",
+    seen_beside: int = 0,
 ) -> Verdict:
     """Helped, hurt, or no measurable difference, with the evidence and its limits, for a reader who is no statistician.
 
     It rests on one test, of the area between the two curves over log2(budget), at p < 0.02; budgets are named only
     where they hold after Holm's correction. `seen_in_pretraining`: tested slides that the adapted backbone was shown,
-    None where that is not known.
+    None where that is not known; `seen_beside`: those of them of which it was shown other slides of the patient only.
     """
     name = PLAIN_NAME.get(metric, metric)
-    limits = _limits(measured, unit, seen_in_pretraining, site_statement)
+    limits = _limits(measured, unit, seen_in_pretraining, site_statement, seen_beside)
     limits[1:1] = _floors(measured, adapted, metric, head) + _about_seeds(measured, adapted, head)
     found = compare(measured, metric, adapted, reference, head)
     if lacking := too_few(measured):
@@ -317,6 +318,7 @@ def _limits(
     unit: str,
     seen_in_pretraining: int | None,
     site_statement: str,
+    seen_beside: int,
 ) -> list[str]:
     fewest = fewest_drawn(measured)
     per_class = drawn_per_class(measured)
@@ -355,10 +357,9 @@ def _limits(
         )
     elif seen_in_pretraining:
         of_all = f"{seen_in_pretraining} of {measured.num_tested} tested {unit}s"
-        limits.append(
-            f"{of_all} were in the pretraining pool, without their labels (transductive). "
-            "On slides from elsewhere the gain may be smaller."
-        )
+        others = ", or others of their patients," if seen_beside else ""
+        shown = f"{of_all}{others} were in the pretraining pool, without their labels"
+        limits.append(f"{shown} (transductive). On slides from elsewhere the gain may be smaller.")
     if site_statement:
         limits.append(site_statement)
     return limits

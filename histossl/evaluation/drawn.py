@@ -21,8 +21,9 @@ from histossl.evaluation.labels import (
     Item,
     LabelTable,
     natural,
-    own_patients_note,
     patients_by_name,
+    patients_notes,
+    refuse_parted_cases,
     refuse_split_patients,
     refuse_two_cases,
     rows_by_slide,
@@ -112,7 +113,8 @@ def drawn_items(
         only = f"only {present[0]!r}" if present else "no class"
         why = f" ({unread[0][0]}: {unread[0][1]})" if unread else ""
         raise LabelsError(f"{option} {directory}: tiles lie in {only}; two classes at least are needed{why}")
-    refuse_split_patients(directory.name, found)
+    refuse_split_patients(source if rows else directory.name, found)
+    refuse_parted_cases(source if rows else directory.name, found, names)
     patients_from = "the patient column" if any(row.patient for row in about.values()) else patients_from
     if patients_from != "the patient column":
         for item in found:
@@ -126,7 +128,8 @@ def drawn_items(
         missing=tuple(sorted(unread)),
         unlabelled=tuple(sorted(set(index.slides) - labelled)),
         patients_from=patients_from,
-        notes=(*notes, *own_patients_note(patients_from)),
+        notes=(*notes, *patients_notes(found, patients_from)),
+        patients_beside=tuple((slide, row.patient) for slide, row in about.items() if row.patient),
     )
 
 

@@ -10,7 +10,6 @@ the pieces (team.py), each with a part of the journal that the first one puts to
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ from histossl.evaluation.same_run import (
     refuse_other_runs,
     refuse_other_tiles,
     refuse_other_weights,
+    rename_lone_run,
+    take_up_lone_run,
 )
 from histossl.evaluation.site import check_site, warn_of_sites
 from histossl.evaluation.slide_names import SlideNames
@@ -50,11 +51,10 @@ from histossl.evaluation.splits import (
 )
 from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, scale_notes, with_floor
 from histossl.evaluation.tables import Prediction
-from histossl.evaluation.team import Team, team_on
+from histossl.evaluation.team import Team, held_by, team_on
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
-from histossl.training.lock import alone_in
 from histossl.workspace import FinetuneDir, Workspace
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
@@ -85,7 +85,7 @@ def finetune(
             _show_splits(_splits(run, table, config, anew=True), table)
             console.say("dry run: the labels are in order, nothing was computed")
             return Result(run, table, False)
-        with alone_in(run) if team.leads else nullcontext():
+        with held_by(team, run):
             return _finetune(workspace, run, index, table, config, embed, team, device)
 
 
@@ -104,24 +104,31 @@ def _finetune(
     _show_splits(splits, table)
     before = read_run(run.run_json) if run.run_json.exists() else {}
     starts = with_floor(resolve_starts(workspace, config))
-    starts = replace(starts, notes=(*starts.notes, *scale_notes(starts, index.mpp)))
     if not config.input_px and before.get("input_px"):  # a start that is added is shown what the others were
         starts = replace(starts, input_px=before["input_px"])
+    starts = replace(starts, notes=(*starts.notes, *scale_notes(starts, index.mpp)))
     for skipped, why in starts.skipped.items():
         console.warn(f"start {skipped!r} is left out: {why}")
     for note in starts.notes:
         console.warn(note)
     refuse_unloadable(starts, config.seed)
 
+    def embedder_of(start: Start) -> Embedder:
+        return start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
+
+    measured_before = take_up_lone_run(run, before.get("starts", {}), starts, lambda start: embedder_of(start).digest)
+
     # ---- what the directory now belongs to
     facts = _facts(workspace, index, table, splits, starts, config)
-    refuse_other_architecture(run, before.get("starts", {}), starts)
-    refuse_other_runs(run, before.get("starts", {}), starts)
+    refuse_other_architecture(run, measured_before, starts)
+    refuse_other_runs(run, measured_before, starts)
     refuse_other_tiles(run, before.get("tiles", {}), facts["tiles"])
     team.wait()  # all have read what was there
     if team.leads and not run.splits.exists():
         write_splits(run.splits, splits, table)
-    facts["starts"] = before.get("starts", {})
+    if team.leads:
+        rename_lone_run(run, before.get("starts", {}), measured_before)
+    facts["starts"] = dict(measured_before)
     facts["pool_notes"] = list(dict.fromkeys([*before.get("pool_notes", []), *starts.notes]))
     facts["leak"] = leaks_together(before.get("leak", {}), facts["leak"])
     facts |= {what: before[what] for what in ("site", "site_statement") if what in before}
@@ -132,10 +139,9 @@ def _finetune(
 
     # ---- every start, one after the other
     learners: dict[str, Learner] = {}  # of a pooled start, its first run stands for it where one is needed
-    measured_before = dict(facts["starts"])
     asked_for: dict[str, list[dict[str, Any]]] = {}
     for start in starts.chosen:
-        embedder = start.embedder(seed=config.seed, input_px=starts.input_px, tile_px=index.tile_px, device=device)
+        embedder = embedder_of(start)
         refuse_other_weights(run, start, embedder, measured_before)
         learner = _learner(workspace, index, start, embedder, table, splits, config, embed, starts.input_px, team)
         asked_for.setdefault(start.name, []).append(_start_facts(start, embedder))
@@ -300,6 +306,7 @@ def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, A
             unit=table.unit,
             seen_in_pretraining=facts["leak"]["seen"].get(name, 0),
             site_statement=facts["site_statement"],
+            seen_beside=facts["leak"].get("only_beside", {}).get(name, 0),
         )
         for name in adapted
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
             "one patient's; fill in whose it is, or leave its label empty"
         )
     split = cells.get("split", "").lower()
-    if "split" in cells and labelled and split not in ("train", "test"):
+    if "split" in cells and (labelled or split) and split not in ("train", "test"):
         raise LabelsError(f"{where}: split {cells['split']!r} must be train or test")
     box = None
     if "x" in cells:
@@ -162,6 +163,8 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
             box = Box(*(float(cells[name]) for name in BOX_COLUMNS))
         except ValueError as error:
             raise LabelsError(f"{where}: x,y,width,height must be numbers in level-0 pixels ({error})") from error
+        if not all(math.isfinite(float(cells[name])) for name in BOX_COLUMNS):
+            raise LabelsError(f"{where}: x,y,width,height must be finite numbers in level-0 pixels")
         if not (box.width_l0 > 0 and box.height_l0 > 0):
             raise LabelsError(f"{where}: a region of {box.width_l0:g} x {box.height_l0:g} pixels holds nothing")
     return Row(

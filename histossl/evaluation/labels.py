@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -24,6 +24,7 @@ from histossl.console import count
 from histossl.errors import LabelsError
 from histossl.evaluation.label_file import NO_SURVIVAL, Box, Row
 from histossl.evaluation.slide_names import TCGA_CASE, SlideNames
+from histossl.evaluation.spelling import maybe_one_person
 
 MOST_NUMBERS = 10  # as labels; grades are fewer
 Unit = Literal["slide", "region", "tile"]
@@ -55,6 +56,7 @@ class LabelTable:
     unlabelled: tuple[str, ...] = ()
     patients_from: str = "the patient column"
     notes: tuple[str, ...] = ()
+    patients_beside: tuple[tuple[str, str], ...] = ()  # (slide, patient) of slides named without a label
 
     @property
     def has_split(self) -> bool:
@@ -134,9 +136,10 @@ def match_labels(
     if len(present) < 2:
         raise LabelsError(_one_class(source, where, present[0], named, missing))
     refuse_split_patients(source, items)
+    refuse_parted_cases(source, items, names)
     if not regions and not mixed_patients:
         _refuse_mixed_patients(source, items)
-    notes += own_patients_note(patients_from)
+    notes += patients_notes(items, patients_from)
     return LabelTable(
         items=tuple(items),
         classes=present,
@@ -146,7 +149,14 @@ def match_labels(
         unlabelled=tuple(sorted(set(names.slides) - set(found))),
         patients_from=patients_from,
         notes=tuple(notes),
+        patients_beside=tuple(sorted(_patients_beside(rows, names, set(found)).items())),
     )
+
+
+def _patients_beside(rows: Sequence[Row], names: SlideNames, labelled: set[str]) -> dict[str, str]:
+    """Of slides that the file names without a label: not tested on, but a backbone may have been shown them."""
+    patient_of = {slide: row.patient for row in rows if row.patient for slide in names.find(row.slide)}
+    return {slide: patient for slide, patient in patient_of.items() if slide not in labelled}
 
 
 def rows_by_slide(source: str, rows: Sequence[Row], names: SlideNames) -> dict[str, Row]:
@@ -162,9 +172,14 @@ def rows_by_slide(source: str, rows: Sequence[Row], names: SlideNames) -> dict[s
     return {slide: same[0] for slide, same in found.items()}
 
 
-def own_patients_note(patients_from: str) -> list[str]:
+def patients_notes(items: Sequence[Item], patients_from: str) -> list[str]:
+    """What makes figures too good if it is so: several slides or several names of one patient that count as several."""
     if "own patient" not in patients_from:
-        return []
+        return [
+            f"the patients {' and '.join(map(repr, names))} may be one, spelt twice; then it may be trained on and "
+            "tested, and the figures are too good: spell them alike"
+            for names in maybe_one_person(item.patient for item in items)
+        ]
     return [
         "no patient column: each slide counts as its own patient. If some patients have several slides, "
         "the figures are too good; add a column 'patient'"
@@ -230,6 +245,20 @@ def _patients(found: Mapping[str, Sequence[Row]], names: SlideNames) -> tuple[di
     return patients_by_name(found, names)
 
 
+def refuse_parted_cases(source: str, items: Sequence[Item], names: SlideNames) -> None:
+    """A TCGA case is one patient, whatever a patient column says: sample barcodes in it would part a case's slides."""
+    first: dict[str, Item] = {}
+    for item in items:
+        for case in names.cases(item.slide):
+            before = first.setdefault(case, item)
+            if before.patient != item.patient:
+                raise LabelsError(
+                    f"{source}: the slides of {case}, which is one patient, have the patients {before.patient!r} "
+                    f"({before.slide}) and {item.patient!r} ({item.slide}); give them one (or leave out the patient "
+                    "column: barcodes tell patients)"
+                )
+
+
 def refuse_two_cases(name: str, cases: set[str]) -> None:
     if len(cases) > 1:
         raise LabelsError(
@@ -276,6 +305,12 @@ def refuse_split_patients(source: str, items: Sequence[Item]) -> None:
     for item in items:
         sides[item.patient].setdefault(item.split, item.slide)
     torn = {patient: slides for patient, slides in sides.items() if len(slides) > 1}
+    for names in maybe_one_person(sides):
+        if not torn and len({split for name in names for split in sides[name]}) > 1:
+            raise LabelsError(
+                f"{source}: the patients {' and '.join(map(repr, names))} are in train and test and may be one, spelt "
+                "twice; spell them alike (or, if they are two, name them so that it shows)"
+            )
     if torn:
         patient, slides = next(iter(sorted(torn.items())))
         raise LabelsError(
@@ -368,16 +403,7 @@ def _with_items(table: LabelTable, items: list[Item], unit: Unit, notes: list[st
     if len(present) < 2:
         lost = [label for label in table.classes if label not in present]
         raise LabelsError(f"no tile carries the label {_some(lost)}; two classes at least are needed")
-    return LabelTable(
-        items=tuple(items),
-        classes=present,
-        unit=unit,
-        num_named=table.num_named,
-        missing=table.missing,
-        unlabelled=table.unlabelled,
-        patients_from=table.patients_from,
-        notes=tuple(notes),
-    )
+    return replace(table, items=tuple(items), classes=present, unit=unit, notes=tuple(notes))
 
 
 # ---- what a person sees first

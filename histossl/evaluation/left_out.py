@@ -17,7 +17,7 @@ from histossl.tiles.index import TileIndex
 
 def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
     """What may judge the run as it goes; None, with the reason told, where the labels do not serve for that."""
-    file = read_labels(path)
+    file = read_labels(path, needs_label=False)
     rows = file.rows
     for note in file.notes:
         console.warn(f"{path}: {note}")
@@ -43,7 +43,7 @@ def without(table: LabelTable, left_out: set[str]) -> LabelTable:
 
 def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
     """Every slide of every patient who has one marked `test`; by TCGA barcode also those that the file leaves out."""
-    rows, names = read_rows(path), SlideNames.of(index)
+    rows, names = read_rows(path, needs_label=False), SlideNames.of(index)
     _refuse_two_sides(path, rows, names)
     marked = [row for row in rows if row.split == "test"]
     patients = {row.patient for row in marked if row.patient}

@@ -3,7 +3,7 @@
     auroc               macro mean of one class against the rest; tied scores count one half
     balanced_accuracy   mean recall over the classes that occur
     f1                  macro mean over the classes that occur
-    log_loss            nats per slide; a probability of 0 counts as the smallest float64 step above it
+    log_loss            nats per slide; a probability of 0 counts as 2.2e-16, the float64 step at 1
     calibration_error   how far confidence and accuracy lie apart, mean over ten equally full bins
 
 Where the labels of a test set lack a class, that class is left out of the mean (its wrong predictions still cost

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from histossl.errors import MismatchError, UsageError
@@ -26,6 +26,32 @@ def refuse_other_weights(
             f"{known['digest']} at {known['input_px']} px, now {embedder.digest} at {embedder.input_px} px); "
             "use another --name"
         )
+
+
+def take_up_lone_run(
+    run: FinetuneDir, before: Mapping[str, Any], starts: Starts, digest_of: Callable[[Start], str]
+) -> dict[str, Any]:
+    """What was measured as one backbone without a name is one of the runs that are pooled now, if its weights are."""
+    taken = dict(before)
+    for name, facts in before.items():
+        seeds, pooled = facts.get("seeds", []), [one for one in starts.chosen if one.name == name and one.backbone]
+        if len(seeds) != 1 or seeds[0]["backbone"] or not pooled:
+            continue
+        same = next((one for one in pooled if digest_of(one) == seeds[0]["digest"]), None)
+        if same is None:
+            raise MismatchError(
+                f"{run.root}: start {name!r} was measured with other weights than those of "
+                f"{', '.join(one.backbone for one in pooled)}; name that run too, or use another --name"
+            )
+        taken[name] = {**facts, "backbone": same.backbone, "seeds": [{**seeds[0], "backbone": same.backbone}]}
+    return taken
+
+
+def rename_lone_run(run: FinetuneDir, before: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+    """Its journal gets the name that it has among several."""
+    for name, facts in taken.items():
+        if facts.get("backbone") and not before[name].get("backbone") and run.journal(name).exists():
+            run.journal(name).replace(run.journal(f"{name}+{facts['backbone']}"))
 
 
 def refuse_other_runs(run: FinetuneDir, before: Mapping[str, Mapping[str, Any]], starts: Starts) -> None:

@@ -2,7 +2,7 @@
 
 Two questions, each answered on patients left out: do features tell the site, and does the site tell the label? Only
 both together let a shortcut pay. Each answer is a balanced accuracy beside what the same procedure scores on
-sites (labels) shuffled over patients.
+sites shuffled over patients.
 """
 
 from __future__ import annotations
@@ -133,24 +133,27 @@ def check_site(pooled: Floats, table: LabelTable, seed: int = 0) -> SiteCheck | 
 
     return SiteCheck(
         evidence.num_sites,
-        *_beside_shuffles(tell, evidence.site, evidence.patients, rng),
+        *_beside_shuffles(tell, evidence, rng),
         *_label_from_site(evidence, seed),
     )
 
 
 def _label_from_site(evidence: _Evidence, seed: int) -> tuple[float, float, float]:
-    def tell(label: Ints) -> float:
-        return _balanced(label, _majority(evidence.site, label, evidence.patients))
+    def tell(site: Ints) -> float:
+        return _balanced(evidence.label, _majority(site, evidence.label, evidence.patients))
 
-    return _beside_shuffles(tell, evidence.label, evidence.patients, np.random.default_rng([seed, 2]))
+    return _beside_shuffles(tell, evidence, np.random.default_rng([seed, 2]))
 
 
 def _beside_shuffles(
-    ask: Callable[[Ints], float], truth: Ints, patients: Ints, rng: np.random.Generator
+    ask: Callable[[Ints], float], evidence: _Evidence, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """(score, its mean over shuffles, the share of shuffles that score as well)."""
-    real = ask(truth)
-    shuffled = np.array([ask(_over_patients(truth, patients, rng)) for _ in range(NUM_SHUFFLES)])
+    """(score, its mean over shuffles of the sites, the share of shuffles that score as well).
+
+    Labels stay with their patient: one who has several would lose all but one of them in a shuffle of labels.
+    """
+    real = ask(evidence.site)
+    shuffled = np.array([ask(_over_patients(evidence.site, evidence.patients, rng)) for _ in range(NUM_SHUFFLES)])
     return real, float(shuffled.mean()), float((1 + (shuffled >= real).sum()) / (1 + NUM_SHUFFLES))
 
 
@@ -196,10 +199,10 @@ def _majority(site: Ints, label: Ints, patients: Ints) -> Ints:
     return predicted
 
 
-def _over_patients(truth: Ints, patients: Ints, rng: np.random.Generator) -> Ints:
-    """The first item's value of each patient, dealt out anew to whole patients."""
+def _over_patients(site: Ints, patients: Ints, rng: np.random.Generator) -> Ints:
+    """The site of each patient (of one seen at several, the first), dealt out anew to whole patients."""
     _, first = np.unique(patients, return_index=True)
-    dealt: Ints = rng.permutation(truth[first])[patients]
+    dealt: Ints = rng.permutation(site[first])[patients]
     return dealt
 
 

@@ -8,12 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from histossl.config import nearest
+from histossl.slides.files import SUFFIXES
 from histossl.tiles.index import TileIndex
 from histossl.tiles.names import holders
 from histossl.workspace import Workspace
 
 TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
+TCGA_SAMPLE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-[0-9]{2}", re.IGNORECASE)
 TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
+NOT_READ = ("isyntax", "kfb", "lif", "sdpc", "tron", "vsi", "zarr", "zip", "zvi")  # but named so before conversion
+TYPES = sorted({*NOT_READ, *(suffix.removeprefix(".") for suffix in SUFFIXES)})
+FILE_TYPE = re.compile(rf"(?:\.ome)?\.(?:{'|'.join(TYPES)})$|\.ome$", re.IGNORECASE)
 
 
 class SlideNames:
@@ -28,6 +33,10 @@ class SlideNames:
             barcode = TCGA_CASE.search(PurePosixPath(slide).name) or TCGA_CASE.search(slide)
             self._cases[holder] |= {barcode.group().upper()} if barcode else set()
         self._last = [(slide, _parts(slide)[-1]) for slide in self._holder]
+        self._slides_of_case: dict[str, list[str]] = defaultdict(list)
+        for slide in self._holder:
+            for case in TCGA_CASE.findall(slide):
+                self._slides_of_case[case.upper()].append(slide)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         for slide in self._holder:
             for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
@@ -67,9 +76,13 @@ class SlideNames:
         return TCGA_CASE.fullmatch(name) is not None
 
     def hint(self, name: str) -> str:
+        """What may have been meant; of a TCGA barcode only slides of its case, for other cases are other people."""
+        case = TCGA_CASE.search(name)
+        among: Iterable[str] = self._slides_of_case.get(case.group().upper(), ()) if case else self._holder
         stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]
-        close = nearest(stem, [_without_suffix(PurePosixPath(slide).name) for slide in self._holder])
-        return close.removeprefix(", ") if close else "no slide has a similar name"
+        close = nearest(stem, [_without_suffix(PurePosixPath(slide).name) for slide in among])
+        none = f"no slide of the case {case.group().upper()}" if case and not among else "no slide has a similar name"
+        return close.removeprefix(", ") if close else none
 
     def _same_ending(self, name: str) -> tuple[str, ...]:
         """Slides whose path, read from its end, agrees with `name` as far as both go."""
@@ -83,12 +96,13 @@ class SlideNames:
         return tuple(sorted(found))
 
     def _barcode(self, name: str) -> tuple[str, ...]:
-        stem = PurePosixPath(name).name.casefold()
+        """By the first fields of a barcode. One that ends in a sample's two digits leaves out the vial's letter."""
+        stem = _without_suffix(PurePosixPath(name).name).casefold()
         if not TCGA_CASE.match(stem):
             return ()
-        return tuple(
-            sorted(s for s, own in self._last if own.startswith(stem) and (own == stem or own[len(stem)] in "-._"))
-        )
+        vial = "[a-z]?" if TCGA_SAMPLE.fullmatch(stem) else ""
+        meant = re.compile(rf"{re.escape(stem)}{vial}(?:$|[-._])")
+        return tuple(sorted(slide for slide, own in self._last if meant.match(own)))
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -96,5 +110,5 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _without_suffix(name: str) -> str:
-    """A1.svs -> A1, A1.v2 -> A1.v2: only what looks like a file type goes (letters first, so 'S1.2' keeps its end)."""
-    return re.sub(r"\.(?:ome\.tiff?|[A-Za-z][A-Za-z0-9]{1,6})$", "", name, flags=re.IGNORECASE)
+    """A1.svs -> A1, A1.ome.tif -> A1, A1.v2 -> A1.v2, S7.HE -> S7.HE: only what is a slide's file type goes."""
+    return FILE_TYPE.sub("", name)

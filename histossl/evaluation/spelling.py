@@ -34,6 +34,21 @@ def as_read(word: str) -> str:
     return re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", word)).strip().casefold()
 
 
+def person(patient: str) -> str:
+    """A patient's name without what spreadsheets and people put in or leave out: `P-01`, `p 1` and `P1.0` are one."""
+    plain = re.sub(r"\.0+$", "", as_read(patient))
+    parted = re.sub(r"(?<=\d)[\W_]+(?=\d)", "\x00", plain)  # 1-11 and 11-1 are two
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[^\w\x00]|_", "", parted))
+
+
+def maybe_one_person(patients: Iterable[str]) -> list[tuple[str, ...]]:
+    """Patients whose names differ only in punctuation, spaces or leading zeros."""
+    groups: dict[str, set[str]] = {}
+    for patient in patients:
+        groups.setdefault(person(patient), set()).add(patient)
+    return sorted(tuple(sorted(names)) for key, names in groups.items() if key and len(names) > 1)
+
+
 def refuse_alike(source: str, what: str, words: Iterable[tuple[str, str]]) -> None:
     """`words` are (word, where it stands). LabelsError where two differ only in case, spaces or underscores."""
     first: dict[str, tuple[str, str]] = {}

@@ -46,6 +46,7 @@ class Start:
     exported: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     mpp: float | None = None  # microns per pixel of the tiles it was adapted to
+    learnt_px: int = 0  # side at which it was shown them
     backbone: str = ""  # which of several pretraining runs, where the start is the mean of these
 
     @property
@@ -134,7 +135,8 @@ def resolve_starts(workspace: Workspace, config: FinetuneConfig) -> Starts:
             raise UsageError(f"--starts: two of them are called {name!r}; name them with NAME=FILE")
     _refuse_other_architectures(chosen)
     notes = tuple(note for name in names for note in _pool_notes([one for one in chosen if one.name == name]))
-    return Starts(tuple(chosen), config.input_px or _common_size(chosen), skipped, notes)
+    # Of adapted also where it is not measured yet: then it is measured as it learnt when it is added.
+    return Starts(tuple(chosen), config.input_px or _common_size([*chosen, *adapted]), skipped, notes)
 
 
 def _refuse_other_architectures(chosen: Sequence[Start]) -> None:
@@ -165,8 +167,14 @@ def with_floor(starts: Starts) -> Starts:
 
 
 def scale_notes(starts: Starts, mpp: float) -> list[str]:
-    """Starts that learnt from tiles of another scale than those here."""
-    return [
+    """Starts that learnt from tiles of another scale, or shown at another size, than those here."""
+    sizes = [
+        f"{start.key} learnt from tiles shown at {start.learnt_px} px, and all starts are shown them at "
+        f"{starts.input_px} px here: it is judged at a size that it was not adapted to"
+        for start in starts.chosen
+        if start.learnt_px and start.learnt_px != starts.input_px
+    ]
+    return sizes + [
         f"{start.key} learnt from tiles at {start.mpp:g} microns per pixel, those here are at {mpp:g}: it is judged at "
         "a scale that it was not adapted to"
         for start in starts.chosen
@@ -244,6 +252,11 @@ def _pool_notes(pool: Sequence[Start]) -> Iterator[str]:
         configs.append(usual | read_run(run_json)["config"])  # a younger setting was at its default
     for start, config in zip(pool[1:], configs[1:], strict=True):
         other = sorted(key for key in {*configs[0], *config} - {"seed"} if configs[0].get(key) != config.get(key))
+        if not other and configs[0].get("seed") == config.get("seed"):
+            yield (
+                f"{start.name}: pooled runs {pool[0].backbone} and {start.backbone} have the same seed and settings, "
+                "so they show less of what seeds do than their number says"
+            )
         if other:
             yield (
                 f"{start.name}: pooled runs {pool[0].backbone} and {start.backbone} differ in {', '.join(other)}, not "
@@ -297,7 +310,8 @@ def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str,
 
 def _from_file(name: str, path: Path) -> Start:
     info = info_beside(path)
-    start = Start(name, info.timm_name, exported=path, provenance=dict(info.provenance or {}), mpp=info.mpp)
+    made_of = dict(info.provenance or {})
+    start = Start(name, info.timm_name, exported=path, provenance=made_of, mpp=info.mpp, learnt_px=info.input_px)
     run_json = path.parent / "run.json"
     if "start_weights" not in start.provenance and run_json.is_file():
         start.provenance["start_weights"] = str(read_run(run_json)["config"].get("weights", ""))
@@ -346,9 +360,8 @@ def _plain(name: str) -> str:
 def _common_size(chosen: list[Start]) -> int:
     """The size that the adapted backbone learnt at; else of the first exported one, else the architecture's own."""
     for start in sorted(chosen, key=lambda one: one.name != "adapted"):
-        if start.exported is not None:
-            stored = json.loads(start.exported.with_suffix(".json").read_text(encoding="utf-8"))
-            return int(stored["input_px"])
+        if start.learnt_px:
+            return start.learnt_px
     for start in chosen:
         if start.timm_name:
             return create_backbone(start.timm_name, "random")[1].input_px

@@ -9,7 +9,7 @@ would have to exchange gradients at every one of its few steps, for batches that
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 
 from histossl import console
-from histossl.errors import UsageError
+from histossl.errors import HistosslError, UsageError
 from histossl.evaluation.embed import device_of
 from histossl.training.distributed import is_worker, joined
+from histossl.training.lock import alone_in
+from histossl.workspace import FinetuneDir
 
 T = TypeVar("T")
 # Pieces end at different times, and a launcher ends all processes when one dies: waiting long is no danger.
@@ -49,6 +51,23 @@ class Team:
 
 
 ALONE = Team()
+
+
+@contextmanager
+def held_by(team: Team, run: FinetuneDir) -> Iterator[None]:
+    """The run's directory, held by the process that leads; where it cannot be, all of them end with its error."""
+    with ExitStack() as stack:
+        refused: list[HistosslError | None] = [None]
+        if team.leads:
+            try:
+                stack.enter_context(alone_in(run))
+            except HistosslError as error:
+                refused = [error]
+        if team.count > 1:
+            dist.broadcast_object_list(refused, src=0, group=team.group)
+        if refused[0] is not None:
+            raise refused[0]
+        yield
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved
     adapted, reference = content.adapted, content.reference
     if adapted is None or reference is None:
         return None, [], None
-    seen = content.facts.get("leak", {}).get("seen", {}).get(adapted, 0)
+    leak = content.facts.get("leak", {})
     verdict = curves.verdict(
         content.measured,
         adapted,
@@ -142,8 +142,9 @@ def _verdict(content: Content) -> tuple[curves.Verdict | None, list[curves.Saved
         METRIC,
         content.head,
         content.unit,
-        seen,
+        leak.get("seen", {}).get(adapted, 0),
         str(content.facts.get("site_statement", "")),
+        leak.get("only_beside", {}).get(adapted, 0),
     )
     if verdict.comparison is None:
         return verdict, [], None

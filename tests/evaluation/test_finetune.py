@@ -294,15 +294,21 @@ def test_the_pretraining_pool_is_told(ready):
     export(ready, "run", seed=3, slides=SLIDES[:7])
     finetune(ready, "a", config_of(ready, starts=("adapted", "random"), backbone=""))
     leak = json.loads(ready.finetune("a").run_json.read_text())["leak"]
-    assert leak["seen"] == {"adapted": 7}
-    assert "7 of 24 tested slides were in its pretraining pool" in leak["statement"]
+    assert leak["seen"] == {"adapted": 14}  # the other slides of these seven patients, s12 to s18, are no news either
+    assert leak["only_beside"] == {"adapted": 7}
+    assert "7 of 24 tested slides were in its pretraining pool, and other slides of 7 tested pat" in leak["statement"]
+    export(ready, "all", seed=3, slides=SLIDES)
+    finetune(ready, "b", config_of(ready, starts=("adapted", "random"), backbone="", adapted="all", **ONE))
+    facts = json.loads(ready.finetune("b").run_json.read_text())
+    assert facts["leak"]["only_beside"] == {"adapted": 0}
+    assert "24 of 24 tested slides were in the pretraining pool" in " ".join(facts["verdict"]["limits"])
 
 
 def test_the_pretraining_pool_is_told_in_what_is_tested(ready):
     export(ready, "run", seed=3, slides=SLIDES[:7])
     finetune(ready, "a", config_of(ready, starts=("adapted",), backbone="", unit="tile", tiles_per_slide=2))
     leak = json.loads(ready.finetune("a").run_json.read_text())["leak"]
-    assert leak["seen"] == {"adapted": 14}  # tiles, as the predictions are
+    assert leak["seen"] == {"adapted": 28}  # tiles, as the predictions are
     assert "7 of 24 tested slides" in leak["statement"]
 
 
@@ -314,8 +320,8 @@ def test_the_pretraining_pool_is_found_under_other_folders_and_unknown_names_are
         return facts["leak"], " ".join(facts["verdict"]["limits"])
 
     moved, limits = leak([f"archive/{slide}.svs" for slide in SLIDES[:7]])
-    assert moved["seen"] == {"adapted": 7}
-    assert "7 of 24 tested slides were in the pretraining pool" in limits
+    assert moved["seen"] == {"adapted": 14}
+    assert "14 of 24 tested slides, or others of their patients, were in the pretraining pool" in limits
     anonymous, limits = leak([f"h{number:031x}" for number in range(24)])
     assert anonymous["seen"] == {"adapted": None}
     assert "cannot be told" in anonymous["statement"]
@@ -510,6 +516,40 @@ def test_pooled_seeds_are_one_start_whose_points_are_those_of_its_runs(ready):
         assert row.mean == pytest.approx(np.mean(its))
     limits = json.loads(ready.finetune("a").run_json.read_text())["verdict"]["limits"]
     assert any("the mean of 3 pretraining seeds (s1, s2 and s3)" in limit for limit in limits)
+
+
+def test_a_second_run_may_be_added_to_a_lone_one(ready):
+    """Measured as the adapted start by itself, it is the first of two afterwards, with nothing computed anew."""
+    export(ready, "s0", 1)
+    export(ready, "s1", 2)
+    finetune(ready, "a", config_of(ready, starts=("adapted", "random"), backbone="", adapted="s0"))
+    alone = {(one.slide, one.budget, one.draw): one.probabilities for one in of_start(tables_of(ready)[1], "adapted")}
+    export(ready, "s2", 3)
+    with pytest.raises(MismatchError, match="measured with other weights than those of s1, s2; name that run too"):
+        finetune(ready, "a", config_of(ready, starts=("adapted", "random"), backbone="", adapted="s1,s2"))
+    journal = ready.finetune("a").journal("adapted").read_bytes()
+    finetune(ready, "a", config_of(ready, starts=("adapted", "random"), backbone="", adapted="s0,s1"))
+    assert ready.finetune("a").journal("adapted+s0").read_bytes() == journal
+    pooled = of_start(tables_of(ready)[1], "adapted")
+    assert {one.backbone for one in pooled} == {"s0", "s1"}
+    first = {(one.slide, one.budget, one.draw): one.probabilities for one in pooled if one.backbone == "s0"}
+    assert first == alone
+
+
+def of_start(rows, start):
+    return [row for row in rows if row.start == start]
+
+
+def test_starts_measured_first_are_shown_tiles_as_the_adapted_one_learnt_them(ready, capsys):
+    """`--adapted` beside other starts says at which size, so that adding it later judges it as it learnt."""
+    export(ready, "run", 1)
+    finetune(ready, "a", config_of(ready, starts=("random",), backbone="", input_px=0, adapted="run", **ONE))
+    assert json.loads(ready.finetune("a").run_json.read_text())["input_px"] == 32
+    assert "not adapted to" not in capsys.readouterr().err
+    finetune(ready, "b", config_of(ready, starts=("adapted",), backbone="", input_px=48, adapted="run", **ONE))
+    said = "adapted learnt from tiles shown at 32 px, and all starts are shown them at 48 px here"
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert said in " ".join(json.loads(ready.finetune("b").run_json.read_text())["pool_notes"])
 
 
 def test_a_seed_may_be_added_later(ready):

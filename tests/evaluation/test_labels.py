@@ -37,6 +37,10 @@ def table_of(tmp_path: Path, text: str, slides=SLIDES, **options):
         ("A1", ("A1",)),
         ("A1.svs", ("A1",)),
         ("A1.ome.tiff", ("A1",)),
+        ("A1.IHC", ()),  # another stain of the same block is another slide, not a file type
+        ("A1.v2", ()),
+        ("A1.isyntax", ("A1",)),  # what it was converted from
+        ("S1.2.svs", ("S1.2",)),
         ("./A1.svs", ("A1",)),
         ("a1.SVS", ("A1",)),
         ("case1/B1.svs", ("case1/B1",)),
@@ -147,6 +151,7 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
         ("slide,label\nA1,x,y\n", "line 2: 3 columns"),
         ("slide,label\n,x\n", "line 2: the slide's name is empty"),
         ("slide,label,split\nA1,x,train\nA2,y,val\n", "line 3: split 'val' must be"),
+        ("slide,label,split\nA1,x,train\nA2,,tset\n", "line 3: split 'tset' must be"),
         ("slide,label,patient\nA1,x,\n", "has no patient"),
         ("slide,label,patient\nA1,x,NA\n", "line 2: A1 has the patient 'NA'"),
         ("slide,label\nA1,AC\nA2,ac\n", r"label 'AC' \(line 2\) and 'ac' \(line 3\) differ only in case"),
@@ -162,6 +167,7 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
         ("slide,label,x,y,width\nA1,x,0,0,9\n", "without height"),
         ("slide,label,x,y,width,height\nA1,x,0,0,9,nine\n", "must be numbers"),
         ("slide,label,x,y,width,height\nA1,x,0,0,0,9\n", "holds nothing"),
+        ("slide,label,x,y,width,height\nA1,x,nan,0,9,9\n", "line 2: x,y,width,height must be finite"),
     ],
 )
 def test_each_mistake_is_one_clear_line(tmp_path, text, said):
@@ -190,6 +196,50 @@ def test_what_is_not_read_as_it_may_be_meant_is_told(tmp_path):
     ]
     path.write_text("slide,label,patient,site,split,stain\nA1,x,P,K,train,HE\n", encoding="utf-8")
     assert read_labels(path).notes == []
+
+
+def test_slides_whose_names_end_alike_are_told_apart():
+    names = SlideNames(["A1", "A1.v2", "S7.HE", "B1.ome"])
+    meant = {
+        "A1.svs": ("A1",), "A1.v2.svs": ("A1.v2",), "S7": (), "S7.IHC.svs": (), "S7.HE.ndpi": ("S7.HE",),
+        "B1": ("B1.ome",), "B1.tif": ("B1.ome",),
+    }  # fmt: skip
+    assert {name: names.find(name) for name in meant} == meant
+
+
+def test_sample_barcodes_leave_out_the_vial_and_hints_stay_with_the_case():
+    names = SlideNames(["TCGA-AA-0001-01Z-00-DX1.X", "TCGA-AA-0002-01Z-00-DX1.Y"])
+    assert names.find("TCGA-AA-0001-01") == ("TCGA-AA-0001-01Z-00-DX1.X",)
+    assert names.find("TCGA-AA-0001-0") == ()
+    assert names.hint("TCGA-AA-0003-01Z") == "no slide of the case TCGA-AA-0003"
+    assert "TCGA-AA-0001-01Z-00-DX1" in names.hint("TCGA-AA-0001-01Z-00-DX2")
+
+
+TCGA_TWICE = ["TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "A1"]
+
+
+def test_a_tcga_case_is_one_patient_whatever_the_column_says(tmp_path):
+    """Slide barcodes in the patient column would part the slides of one case."""
+    rows = "\n".join(f"{name},{'xyx'[n]},{name},{'train' if n else 'test'}" for n, name in enumerate(TCGA_TWICE))
+    with pytest.raises(LabelsError, match=r"slides of TCGA-AA-0001, which is one patient, have the patients"):
+        table_of(tmp_path, f"slide,label,patient,split\n{rows}\n", TCGA_TWICE, mixed_patients=True)
+    same = rows.replace(f",{TCGA_TWICE[1]},train", f",{TCGA_TWICE[0]},test")
+    table = table_of(tmp_path, f"slide,label,patient,split\n{same}\n", TCGA_TWICE, mixed_patients=True)
+    assert len(table.patients) == 2
+
+
+@pytest.mark.parametrize("pair", [("P-1", "P_1"), ("P 1", "P1"), ("01", "1"), ("1.0", "1"), ("p-007", "P7")])
+def test_one_patient_spelt_as_spreadsheets_do_is_refused_on_two_sides_and_else_told(tmp_path, pair):
+    text = f"slide,label,patient,split\nA1,x,{pair[0]},train\nA2,y,{pair[1]},test\n"
+    with pytest.raises(LabelsError, match="in train and test and may be one, spelt twice"):
+        table_of(tmp_path, text)
+    folds = text.replace(",split", "").replace(",train", "").replace(",test", "")
+    assert any("may be one, spelt twice" in note for note in table_of(tmp_path, folds).notes)
+
+
+def test_numbers_that_are_two_patients_are_two(tmp_path):
+    text = "slide,label,patient,split\nA1,x,1-11,train\nA2,y,11-1,test\ncase1/B1,x,111,train\nS1.2,y,10,test\n"
+    assert table_of(tmp_path, text).notes == ()
 
 
 def test_names_that_only_look_a_little_alike_are_two(tmp_path):

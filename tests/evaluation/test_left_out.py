@@ -7,7 +7,7 @@ from synthetic_store import write_synthetic_store
 
 from histossl.errors import LabelsError
 from histossl.evaluation.labels import Item, LabelTable
-from histossl.evaluation.left_out import excluded_slides, slides_of_test_patients, without
+from histossl.evaluation.left_out import excluded_slides, labelled_slides, slides_of_test_patients, without
 from histossl.slides.ledger import LedgerRow, write_ledger
 from histossl.workspace import Workspace
 
@@ -37,6 +37,16 @@ def test_a_test_slide_that_is_tiled_under_another_name_stays_out(tmp_path: Path)
         LabelsError, match=r"B1 \(line 2\) and A1 \(line 3\) name one slide, with split 'test' and 'train'"
     ):
         slides_of_test_patients(labels, index)
+
+
+def test_a_file_that_gives_patients_and_sides_for_drawn_labels_leaves_its_test_patients_out(tmp_path, capsys) -> None:
+    """The file that `finetune --regions` takes beside annotations has no labels: no probe, and the same slides out."""
+    index = write_synthetic_store(Workspace(tmp_path), slides=("A1", "A2", "B1"), tiles_per_slide=4, tile_px=16)
+    patients = tmp_path / "patients.csv"
+    patients.write_text("slide,patient,split\nA1,P1,test\nA2,P1,test\nB1,P2,train\n")
+    assert slides_of_test_patients(patients, index) == {"A1", "A2"}
+    assert labelled_slides(patients, index) is None
+    assert "no probe during the run" in capsys.readouterr().err
 
 
 def test_slides_left_out_do_not_judge_the_run() -> None:

@@ -77,3 +77,21 @@ def test_a_patients_site_tells_its_label_from_other_patients_only(seed):
         others = (site == site[row]) & (patients != patients[row])
         told.append((np.bincount(label[others], minlength=3) * weight).argmax())
     assert _majority(site, label, patients).tolist() == told
+
+
+def mixed_patients(common: str):
+    """At one site patients have a common class and tumour, at the other the common one and adenoma."""
+    items = []
+    for patient in range(30):
+        site, own = ("K", "tumour") if patient < 15 else ("L", "adenoma")
+        items += [Item(f"p{patient}{label}", f"s{patient}", label, f"P{patient}", site) for label in (common, own)]
+    return LabelTable(tuple(items), tuple(sorted({item.label for item in items})))
+
+
+@pytest.mark.parametrize("common", ["normal", "aaa", "zzz"])
+def test_patients_of_several_classes_are_judged_alike_whatever_their_classes_are_called(common):
+    table = mixed_patients(common)
+    found = check_site(np.random.default_rng(0).normal(size=(60, 5)), table)
+    assert found.label_from_site == pytest.approx(2 / 3)
+    assert found.label_chance < 0.4
+    assert found.confounded
