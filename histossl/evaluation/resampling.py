@@ -16,7 +16,8 @@ they share (`floor`) and where they differ (`spread`) is in pool.py; labelling i
 the variance seen between draws. How alike items of a patient are there is taken to be the intraclass correlation of the
 test items' log-odds (`common_share`): an assumption, that items of a patient are as alike for a head that learns from
 them as for one that judges them. Where the draws' own spread is smaller than the floor they are too alike to tell, and
-the largest smaller budget stands in.
+the largest smaller budget stands in. Whatever stands in, all parts together are never less than the mean of the draws
+seen varies by itself (their variance divided by D), with folds neither.
 
 Folds: patients are also what heads are trained on, and an archive whose patients are typical is easy to test *and* good
 to learn from. No resampling of predictions shows that, and draws do not either (each draw's folds between them use most
@@ -334,22 +335,23 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats, least_variance
     used = np.argwhere(weights_SB != 0)
     values_SBD, resampled_RSBD = measured.values_SBD[metric], measured.resampled_RSBD[metric]
     value = 0.0
-    labelling_D = np.zeros(len(measured.draws))
-    labelling_RD = np.zeros((resampled_RSBD.shape[0], len(measured.draws)))
+    labelling_D, own_D = np.zeros((2, len(measured.draws)))
+    labelling_RD, own_RD = np.zeros((2, resampled_RSBD.shape[0], len(measured.draws)))
     for s, b in used:
         weight = weights_SB[s, b]
         value += float(weight * _nanmean(values_SBD[s, b], -1))
+        own_D += weight * values_SBD[s, b]
+        own_RD += weight * resampled_RSBD[:, s, b]
         source, scale = labelling_source(measured, metric, int(s), int(b))
         if source is not None:
             labelling_D += weight * scale * values_SBD[s, source]
             labelling_RD += weight * scale * resampled_RSBD[:, s, source]
     patients_variance = _patients_variance(measured, metric, weights_SB)
-    seen_D = np.isfinite(labelling_D) & np.isfinite(labelling_RD).all(0)
-    num_draws = int(seen_D.sum())
-    labelling_variance = 0.0
-    if num_draws > 1:
-        between = float(labelling_D[seen_D].var(ddof=1))
-        labelling_variance = max(0.0, between - _overlap(labelling_RD[:, seen_D]))
+    by_pool, num_draws = _between_draws(labelling_D, labelling_RD)
+    # Where a smaller budget stands in, these very draws may differ by more than it says: that is seen, so it counts.
+    by_draws, _ = _between_draws(own_D, own_RD)
+    owed_at_least = _mean_alone(own_D) - patients_variance
+    labelling_variance = max(by_pool, by_draws / len(own_D), owed_at_least)
     parts: list[tuple[float, float]] = [
         (patients_variance + least_variance, measured.df_drawn),
         (labelling_variance, max(1, num_draws - 1)),
@@ -361,6 +363,23 @@ def estimate(measured: Measured, metric: str, weights_SB: Floats, least_variance
     df = float(total**2 / squared) if squared > 0 else measured.df_drawn
     worth = _worth(measured, sorted(set(used[:, 0].tolist())))
     return Estimate(value, patients_variance, labelling_variance, df, sum(seeds), worth, least_variance)
+
+
+def _between_draws(contrast_D: Floats, owed_RD: Floats) -> tuple[float, int]:
+    """Variance of a contrast between draws, less what a draw owes to its finite test set; and of how many draws."""
+    seen_D = np.isfinite(contrast_D) & np.isfinite(owed_RD).all(0)
+    if seen_D.sum() < 2:
+        return 0.0, int(seen_D.sum())
+    return max(0.0, float(contrast_D[seen_D].var(ddof=1)) - _overlap(owed_RD[:, seen_D])), int(seen_D.sum())
+
+
+def _mean_alone(contrast_D: Floats) -> float:
+    """How much the mean of the draws varies were there nothing else: no estimate of the whole may be less than that.
+
+    With few patients it may be: the parts are told apart by covariances between draws, which may come out negative.
+    """
+    seen = contrast_D[np.isfinite(contrast_D)]
+    return float(seen.var(ddof=1)) / len(seen) if len(seen) > 1 else 0.0
 
 
 def _worth(measured: Measured, series: Sequence[int]) -> float:
@@ -453,17 +472,20 @@ def resampled_curves(measured: Measured, metric: str, seed: int = 1) -> Floats:
         for b in range(len(measured.budgets)):
             # Around the estimate: the bootstrap's own bias is not the estimate's.
             curves_RSB[:, s, b] += _patients_deviation(measured, metric, s, b)
-            source, scale = labelling_source(measured, metric, s, b)
-            if source is None:
-                continue
+            by_pool = labelling_source(measured, metric, s, b)
+            own = b, len(measured.draws) ** -0.5
+            owed_at_least = _mean_alone(values_SBD[s, b]) - float(curves_RSB[:, s, b].var(ddof=1))
+            sizes = [(max(0.0, owed_at_least), b)]
+            for source, scale in (by_pool, own):
+                if source is not None:
+                    variance, _ = _between_draws(values_SBD[s, source], resampled_RSBD[:, s, source].astype(np.float64))
+                    sizes.append((scale**2 * variance, source))
+            variance, source = max(sizes)
             seen = np.isfinite(values_SBD[s, source])
             deviation_D = values_SBD[s, source, seen] - values_SBD[s, source, seen].mean()
-            num = len(deviation_D)
-            between = float(deviation_D @ deviation_D) / (num - 1)
-            overlap = _overlap(resampled_RSBD[:, s, source][:, seen].astype(np.float64))
+            between = float(deviation_D @ deviation_D)
             if between > 0:
-                kept = np.sqrt(max(0.0, between - overlap) / between / (num - 1))
-                curves_RSB[:, s, b] += scale * kept * (luck_RD[:, seen] @ deviation_D)
+                curves_RSB[:, s, b] += np.sqrt(variance / between) * (luck_RD[:, seen] @ deviation_D)
         curves_RSB[:, s] += _seeds_deviation(measured, metric, s, seed)
     return curves_RSB
 
