@@ -393,6 +393,11 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 # ---- run.json
 
+WORKED_OUT = (  # where they are 0, -1 or empty
+    *("steps", "epochs", "hours", "batch_size", "recipe", "optimizer", "lr", "weight_decay", "layer_decay", "warmup"),
+    *("final_lr", "input_px", "folds", "unit", "budgets", "clusters"),
+)
+
 
 def plain(value: Any) -> Any:
     """A config as it comes back from JSON: paths as text, tuples as lists."""
@@ -464,7 +469,7 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
     now = plain(asdict(config))
     free = set(may_change)
     differ = [
-        f"{field.name} was {_short(before.get(field.name))}, now {_short(now[field.name])}"
+        f"{field.name} was {_short(field.name, before.get(field.name))}, now {_short(field.name, now[field.name])}"
         for field in fields(config)
         if field.name not in free and before.get(field.name, _default_of(field)) != now[field.name]
     ]
@@ -480,8 +485,10 @@ def _default_of(field: Field[Any]) -> object:
     return None if field.default is MISSING else plain(field.default)
 
 
-def _short(value: object) -> str:
+def _short(name: str, value: object) -> str:
     """A long list by its length: the slides left out of a run may be hundreds."""
+    if name in WORKED_OUT and value in (0, -1, "", []):
+        return "worked out"
     return f"{len(value)} entries" if isinstance(value, list) and len(value) > 3 else repr(value)
 
 

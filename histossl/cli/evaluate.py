@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
+from histossl.cli.options import ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption
 from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -30,7 +30,7 @@ StartsOption = Annotated[
         metavar="A,B,...",
         help="What to compare: random, imagenet, adapted, colour (27 colour statistics, no network), a pretraining "
         "run, FILE or NAME=FILE (a backbone.safetensors), NAME=RUN+RUN+... (pretraining seeds as one start). "
-        "Default: all of the first four that there are.",
+        "Default: all of the first four that there are. finetune adds colour to any: it is the floor of every curve.",
         show_default=False,
     ),
 ]
@@ -117,6 +117,7 @@ def predict(
             "--slide-mpp", help="Microns per pixel of all slides here, over what they say.", show_default=False
         ),
     ] = None,
+    mpp_csv: MppCsvOption = None,
     device: DeviceOption = "auto",
     embed_batch_size: EmbedBatchOption = 0,
     workers: WorkersOption = 0,
@@ -134,8 +135,10 @@ def predict(
         raise UsageError(f"--slides {slides}: no such folder")
     if slide_mpp is not None and slides is None:
         raise UsageError(f"--slide-mpp {slide_mpp:g}: is of slides that are tiled here; add --slides DIR")
+    if mpp_csv is not None and slides is None:
+        raise UsageError(f"--mpp-csv {mpp_csv}: is of slides that are tiled here; add --slides DIR")
     settings = EmbedConfig(embed_batch_size, workers, device)
-    stage(Workspace.at(workspace), model, name, slides, settings, heatmaps, slide_mpp)
+    stage(Workspace.at(workspace), model, name, slides, settings, heatmaps, slide_mpp, mpp_csv)
 
 
 def suggest(

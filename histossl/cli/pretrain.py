@@ -358,7 +358,7 @@ plan.__doc__ = "Print what `histossl pretrain` with the same options would do, h
 
 def exit_code_of(result: Result) -> int:
     """A cluster that stops a run has been obeyed: 0. After Ctrl-C nothing that a person chained to it is to follow."""
-    return 128 + signal.SIGINT if result.stopped_by == signal.SIGINT else 0
+    return 128 + signal.SIGINT if result.stopped_by == signal.SIGINT and not result.finished else 0
 
 
 # ---- what the options say

@@ -168,7 +168,7 @@ def verdict(
     """
     name = PLAIN_NAME.get(metric, metric)
     limits = _limits(measured, unit, seen_in_pretraining, site_statement, seen_beside)
-    limits[1:1] = _floors(measured, adapted, metric, head) + _about_seeds(measured, adapted, head)
+    limits[1:1] = _floors(measured, adapted, reference, metric, head) + _about_seeds(measured, adapted, head)
     found = compare(measured, metric, adapted, reference, head)
     if lacking := too_few(measured):
         rare = _in_one(measured)
@@ -286,18 +286,30 @@ def _saved_in_words(rows: Sequence[Saved], unit: str, adapted: str, reference: s
     ]
 
 
-def _floors(measured: Measured, adapted: str, metric: str, head: str | None) -> list[str]:
-    """What the adapted start should clear, and does not: the colour floor, and guessing."""
+def _clearly_above(found: Difference, metric: str) -> bool:
+    better = found.value < 0 if metric in ("log_loss", "calibration_error") else found.value > 0
+    return better and found.p < 1 - LEVEL
+
+
+def _floors(measured: Measured, adapted: str, reference: str, metric: str, head: str | None) -> list[str]:
+    """What the adapted start should clear, and does not: the colour floor, random weights, and guessing."""
     said = []
     if measured.has("colour", head):
         floor = compare(measured, metric, adapted, "colour", head).area
         higher = floor.value < 0 if metric in ("log_loss", "calibration_error") else floor.value > 0
-        if not (higher and floor.p < 1 - LEVEL):
+        if not _clearly_above(floor, metric):
             level = signed(floor.value) == "0.00"
             ahead = "is level with" if level else "is not clearly above" if higher else "does not reach"
             said.append(
                 f"{_first_upper(named(adapted))} {ahead} the colour floor ({signed(floor.value)}, 95 % interval "
                 f"{signed(floor.low)} to {signed(floor.high)}): what it scores, staining alone may score too."
+            )
+    if reference != "random" and measured.has("random", head):
+        floor = compare(measured, metric, adapted, "random", head).area
+        if not _clearly_above(floor, metric):
+            said.append(
+                f"{_first_upper(named(adapted))} is not clearly above random weights ({signed(floor.value)}, 95 % "
+                f"interval {signed(floor.low)} to {signed(floor.high)}), which have learnt nothing."
             )
     number = measured.number(adapted, head)
     last = int(np.flatnonzero(has_budget(measured, metric, number))[-1])

@@ -42,6 +42,7 @@ from histossl.evaluation.same_run import (
 from histossl.evaluation.site import check_site, warn_of_sites
 from histossl.evaluation.slide_names import SlideNames
 from histossl.evaluation.splits import (
+    Part,
     Splits,
     make_splits,
     read_splits,
@@ -83,7 +84,10 @@ def finetune(
         run = workspace.finetune(name)
         if dry_run:  # which looks at these labels, whatever was done under this name before
             _show_splits(_splits(run, table, config, anew=True), table)
-            console.say("dry run: the labels are in order, nothing was computed")
+            asked_for = config.starts or config.adapted or config.weights or config.backbone
+            if asked_for:  # by name; what there is to compare else may only be pretrained after this look
+                resolve_starts(workspace, config)
+            console.say(f"dry run: the labels{' and the starts' * bool(asked_for)} are in order, nothing was computed")
             return Result(run, table, False)
         with held_by(team, run):
             return _finetune(workspace, run, index, table, config, embed, team, device)
@@ -149,7 +153,7 @@ def _finetune(
         if team.leads:
             write_run(run.run_json, config, **facts)
         belongs_to = [embedder.digest, table.digest, head_label(config), facts["tiles"]["labelled_digest"]]
-        _compute(run, start, belongs_to, learner, splits, config, team)
+        _compute(run, start, belongs_to, learner, splits, config, team, table)
         learners.setdefault(start.name, learner)
 
     if not team.leads:
@@ -239,7 +243,9 @@ def _save_model(
         return
     learners[name].fit(items, items, seed_of(config.seed, "model"))
     learners[name].save(run.model, items, info)
-    console.say(f"model for use: {run.model} ({name}, trained on {len(used)} {table.unit}s)")
+    of_run = facts["starts"][name].get("backbone")
+    which = f"{name}, of its runs {of_run}" if of_run else name
+    console.say(f"model for use: {run.model} ({which}, trained on {console.count(len(used), table.unit)})")
 
 
 def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig = EmbedConfig()) -> Path:
@@ -385,6 +391,7 @@ def _compute(
     splits: Splits,
     config: FinetuneConfig,
     team: Team,
+    table: LabelTable,
 ) -> None:
     """Train and test every head that the journal does not hold yet: this process its share of them."""
     path = run.journal(start.key)
@@ -399,12 +406,20 @@ def _compute(
         with own, console.progress(f"heads on {start.key}", len(work), "heads") as bar:
             bar.advance(len(work) - len(todo))
             for part, budget in team.share(todo):
-                learner.fit(part.taken(budget), part.pool, seed_of(config.seed, part.draw, part.fold, budget))
+                learner.fit(part.taken(budget), part.pool, _seed_of_fit(config, table, part, budget))
                 own.write(key_of(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
                 bar.advance(min(team.count, bar.total - bar.done))  # the others are about as far
     team.wait()
     if team.leads:
         join_parts(path, belongs_to)
+
+
+def _seed_of_fit(config: FinetuneConfig, table: LabelTable, part: Part, budget: tables.Budget) -> int:
+    """Of an attention head and of a backbone each fit begins by chance. Of the others only the inner folds hang on it:
+    the same labelled slides then give the same head, in whichever draw."""
+    if config.head == "abmil":
+        return seed_of(config.seed, part.draw, part.fold, budget)
+    return seed_of(config.seed, *(table.items[item].name for item in part.taken(budget)))
 
 
 # ---- from journals to predictions

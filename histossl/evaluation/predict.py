@@ -66,6 +66,7 @@ def predict(
     embed: EmbedConfig = EmbedConfig(),
     heatmaps: bool = True,
     slide_mpp: float | None = None,
+    mpp_csv: Path | None = None,
 ) -> Path:
     """Predict every slide below `slides` (tiling what is not tiled yet), or without it every slide of the workspace."""
     model = load_model(model_folder)
@@ -75,7 +76,7 @@ def predict(
     skipped: list[tuple[str, str]] = []
     wanted: list[str] | None = None
     if slides is not None:
-        rows = tile_archive(slides, workspace, tile_config(model), slide_mpp=slide_mpp)
+        rows = tile_archive(slides, workspace, tile_config(model), slide_mpp=slide_mpp, mpp_csv=mpp_csv)
         wanted = [row.slide for row in rows if row.num_tiles]
         skipped = [(row.slide or row.file, row.tile_reason or row.reason) for row in rows if not row.num_tiles]
         if not wanted:

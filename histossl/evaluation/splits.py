@@ -232,7 +232,10 @@ def _fixed(table: LabelTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             raise LabelsError(f"class {label!r} has no training slide in the split column, so it cannot be learnt")
     if len(in_test) < 2:
         held = f"only {next(iter(in_test))!r}" if in_test else "no slide"
-        raise LabelsError(f"the test set of the split column holds {held}; two classes at least are needed there")
+        raise LabelsError(
+            f"the test set of the split column holds {held}; two classes at least are needed there "
+            "(without the column every patient is tested, in folds)"
+        )
     return train, test
 
 

@@ -34,8 +34,8 @@ UM_PER_UNIT = {
 }
 CONTRADICTION = 0.02
 REMEDY = (
-    "list the slide in a CSV (slide,mpp) with --mpp-csv, or where no slide of the folder says it, pass --slide-mpp, "
-    "which goes before what any says (0.25 is a 40x scan, 0.5 a 20x scan)"
+    "list the slide in a CSV (slide,mpp) for histossl tile --mpp-csv, or where no slide of the folder says it, pass "
+    "--slide-mpp, which goes before what any says (0.25 is a 40x scan, 0.5 a 20x scan)"
 )
 
 

@@ -471,6 +471,33 @@ def test_a_difference_of_scores_does_not_leave_its_range():
             assert -1 <= found.low <= found.value <= found.high <= 1
 
 
+def test_random_weights_that_do_as_well_are_told():
+    archive = Archive(separation={"imagenet": 0.8, "adapted": 1.5, "random": 2.5}, budgets=(1, 4), num_draws=4)
+    said = " ".join(verdict(measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)).limits)
+    assert "The adapted start is not clearly above random weights (−" in said  # noqa: RUF001
+    archive = replace(archive, separation={"imagenet": 0.8, "adapted": 2.5, "random": 0.5})
+    said = " ".join(verdict(measure(predictions_of(archive, np.random.default_rng(0)), archive.classes)).limits)
+    assert "random weights" not in said
+
+
+def test_no_variance_is_less_than_the_draws_seen_vary_by_themselves():
+    """Draws of many alike tiles are told by those of one tile. Where these happen to agree, the others still differ."""
+    archive = Archive(
+        patients_per_class=5, test_patients_per_class=2, slides_per_patient=8, budgets=(1, 5, 20), num_draws=4
+    )
+    rows = predictions_of(archive, np.random.default_rng(0))
+    first = {(row.start, row.slide): row.probabilities for row in rows if (row.budget, row.draw) == (1, 0)}
+    rows = [replace(row, probabilities=first[row.start, row.slide]) if row.budget == 1 else row for row in rows]
+    measured = measure(rows, archive.classes, 40, 5, wanted=("auroc",))
+    weights_SB = np.outer([1, -1], curves.area_weights(measured.slides, np.ones(3, dtype=bool)))
+    draws = np.einsum("sb,sbd->d", weights_SB, measured.values_SBD["auroc"])
+    found = resampling.estimate(measured, "auroc", weights_SB)
+    assert found.variance >= draws.var(ddof=1) / len(draws) * (1 - 1e-9)
+    assert found.labelling_variance > 0
+    spread_B = resampling.resampled_curves(measured, "auroc")[:, 0].std(0)
+    assert (spread_B[1:] >= 0.9 * measured.values_SBD["auroc"][0, 1:].std(-1, ddof=1) / 2).all()
+
+
 def test_a_start_level_with_the_colour_floor_is_said_to_be():
     archive = Archive(separation={"imagenet": 1.0, "adapted": 1.5}, budgets=(1, 4), num_draws=4)
     rows = predictions_of(archive, np.random.default_rng(0))

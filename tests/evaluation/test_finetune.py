@@ -274,6 +274,35 @@ def test_a_dry_run_says_that_the_site_gives_the_label_away(ready, capsys):
     assert not ready.finetune("a").root.exists()
 
 
+def test_a_dry_run_looks_at_the_starts_that_are_asked_for(ready, cli):
+    """It is what one does before a job is queued; starts that nobody named may only be pretrained after it."""
+    base = ["finetune", "--labels", ready.root / "labels.csv", "-w", ready.root, "--mixed-patients", "--dry-run"]
+    for options, said in (
+        (["--starts", "imagnet"], "'imagnet' is neither"),
+        (["--adapted", "s9"], "no such file or run"),
+    ):
+        code, _, err = cli(*base, *options)
+        assert code == 2
+        assert said in " ".join(err.split())
+    code, _, err = cli(*base, "--starts", "random,colour", "--backbone", "test_vit")
+    assert code == 0
+    assert "the labels and the starts are in order" in err
+    assert cli(*base)[0] == 0
+
+
+def test_the_same_labelled_slides_give_the_same_head_in_every_draw(ready):
+    """With a fixed test set all labels are the same slides in each draw; folds within them must not differ either."""
+    lines = ["slide,label,patient,split"]
+    lines += [f"s{n:02d},{'low' if n % 5 < 2 else 'high'},P{n},{'test' if n % 4 == 3 else 'train'}" for n in range(24)]
+    (ready.root / "labels.csv").write_text("\n".join(lines) + "\n")
+    own = {"draws": 4, "folds": 0, "budgets": (2, "all"), "head": "mean", "mixed_patients": False}
+    finetune(ready, "a", config_of(ready, starts=("random",), **own))
+    rows = [row for row in tables_of(ready)[1] if row.start == "random"]
+    said = {b: [[r.probabilities for r in rows if (r.budget, r.draw) == (b, d)] for d in range(4)] for b in (2, "all")}
+    assert said["all"][1:] == said["all"][:-1]
+    assert said[2][1:] != said[2][:-1]
+
+
 def test_two_at_once_into_one_curve_are_refused(ready):
     with alone_in(ready.finetune("a")):
         with pytest.raises(TrainingError, match="another process is at work on this run"):
