@@ -139,6 +139,7 @@ class Comparison:
     budgets: list[Difference]
     area: Difference
     detectable: float  # the smallest difference of areas that would be found four times in five
+    errors: dict[str, float]  # standard errors of the area's difference, by where they come from
 
 
 def compare(
@@ -161,8 +162,7 @@ def compare(
         slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
         return estimate(measured, metric, weights_SB, (0.5 / slides) ** 2 if metric in BOUNDED else 0.0)
 
-    def tested(budget: Budget | None, weights_B: Floats) -> tuple[Difference, float]:
-        found = contrast(weights_B)
+    def tested(budget: Budget | None, found: Estimate) -> tuple[Difference, float]:
         se = math.sqrt(found.variance)
         t = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
         p = float(2 * stats.t.sf(abs(found.value) / se, found.df)) if se > 0 else float(found.value == 0)
@@ -175,13 +175,21 @@ def compare(
     for number in np.flatnonzero(both):
         weights_B = np.zeros(len(measured.budgets))
         weights_B[number] = 1
-        rows.append(tested(measured.budgets[number], weights_B)[0])
+        rows.append(tested(measured.budgets[number], contrast(weights_B))[0])
     adjusted = holm([row.p for row in rows])
     rows = [
         Difference(row.budget, row.value, row.low, row.high, row.p, p) for row, p in zip(rows, adjusted, strict=True)
     ]
-    whole, detectable = tested(None, area_weights(measured.slides, both))
-    return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable)
+    of_area = contrast(area_weights(measured.slides, both))
+    whole, detectable = tested(None, of_area)
+    parts = {
+        f"tested {measured.drawn}s": of_area.patients_variance,
+        "which items are labelled": of_area.labelling_variance,
+        "pretraining seeds": of_area.seeds_variance,
+        "the steps that scores move in": of_area.least_variance,
+    }
+    errors = {name: math.sqrt(variance) for name, variance in parts.items() if variance > 0}
+    return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable, errors)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -292,7 +292,7 @@ def _show(
         console.say(f"and {len(rows) - most:,} more in the file")
     if learnt := sum(one.slide in known for one in found):
         console.warn(
-            f"the model was trained with the labels of {learnt:,} of these {console.count(len(found), 'slide')} "
+            f"the model was trained with the labels of {learnt:,} of the {console.count(len(found), 'slide')} here "
             "(trained_on in the file): what it says of them tests nothing"
         )
     warned = sum(bool(one.warning) for one in found)

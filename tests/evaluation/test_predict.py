@@ -143,7 +143,7 @@ def test_slides_that_the_model_was_trained_on_are_marked(workspace, cli):
     assert told.code == 0
     marked = {slide: row["trained_on"] for slide, row in table_of(workspace).items()}
     assert marked == {slide: "no" if number >= 15 else "yes" for number, slide in enumerate(labels)}
-    assert "trained with the labels of 15 of these 20 slides" in " ".join(told.err.split())
+    assert "trained with the labels of 15 of the 20 slides here" in " ".join(told.err.split())
 
 
 def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):
