@@ -124,7 +124,9 @@ def predict(
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Use a finetuned model: class probabilities of each slide, heatmaps, and a warning where it knows nothing.
+    """Use a finetuned model: class probabilities, heatmaps, and a warning where a slide looks like none known.
+
+    A class that was never learnt may look like one that was: that cannot be noticed.
 
     Tiles what is not tiled yet, at the model's scale. Without --slides: every slide of the workspace.
     """

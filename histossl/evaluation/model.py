@@ -93,10 +93,12 @@ def load_model(folder: Path, option: str = "--model") -> Model:
         stored = json.loads(path.read_text(encoding="utf-8"))
         info = ModelInfo(**{**stored, "classes": tuple(stored["classes"])})
         arrays = load_file(folder / "head.safetensors")
+    except FileNotFoundError as error:
+        raise WeightsError(f"{option} {folder}: has no head.safetensors; copy the whole model folder again") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise WeightsError(
-            f"{option} {folder}: is not a model that histossl finetune wrote "
-            f"({type(error).__name__}: {error}); it lies in WORKSPACE/finetune/NAME/model"
+            f"{option} {folder}: its model.json or head.safetensors is damaged or not histossl's; copy the whole model "
+            "folder again (WORKSPACE/finetune/NAME/model)"
         ) from error
     if info.format != FORMAT or info.head not in HEADS:
         raise WeightsError(f"{option} {folder}: was written by another version of histossl (format {info.format})")

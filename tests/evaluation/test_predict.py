@@ -80,7 +80,7 @@ def test_a_model_predicts_in_another_place_what_it_learnt(workspace, tmp_path, h
 def test_without_a_model_folder_or_with_other_tiles_it_says_so(workspace, tmp_path, cli):
     model, _ = trained(workspace)
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(WeightsError, match="is not a model that histossl finetune wrote"):
+    with pytest.raises(WeightsError, match="is damaged or not histossl"):
         load_model(tmp_path)
     other = Workspace(tmp_path / "other").make()
     write_synthetic_store(other, ["A"], tile_px=64)
