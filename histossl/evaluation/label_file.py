@@ -74,10 +74,13 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
         raise LabelsError(f"{path}: is UTF-16 text; save it as 'CSV UTF-8'")
     if raw.startswith(b"PK"):
         raise LabelsError(f"{path}: is a spreadsheet or zip file; save it as 'CSV UTF-8'")
+    if b"\0" in raw:
+        raise LabelsError(f"{path}: is no text file; labels are a CSV file with the columns slide,label")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LabelsError(f"{path}: is not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
+        line = raw[: error.start].count(b"\n") + 1
+        raise LabelsError(f"{path}, line {line}: is not UTF-8 text; save it as 'CSV UTF-8'") from error
     lines = csv.reader(io.StringIO(text, newline=""))
     header = [name.strip().lower() for name in next(lines, [])]
     _check_header(path, header, ("slide", "label") if needs_label else ("slide",))

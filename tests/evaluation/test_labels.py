@@ -256,7 +256,12 @@ def test_the_table_counts_sites_where_the_labels_name_any(tmp_path):
 
 @pytest.mark.parametrize(
     ("raw", "said"),
-    [("slide,label".encode("utf-16"), "UTF-16"), (b"PK\x03\x04", "spreadsheet"), (b"slide,label\nK\xf6ln,x", "UTF-8")],
+    [
+        ("slide,label".encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04", "spreadsheet"),
+        (b"II*\0\0", "no text file"),
+        (b"slide,label\nK\xf6ln,x", "line 2: is not UTF-8"),
+    ],
 )
 def test_what_a_spreadsheet_saves_otherwise_is_named(tmp_path, raw, said):
     path = tmp_path / "labels.csv"
