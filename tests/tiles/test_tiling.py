@@ -1050,7 +1050,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(tmp_path, painted_archi
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_kill_are_clean_and_the_same_command_goes_on(tmp_path, painted_archive, how, code):
-    for attempt in range(5):  # twelve small slides may be done before this process, on a busy machine, comes to ask
+    for attempt in range(10):  # twelve small slides may be done before this process, on a busy machine, comes to ask
         at = Workspace(tmp_path / f"workspace{attempt}")
         process = start(painted_archive.directory, at.root)
         wait_for(lambda tiles=at.tiles: len(find_zips(tiles)) >= 2, process)
