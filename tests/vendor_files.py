@@ -76,7 +76,10 @@ def trestle(path: Path, pixels: Pixels, mpp: float) -> None:
             tiff.write(level, **_tiled(description=told, software="MedScan", subfiletype=min(number, 1), **scale))
 
 
-def leica(path: Path, pixels: Pixels, mpp: float) -> None:
+LEICA_GAP_PX = 32
+
+
+def leica(path: Path, pixels: Pixels, mpp: float, gap_px: int = LEICA_GAP_PX) -> None:
     """The image lies within a larger collection: OpenSlide shows the gap around it as glass."""
     height, width = pixels.shape[:2]
     nm = round(mpp * 1000)
@@ -86,10 +89,10 @@ def leica(path: Path, pixels: Pixels, mpp: float) -> None:
     )
     xml = (
         '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01" version="2.0">'
-        f'<collection name="a" sizeX="{(width + LEICA_GAP_PX) * nm}" sizeY="{(height + LEICA_GAP_PX) * nm}">'
+        f'<collection name="a" sizeX="{(width + gap_px) * nm}" sizeY="{(height + gap_px) * nm}">'
         f'<image name="main"><pixels sizeX="{width}" sizeY="{height}">{dimensions}</pixels>'
-        f'<view sizeX="{width * nm}" sizeY="{height * nm}" offsetX="{LEICA_GAP_PX * nm}" '
-        f'offsetY="{LEICA_GAP_PX * nm}" spacingZ="0"/>'
+        f'<view sizeX="{width * nm}" sizeY="{height * nm}" offsetX="{gap_px * nm}" '
+        f'offsetY="{gap_px * nm}" spacingZ="0"/>'
         "<scanSettings><objectiveSettings><objective>20</objective></objectiveSettings>"
         "<illuminationSettings><numericalAperture>0.4</numericalAperture>"
         "<illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings>"
@@ -98,9 +101,6 @@ def leica(path: Path, pixels: Pixels, mpp: float) -> None:
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:
         tiff.write(pixels, **_tiled(description=xml, **_per_cm(mpp)))
         tiff.write(halved(pixels), **_tiled(subfiletype=1, **_per_cm(2 * mpp)))
-
-
-LEICA_GAP_PX = 32
 
 
 def ventana(path: Path, pixels: Pixels, mpp: float) -> None:

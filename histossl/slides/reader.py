@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,8 +52,10 @@ FORMATS = {
     "ventana": "Ventana BIF",
     "zeiss": "Zeiss CZI",
 }
-# Their OpenSlide levels are TIFF pages, tile for tile. Ventana's overlap, and Leica's lie somewhere on a larger plane.
+# Their OpenSlide levels are TIFF pages, tile for tile. Leica's lie somewhere on a larger plane, Ventana's overlap.
 NATIVE_VENDORS = ("aperio", "generic-tiff", "philips", "trestle")
+LEICA = "leica"
+SAME_LEVEL = 1e-3  # two downsamples of one level differ by less
 
 
 class Levels(Protocol):
@@ -191,9 +194,21 @@ class Slide:
         tiff = getattr(self._levels, "tiff", None)
         if tiff is None:
             return None
-        by_size = {(level.width_px, level.height_px): level for level in tiff.native if level is not None}
-        found = tuple(by_size.get(size) for size in self.level_sizes)
+        found = tuple(
+            self._native_of(number, [one for one in tiff.native if one is not None])
+            for number in range(len(self.level_sizes))
+        )
         return found if any(found) else None
+
+    def _native_of(self, number: int, pages: list[NativeLevel]) -> NativeLevel | None:
+        """The TIFF page that is this level."""
+        size, downsample = self.level_sizes[number], self.level_downsamples[number]
+        if self.vendor == LEICA:
+            corner = (int(self.bounds_l0[0] / downsample), int(self.bounds_l0[1] / downsample))  # as OpenSlide rounds
+            same = [one for one in pages if math.isclose(one.downsample, downsample, rel_tol=SAME_LEVEL)]
+        else:
+            corner, same = (0, 0), [one for one in pages if (one.width_px, one.height_px) == size]
+        return replace(same[-1], downsample=downsample, corner_px=corner) if same else None
 
 
 # ---- opening
@@ -247,6 +262,11 @@ def _bounds_l0(properties: Mapping[str, str]) -> tuple[int, int]:
     except (KeyError, ValueError):
         return 0, 0
     return x, y
+
+
+def _one_area(properties: Mapping[str, str], size: tuple[int, int]) -> bool:
+    """Whether all that was scanned of a larger plane is this one image."""
+    return tuple(properties.get(f"openslide.bounds-{side}") for side in ("width", "height")) == tuple(map(str, size))
 
 
 def _objective(slide: Slide) -> str:
@@ -333,8 +353,9 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
             _described(slide, tiff)
             if tiff.is_qpi and vendor == "generic-tiff":
                 slide.format, slide.vendor = "QPTIFF", "perkinelmer"
-            # Where tiles overlap (Trestle does that) OpenSlide tells no tile size.
-            if vendor in NATIVE_VENDORS and levels.tile_size is not None:
+            # Where tiles overlap (Trestle does that) OpenSlide tells no tile size; of Leica's images it never does.
+            alone = levels.tile_size is not None or _one_area(levels.properties, tiff.sizes[0])
+            if vendor in (*NATIVE_VENDORS, LEICA) and alone:
                 levels.stand_by(tiff)
             else:
                 tiff.close()

@@ -90,6 +90,7 @@ class NativeLevel:
     jpeg_tables: bytes | None  # shared Huffman and quantisation tables, to be spliced into each tile
     offsets: tuple[int, ...]
     byte_counts: tuple[int, ...]
+    corner_px: tuple[int, int] = (0, 0)  # where it lies on the slide's level: Leica's on a larger plane
 
     @property
     def tiles_across(self) -> int:

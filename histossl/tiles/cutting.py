@@ -25,7 +25,7 @@ from histossl.errors import SlideError
 from histossl.slides.grid import NATIVE_TOLERANCE, Grid, physical_grid
 from histossl.slides.reader import Slide
 from histossl.slides.tiff import NativeLevel, TiffLevels
-from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyable
+from histossl.tiles.native import DamagedTile, NativeTiles, best_shrink, copyable, decodable
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -163,9 +163,12 @@ class Cutter:
         sides = (level.tile_width_px * down, level.tile_height_px * down)
         counts = (level.tiles_across, level.tiles_down)
         first, last = [], []
-        for corner, side, count in zip(self.grid.corners_l0(places), sides, counts, strict=True):
-            first.append(np.clip(np.floor((corner + ALIGNED) / side).astype(np.int64), 0, count - 1))
-            last.append(np.clip(np.ceil((corner + self.grid.side_l0 - ALIGNED) / side).astype(np.int64), 1, count))
+        for corner, start, side, count in zip(
+            self.grid.corners_l0(places), level.corner_px, sides, counts, strict=True
+        ):
+            near = corner - start * down
+            first.append(np.clip(np.floor((near + ALIGNED) / side).astype(np.int64), 0, count - 1))
+            last.append(np.clip(np.ceil((near + self.grid.side_l0 - ALIGNED) / side).astype(np.int64), 1, count))
         return (first[0], first[1]), (last[0], last[1])
 
     def _copied(self, places: Ints) -> Iterator[CutTile]:
@@ -318,10 +321,9 @@ def cutter_of_level(
     """A grid cut from one level of the slide: by its own tiles where they are known, else through its library."""
     level = slide.native[number] if slide.native else None
     if level is not None and not through_library:
-        if copyable(level):
+        if decodable(level):
             shrink = best_shrink(level, grid.mpp / slide.mpp_l0)
             tiles = NativeTiles(slide.path, level, shrink, _under_strip(grid, level))
-            tiles.downsample = slide.level_downsamples[number] * tiles.shrink
             return Cutter(grid, "stitched", tiles)
         try:
             pixels = TiffPixels(slide.path, slide.level_sizes[number], slide.level_downsamples[number])

@@ -165,7 +165,7 @@ class NativeTiles:
     """
 
     def __init__(self, path: Path, level: NativeLevel, shrink: int = 1, keep: int = 16) -> None:
-        assert copyable(level)
+        assert decodable(level)
         self.path, self.level, self.shrink = path, level, shrink
         self.tile_width_px, self.tile_height_px = level.tile_width_px // shrink, level.tile_height_px // shrink
         self.downsample = level.downsample * shrink  # of the pixels that `read` gives
@@ -215,6 +215,7 @@ class NativeTiles:
 
     def read(self, left: int, top: int, width: int, height: int) -> Pixels:
         """A box of decoded pixels (in pixels of `downsample`), white outside the level. DamagedTile if one is."""
+        left, top = left - self.level.corner_px[0] // self.shrink, top - self.level.corner_px[1] // self.shrink
         canvas = np.empty((height, width, 3), np.uint8)
         across, down = self.level.tiles_across, self.level.tiles_down
         tile_width, tile_height = self.tile_width_px, self.tile_height_px
@@ -253,15 +254,20 @@ class NativeTiles:
         return pixels
 
 
-def copyable(level: NativeLevel | None) -> bool:
+def decodable(level: NativeLevel | None) -> bool:
     """Whether a level is made of JPEG tiles whose colours we can vouch for."""
     return level is not None and level.compression == JPEG and level.photometric in ("RGB", "YCBCR")
+
+
+def copyable(level: NativeLevel | None) -> bool:
+    """The same, and its tiles lie on a grid that begins in the slide's corner."""
+    return level is not None and decodable(level) and not any(level.corner_px)
 
 
 def best_shrink(level: NativeLevel, downsample: float) -> int:
     """How far the decoder may shrink a level's tiles for pixels of `downsample`: 1, 2, 4 or 8."""
     for shrink in SHRINKS:
-        fits = level.tile_width_px % shrink == 0 and level.tile_height_px % shrink == 0
-        if fits and level.downsample * shrink <= downsample * ENOUGH:
+        sides = (level.tile_width_px, level.tile_height_px, *level.corner_px)
+        if not any(side % shrink for side in sides) and level.downsample * shrink <= downsample * ENOUGH:
             return shrink
     return 1

@@ -3,14 +3,15 @@
 import numpy as np
 import openslide
 import pytest
-from vendor_files import LEICA_GAP_PX, SECRET, WRITERS
+from vendor_files import LEICA_GAP_PX, SECRET, WRITERS, leica
 
 from histossl.config import ScanConfig, TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
 from histossl.demo.pyramid import halved
 from histossl.slides.reader import open_slide
 from histossl.slides.scan import scan
-from histossl.tiles.native import NativeTiles
+from histossl.tiles.cutting import native_side_px
+from histossl.tiles.native import NativeTiles, best_shrink, copyable
 from histossl.tiles.one_slide import TileJob, tile_slide
 from histossl.tiles.store import read_store
 
@@ -24,6 +25,7 @@ FORMATS = {
     "hamamatsu": "Hamamatsu NDPI/VMS",
     "mirax": "MIRAX MRXS",
 }
+WAYS = {"leica": "stitched", "hamamatsu": "read", "ventana": "read", "mirax": "read"}  # others are copied
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,43 @@ def test_copied_tiles_are_openslides_pixels(archive, vendor):
                         assert np.array_equal(simplejpeg.decode_jpeg(tiles.jpeg(column, row)), theirs)
 
 
+def agreement(path, level, shrink):
+    """Mean difference of each 64 x 64 box of a decoded level from what the slide's library shows at that scale."""
+    with open_slide(path) as slide:
+        native = slide.native[level]
+        with NativeTiles(path, native, shrink) as tiles:
+            width, height = (side // shrink for side in slide.level_sizes[level])
+            mine = tiles.read(-8, -8, width + 16, height + 16).astype(int)
+        theirs = slide.read_level(level, 0, 0, width * shrink, height * shrink).astype(float)
+    theirs = np.pad(theirs, [(8 * shrink, 8 * shrink)] * 2 + [(0, 0)], constant_values=255)
+    theirs = theirs.reshape(height + 16, shrink, width + 16, shrink, 3).mean(axis=(1, 3))
+    off = np.abs(mine - theirs).mean(axis=2)
+    return max(off[y : y + 64, x : x + 64].mean() for y in range(0, height, 64) for x in range(0, width, 64))
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4])
+@pytest.mark.parametrize("gap_px", [0, 8, 32, 104])
+def test_leicas_tiles_lie_where_openslide_shows_them(tmp_path, pixels, gap_px, shrink):
+    leica(tmp_path / "A1.scn", pixels, MPP, gap_px)
+    assert agreement(tmp_path / "A1.scn", 0, shrink) <= (0 if shrink == 1 else 2.5)
+
+
+@pytest.mark.parametrize("gap_px", [7, 10])
+def test_an_odd_corner_is_not_moved_by_shrinking(tmp_path, pixels, gap_px):
+    leica(tmp_path / "A1.scn", pixels, MPP, gap_px)
+    with open_slide(tmp_path / "A1.scn") as slide:
+        level = slide.native[0]
+        assert level.corner_px == (gap_px, gap_px)
+        assert best_shrink(level, 4) == (1 if gap_px == 7 else 2)
+
+
+def test_an_image_off_the_corner_is_never_copied(archive):
+    with open_slide(path_of(archive, "leica")) as slide:
+        assert all(slide.native)
+        assert not any(copyable(level) for level in slide.native)
+        assert native_side_px(slide, MPP) is None
+
+
 @pytest.mark.parametrize("vendor", WRITERS)
 def test_tiles_of_every_vendor_are_the_painted_pixels(archive, pixels, tmp_path, vendor):
     import simplejpeg
@@ -117,7 +156,7 @@ def test_tiles_of_every_vendor_are_the_painted_pixels(archive, pixels, tmp_path,
     everything = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
     job = TileJob(path_of(archive, vendor), "A1", "A1", tmp_path / "A1.zip", TileConfig(tile_px=128, tissue=everything))
     made = tile_slide(job, lambda _: None).tiling
-    assert made["scales"][0]["way"] == ("copied" if vendor in ("philips", "trestle", "perkinelmer") else "read")
+    assert made["scales"][0]["way"] == WAYS.get(vendor, "copied")
     content, gap = job.zip_path.read_bytes(), corner(vendor)
     canvas = np.full((pixels.shape[0] + gap + 128, pixels.shape[1] + gap + 128, 3), 255, np.uint8)
     canvas[gap : gap + pixels.shape[0], gap : gap + pixels.shape[1]] = pixels
