@@ -143,7 +143,7 @@ class Slide:
         """Like read_level, but (height, width, 4) as OpenSlide paints it: blue, green, red, and a byte without meaning.
 
         For bulk reading: the copies on the way to RGB cost as much as a tile's decoding. None where OpenSlide does not
-        read the level, or part of the box is transparent; then read_level tells.
+        read the level; then read_level does.
         """
         return self._levels.read_bgrx(level, x, y, width, height) if isinstance(self._levels, OpenSlideLevels) else None
 
@@ -494,9 +494,7 @@ class OpenSlideLevels:
         return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
 
     def read_bgrx(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8] | None:
-        paint = getattr(
-            openslide.lowlevel, "_read_region", None
-        )  # the C function under read_region, without its copies
+        paint = getattr(openslide.lowlevel, "_read_region", None)  # the C function under read_region, without copies
         self._check(level)
         if level in self._exact or paint is None or sys.byteorder != "little" or min(width, height) < 1:
             return None
@@ -505,8 +503,10 @@ class OpenSlideLevels:
         buffer = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
         with blaming(self.path, f"reading level {level} at {x}, {y}"):
             paint(self._slide._osr, buffer, round(x * downsample), round(y * downsample), level, width, height)
-        opaque = pixels.view(np.uint32).min() >= 0xFF000000
-        return pixels if opaque else None
+        bgra = pixels.view(np.uint32)
+        if bgra.min() < 0xFF000000:  # colours are multiplied by alpha already: over white, what is missing is added
+            bgra += (0xFF - (bgra >> 24)) * 0x010101
+        return pixels
 
     def close(self) -> None:
         if self._closed:

@@ -94,6 +94,16 @@ def test_what_lies_outside_the_slide_is_white(archive, vendor):
         assert (slide.read_level(0, slide.size_l0[0] + 3, 0, 30, 30) == 255).all()
 
 
+@pytest.mark.parametrize("vendor", WRITERS)
+def test_what_openslide_paints_is_what_it_reads_white_where_it_paints_nothing(archive, vendor):
+    with open_slide(path_of(archive, vendor)) as slide:
+        for level, (width, height) in enumerate(slide.level_sizes[:2]):
+            box = (level, -30, -20, width + 60, height + 50)
+            painted = slide.read_bgrx(*box)[..., 2::-1].astype(int)
+            assert np.abs(painted - slide.read_level(*box)).max() <= 1  # the one rounds half-transparent colours
+            assert (painted[:20] == 255).all()
+
+
 @pytest.mark.parametrize("vendor", ["philips", "trestle", "perkinelmer"])
 def test_copied_tiles_are_openslides_pixels(archive, vendor):
     import simplejpeg
