@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import openslide
@@ -1007,7 +1008,9 @@ def test_settings_may_come_from_a_file(cli, workspace, painted_slide, tmp_path):
 
 def start(directory, root, *more):
     command = [sys.executable, "-m", "histossl", "tile", "--slides", str(directory), "-w", str(root), "--workers", "2"]
-    return subprocess.Popen([*command, *more], stderr=subprocess.PIPE, start_new_session=True)
+    # A job in a shell's background is told to ignore Ctrl-C, and so would its children be: as in a terminal, then.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*command, *more], preexec_fn=heed, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def wait_for(condition, process, limit_s=60):
@@ -1051,8 +1054,9 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(tmp_path, painted_archi
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_kill_are_clean_and_the_same_command_goes_on(tmp_path, painted_archive, how, code):
     at = Workspace(tmp_path / "workspace")
-    # Hundreds of tiles a slide, each encoded: else all are done before this process, on a busy machine, comes to ask.
-    process = start(painted_archive.directory, at.root, "--mpp", "0.25", "--tile-px", "64", "--grid", "physical")
+    process = start(
+        painted_archive.directory, at.root, "--mpp", "0.25", "--tile-px", "64", "--grid", "physical"
+    )  # slowly
     wait_for(lambda: len(find_zips(at.tiles)) >= 2, process)
     os.killpg(process.pid, how)  # as a terminal does: to all of them
     _, told = process.communicate(timeout=30)
