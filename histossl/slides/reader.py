@@ -7,17 +7,13 @@ Label and macro images are never opened: they carry names.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import stat
-import sys
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import openslide
@@ -26,17 +22,13 @@ from PIL import Image
 
 from histossl.errors import SlideError
 from histossl.slides.files import NOT_REGULAR
-from histossl.slides.scale import Scale, missing, scale_from
-from histossl.slides.tiff import NativeLevel, TiffLevels, blaming, snapped_downsample
+from histossl.slides.openslide_levels import OpenSlideLevels
+from histossl.slides.plain import PlainLevels
+from histossl.slides.scale import Scale, missing
+from histossl.slides.tiff import NativeLevel, TiffLevels, blaming
 
-CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wide read
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
-MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: a PNG or JPEG is decoded whole, at 7 to 13 bytes per pixel
-PLAIN_BAND = 256  # rows of it turned into RGB at a time
-EXIF_ORIENTATION = 0x0112
 NOT_TURNED = "{} Orientation tag {} is not applied: pixels are read as stored"
-CHECK_PX = 256  # side of the boxes that two libraries are compared on
-CHECK_LIMIT = 8.0  # grey levels between the mean colours of a box: the same pixels, shifted, differ by less than 1
 GRID = 1 / 64  # a shift below this many pixels is not worth a resampling
 
 FORMATS = {
@@ -401,185 +393,3 @@ def _plain(path: Path, kind: str) -> Slide:
         slide.warnings.append(NOT_TURNED.format("EXIF", levels.orientation))
     slide.compression = "deflate" if kind == "png" else "JPEG"
     return slide
-
-
-class OpenSlideLevels:
-    in_strips = False
-
-    def __init__(self, path: Path, vendor: str) -> None:
-        self.path, self.vendor = path, vendor
-        self._closed = False
-        self.tiff: TiffLevels | None = None  # the same file's pages, where they are OpenSlide's levels
-        self._exact: dict[int, int] = {}  # levels that tifffile reads in OpenSlide's stead, and their number there
-        self._checked: set[int] = set()  # of these levels, those that were compared
-        with blaming(path, "opening it with OpenSlide"):
-            self._slide = openslide.OpenSlide(str(path))
-            try:
-                self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
-                self.sizes = tuple((int(width), int(height)) for width, height in self._slide.level_dimensions)
-                self._downsamples = tuple(float(one) for one in self._slide.level_downsamples)
-                self.properties: dict[str, str] = dict(self._slide.properties)
-            except BaseException:
-                self._slide.close()
-                raise
-        if not self.sizes or min(map(min, self.sizes)) < 1:
-            self._slide.close()
-            raise SlideError(f"{path.name}: holds no pixels")
-        tile = (self.properties.get(f"openslide.level[0].tile-{side}") for side in ("width", "height"))
-        width, height = (int(one) if one else 0 for one in tile)
-        self.tile_size = (width, height) if width and height else None
-
-    def downsamples(self) -> tuple[float, ...]:
-        """OpenSlide's own (Philips pads its levels), but 4 where rounding of the level's size made it 4.0007."""
-        snapped = (snapped_downsample(self.sizes[0], size) for size in self.sizes)
-        return tuple(one if one == int(one) else its for one, its in zip(snapped, self._downsamples, strict=True))
-
-    def stand_by(self, tiff: TiffLevels) -> None:
-        """Let tifffile read levels whose pixels OpenSlide would shift.
-
-        OpenSlide is asked in level-0 pixels. Where it takes a level's downsample for 4.0007 (rounded sides), a level's
-        whole pixel falls between two of them, and what comes back is interpolated: blurred, up to 1/8 pixel off.
-        """
-        self.tiff = tiff
-        for level, (snapped, its) in enumerate(zip(self.downsamples(), self._downsamples, strict=True)):
-            if snapped != its and self.sizes[level] in tiff.sizes:
-                self._exact[level] = tiff.sizes.index(self.sizes[level])
-
-    def _check(self, level: int) -> None:
-        """Before tifffile's first read of a level: whether it shows what OpenSlide shows; else OpenSlide reads it."""
-        if level not in self._exact or level in self._checked:
-            return
-        self._checked.add(level)
-        assert self.tiff is not None
-        width, height = (min(CHECK_PX, side) for side in self.sizes[level])
-        for part in (0.5, 0.25, 0.75):
-            x, y = (int((side - px) * part) for side, px in zip(self.sizes[level], (width, height), strict=True))
-            try:
-                # Through a handle of its own: after damage OpenSlide reads nothing any more.
-                with closing(OpenSlideLevels(self.path, self.vendor)) as other:
-                    theirs = other.read_level(level, x, y, width, height)
-            except SlideError:
-                continue
-            try:
-                ours = self.tiff.read_level(self._exact[level], x, y, width, height)
-            except SlideError:
-                del self._exact[level]
-                return
-            if np.abs(ours.mean(axis=(0, 1)) - theirs.mean(axis=(0, 1))).max() > CHECK_LIMIT:
-                del self._exact[level]
-                return
-
-    def scale(self) -> Scale | None:
-        if self.vendor == "generic-tiff" and self.tiff is not None:
-            return self.tiff.scale()  # tells a measured resolution from 1 pixel per inch, which says nothing
-        power = self.properties.get("openslide.objective-power")
-        hint = f" (its header says {power}x)" if power else ""
-        x_text, y_text = self.properties.get("openslide.mpp-x"), self.properties.get("openslide.mpp-y")
-        return scale_from(x_text, y_text, f"metadata ({self.vendor})", hint)
-
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        self._check(level)
-        if level in self._exact:
-            assert self.tiff is not None
-            return self.tiff.read_level(self._exact[level], x, y, width, height)
-        downsample = self._downsamples[level]
-        with blaming(self.path, f"reading level {level} at {x}, {y}"):
-            at_l0 = (round(x * downsample), round(y * downsample))
-            rgba = np.asarray(self._slide.read_region(at_l0, level, (width, height)))
-        alpha = rgba[..., 3]
-        if alpha.min() == 255:
-            return np.ascontiguousarray(rgba[..., :3])
-        # openslide-python has undone the premultiplication: colour over white is a plain blend.
-        weight = alpha[..., None].astype(np.uint16)
-        return ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
-
-    def read_bgrx(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8] | None:
-        paint = getattr(openslide.lowlevel, "_read_region", None)  # the C function under read_region, without copies
-        self._check(level)
-        if level in self._exact or paint is None or sys.byteorder != "little" or min(width, height) < 1:
-            return None
-        downsample = self._downsamples[level]
-        pixels = np.empty((height, width, 4), np.uint8)
-        buffer = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
-        with blaming(self.path, f"reading level {level} at {x}, {y}"):
-            paint(self._slide._osr, buffer, round(x * downsample), round(y * downsample), level, width, height)
-        bgra = pixels.view(np.uint32)
-        if bgra.min() < 0xFF000000:  # colours are multiplied by alpha already: over white, what is missing is added
-            bgra += (0xFF - (bgra >> 24)) * 0x010101
-        return pixels
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._slide.close()
-        if self.tiff is not None:
-            self.tiff.close()
-
-
-class PlainLevels:
-    """A PNG or JPEG region: one level, decoded whole on the first read."""
-
-    in_strips = False
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._pixels: NDArray[np.uint8] | None = None
-        with blaming(path, "opening it as an image"), self._image() as image:
-            width, height = int(image.width), int(image.height)
-            # Of a JPEG only: asked for a PNG's, Pillow decodes the whole picture.
-            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
-            self.dpi = image.info.get("dpi")
-        self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
-        if width * height > MAX_PLAIN_PX:
-            raise SlideError(
-                f"{path.name}: {width} x {height} px are too many for a plain image, which is decoded whole (at most "
-                f"{MAX_PLAIN_PX / 1e6:.0f} million); make it a tiled TIFF: "
-                f"vips tiffsave {path.name} {path.stem}.tif --tile --pyramid --compression jpeg --Q 90"
-            )
-
-    def _image(self) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
-            return Image.open(self.path, formats=("PNG", "JPEG"))
-
-    def downsamples(self) -> tuple[float, ...]:
-        return (1.0,)
-
-    def scale(self) -> Scale | None:
-        return None  # dots per inch in a PNG or JPEG are a screen's or a printer's
-
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        assert level == 0, level
-        pixels = self._decoded()
-        out = np.full((height, width, 3), 255, dtype=np.uint8)
-        left, top = max(x, 0), max(y, 0)
-        right, bottom = min(x + width, pixels.shape[1]), min(y + height, pixels.shape[0])
-        if left < right and top < bottom:
-            out[top - y : bottom - y, left - x : right - x] = pixels[top:bottom, left:right]
-        return out
-
-    def _decoded(self) -> NDArray[np.uint8]:
-        if self._pixels is None:
-            with blaming(self.path, "decoding it"), self._image() as image:
-                pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
-                # Band by band: Pillow's copies on the way to RGB are each as large as what they are made of.
-                for top in range(0, image.height, PLAIN_BAND):
-                    bottom = min(top + PLAIN_BAND, image.height)
-                    pixels[top:bottom] = _rgb(image.crop((0, top, image.width, bottom)))
-            self._pixels = pixels
-        return self._pixels
-
-    def close(self) -> None:
-        self._pixels = None
-
-
-def _rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Any image as (h, w, 3), what is transparent over white."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = (np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba))[..., :3]
-    return np.asarray(image.convert("RGB"))
