@@ -20,7 +20,7 @@ from PIL import Image
 
 from histossl.demo.paint import PaintedSlide
 from histossl.errors import SlideError
-from histossl.slides import reader
+from histossl.slides import plain, reader
 from histossl.slides import tiff as tiff_module
 from histossl.slides.reader import Slide, open_slide
 from histossl.slides.tiff import TiffLevels
@@ -318,7 +318,7 @@ def test_png_and_jpeg_need_a_scale_and_are_read_whole(tmp_path: Path) -> None:
 def test_plain_images_of_any_mode_are_decoded_in_bands(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "PLAIN_BAND", 37)
+    monkeypatch.setattr(plain, "BAND", 37)
     alpha = Image.fromarray(picture(300, 200, seed=1)).convert("L")
     image = Image.fromarray(picture(300, 200))
     image.putalpha(alpha)
