@@ -38,6 +38,7 @@ from histossl.methods.pretext import (
     standardised,
     whole_numbers,
 )
+from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
 DOERSCH = "Doersch et al. 2015, arXiv 1505.05192"
@@ -96,7 +97,7 @@ class Context(Pretext):
             patches = only_one_channel(patches, kept, dropped)
         features = encoded(self.backbone, standardised(patches), self.input_px)  # (B, 9, D)
         z = self.embed(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        first, second, label = (each.to(z.device) for each in pairs())
+        first, second, label = (on(z.device, each.numpy()) for each in pairs())
         logits = self.head(torch.cat([z[:, first], z[:, second]], 2).flatten(0, 1))
         return self.answered(logits, label.repeat(len(z)))
 

@@ -168,7 +168,8 @@ class Distillation(Method):
     def after_step(self, carries: Sequence[Tensor], progress: float) -> None:
         average_batchnorm_buffers(self)
         now_C = gather.mean_over_processes(torch.stack(list(carries)).mean(0))
-        self.answer_C.copy_(now_C if not bool(self.answer_C.any()) else self.answer_C.lerp(now_C, 1 - REMEMBERED))
+        # Of a first answer all; asked on the device, so that it is not waited for.
+        self.answer_C.copy_(torch.where(self.answer_C.any(), self.answer_C.lerp(now_C, 1 - REMEMBERED), now_C))
 
     stuck_by = ("a teacher that says nearly the same of all tiles (--temperature too high)", "views that hide tissue")
 

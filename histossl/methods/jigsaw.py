@@ -40,6 +40,7 @@ from histossl.methods.pretext import (
     standardised,
     whole_numbers,
 )
+from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
 NOROOZI = "Noroozi and Favaro 2016, arXiv 1603.09246"
@@ -91,7 +92,7 @@ class Jigsaw(Pretext):
         features = encoded(self.backbone, patches, self.input_px)  # (B, 9, D)
         z = self.embed(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         asked = whole_numbers(draws, "order", self.config.num_orders, self.config.orders_per_tile)
-        label_BO = torch.from_numpy(asked).to(z.device)
+        label_BO = on(z.device, asked)
         logits = self.head(laid_out(z, self.orders_KN[label_BO]).flatten(2).flatten(0, 1))
         return self.answered(logits, label_BO.flatten())
 

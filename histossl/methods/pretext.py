@@ -27,6 +27,7 @@ from histossl.methods import gather, tokens
 from histossl.methods.method import Method, Outcome, Rate, Training
 from histossl.tiles.sampling import Ints
 from histossl.views.draws import Draws
+from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
 GRID = 3
@@ -67,7 +68,7 @@ class Pretext(Method):
         with torch.autocast(logits_QA.device.type, enabled=False):
             loss = F.cross_entropy(logits_QA.float(), answer_Q)
         right = (logits_QA.argmax(1) == answer_Q).sum()
-        return self.outcome(loss, right, right.new_tensor(len(answer_Q)))
+        return self.outcome(loss, right, torch.full_like(right, len(answer_Q)))
 
     def outcome(self, loss: Tensor, right: Tensor, asked: Tensor) -> Outcome:
         """`right` and `asked`: sums over this process's questions."""
@@ -152,7 +153,7 @@ def whole_numbers(draws: Draws, purpose: str, limit: int, times: int) -> Ints:
 def cut(images: Tensor, corners: Ints, patch_px: int) -> Tensor:
     """(B, N, 3, P, P) of images (B, 3, H, W), at whole pixels: nothing is resampled."""
     line = torch.arange(patch_px, device=images.device)
-    top_BN, left_BN = torch.from_numpy(corners).to(images.device).unbind(2)
+    top_BN, left_BN = on(images.device, corners).unbind(2)
     rows = (top_BN[..., None] + line)[..., :, None]
     columns = (left_BN[..., None] + line)[..., None, :]
     tile = torch.arange(len(images), device=images.device)[:, None, None, None]
@@ -172,7 +173,7 @@ def standardised(patches: Tensor) -> Tensor:
 def only_one_channel(patches: Tensor, kept: Ints, chosen: NDArray[np.bool_]) -> Tensor:
     """The `chosen` patches (B, N) with channel `kept` (B, N) alone, the others 0: no chromatic aberration to see."""
     keep = (np.arange(3) == kept[..., None]) | ~chosen[..., None]
-    return patches * torch.from_numpy(keep).to(patches.device)[..., None, None]
+    return patches * on(patches.device, keep)[..., None, None]
 
 
 def encoder_px(backbone: nn.Module, patch_px: int, view_px: int) -> int:

@@ -24,6 +24,7 @@ from histossl.errors import UsageError
 from histossl.methods.batchnorm import globalise_batchnorms
 from histossl.methods.method import Outcome, Views
 from histossl.methods.pretext import Pretext
+from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
 TURNS = 4
@@ -62,7 +63,7 @@ class Rotation(Pretext):
             turns = torch.arange(TURNS, device=every.device).repeat(len(every))
             turned = every.flatten(0, 1)
         else:
-            turns = torch.from_numpy(views.draws().whole("rotation", TURNS)).to(every.device)
+            turns = on(every.device, views.draws().whole("rotation", TURNS))
             turned = every[torch.arange(len(every), device=every.device), turns]
         return self.answered(self.head(self.backbone(turned)), turns)
 

@@ -274,7 +274,7 @@ class SelfDistillation(Method):
         prototypes_KD = self.teacher_head.prototypes_KD()
         temperature = self._teacher_temperature(progress, self.config.teacher_temperature)
         target_XK = self._assigned(towards_XD, prototypes_KD, self.centre_K, temperature)
-        means = Means(F.linear(towards_XD.float().mean(0), prototypes_KD), None, None)
+        means = Means(_logits_of_sum(towards_XD, prototypes_KD) / len(towards_XD), None, None)
         if masked is None or self.masks is None:
             return target_XK, target_XK[:0], means
         final = self.masks.patch_teacher_temperature or self.config.teacher_temperature
@@ -285,12 +285,9 @@ class SelfDistillation(Method):
         target_RK = self._assigned(towards_RD, prototypes_KD, self.patch_centre_K, temperature)
         if self.config.assign == "centre" and self.masks.patch_centre == "all":
             towards_TD = head.towards(tokens_TD)
-        summed_K = F.linear(towards_TD.float().sum(0), prototypes_KD)
-        return (
-            target_XK,
-            target_RK,
-            means._replace(patches_K=summed_K, num_patches=summed_K.new_tensor(len(towards_TD))),
-        )
+        summed_K = _logits_of_sum(towards_TD, prototypes_KD)
+        num_patches = torch.full((), len(towards_TD), dtype=torch.float32, device=summed_K.device)
+        return target_XK, target_RK, means._replace(patches_K=summed_K, num_patches=num_patches)
 
     def _teacher_temperature(self, progress: float, final: float) -> float:
         knobs = self.config
@@ -373,6 +370,12 @@ class SelfDistillation(Method):
 
     def ailment(self, row: Mapping[str, float]) -> str:
         return self.ailments.of(row, self.progress)
+
+
+def _logits_of_sum(towards_TD: Tensor, prototypes_KD: Tensor) -> Tensor:
+    """(K,) the sum of all tokens' logits, in fp32 whatever the autocast: centres take a little of it at a time."""
+    with torch.autocast(towards_TD.device.type, enabled=False):
+        return F.linear(towards_TD.float().sum(0), prototypes_KD.float())
 
 
 def _features(network: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Features:

@@ -152,6 +152,29 @@ def test_a_resumed_run_equals_the_unbroken_one(name: str, index: TileIndex, tmp_
     assert losses[0] == losses[1]
 
 
+# ---- in half the bits
+
+
+def half_run(name: str, index: TileIndex, run: PretrainDir, precision: str) -> list[float]:
+    """Losses of three steps, each with its state changes."""
+    fitting, view_px = ("vit_tiny_patch16_224", 32) if needs_vit(name) else ("resnet10t", 48)
+    config = PretrainConfig(
+        method=name, backbone=fitting, weights="random", steps=3, batch_size=16, view_px=view_px, set=set_of(name)
+    )
+    operation = Operation(num_workers=0, log_every=1, monitor_every=2, precision=precision, stop_on_collapse=False)
+    assert pretrain(index, run, config, operation).finished
+    return [row["loss"] for line in run.log.read_text().splitlines() if "loss" in (row := json.loads(line))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_as_gpus_compute_it_trains_and_says_nearly_the_same(
+    name: str, index: TileIndex, tmp_path: Path
+) -> None:
+    half, whole = (half_run(name, index, PretrainDir(tmp_path / each), each) for each in ("bf16", "fp32"))
+    assert len(half) == 3
+    assert half == pytest.approx(whole, rel=0.1)
+
+
 # ---- backbones
 
 CLAIMED = (
