@@ -33,6 +33,7 @@ from histossl.errors import StoreError, UsageError, WeightsError
 from histossl.evaluation.colour import NUM_STATISTICS, colour_statistics
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
+from histossl.training.loop import has_bf16
 from histossl.views.recipe import clean_view, resized
 from histossl.workspace import Workspace, written_aside
 
@@ -61,10 +62,10 @@ class Embedder:
 def backbone_embedder(
     name: str, backbone: nn.Module, info: BackboneInfo, input_px: int, device: torch.device
 ) -> Embedder:
-    """Eval mode, the backbone's own normalisation, bf16 on CUDA and fp32 on CPU."""
+    """Eval mode, the backbone's own normalisation, bf16 on GPUs that have it, else fp32."""
     digest = weights_digest(backbone)
     backbone = backbone.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    low = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    low = has_bf16(device)
 
     def embed(tiles: Tensor) -> Tensor:
         x = clean_view(tiles, input_px, (info.mean, info.std))  # the whole tile: nothing of the tissue is cut off
@@ -89,6 +90,8 @@ def device_of(wanted: str) -> torch.device:
         raise UsageError(
             f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
         )
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams are made on the current one
     return device
 
 

@@ -30,11 +30,11 @@ from histossl.backbones import BackboneInfo
 from histossl.config import TuneConfig
 from histossl.evaluation.abmil import FittedAbmil, GatedAttention
 from histossl.evaluation.heads import Floats, Ints
-from histossl.methods.gather import alone
+from histossl.methods.gather import imagined
 from histossl.methods.method import Method, Outcome, Views
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
-from histossl.training.loop import Precision, train
+from histossl.training.loop import Precision, has_bf16, train
 from histossl.training.schedules import warmup_cosine
 from histossl.views.recipe import ViewRecipe, clean_view, make_views, normalise, recipe_named
 
@@ -139,8 +139,8 @@ def tune(
     kept = _kept_for_validation(position, groups, seed)
     label_of_item = torch.zeros(int(train_items.max()) + 1, dtype=torch.int64)
     label_of_item[torch.from_numpy(train_items)] = torch.from_numpy(position)
-    # alone: processes beside this one train other heads (team.py), and their ranks must not enter this one's dropout.
-    with alone(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # Processes beside this one train other heads (team.py), and their ranks must not enter this one's dropout.
+    with imagined(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         own = copy.deepcopy(backbone)
         model = Tuned(own, info.feature_dim, len(present), label_of_item, config.tiles_per_bag)
@@ -168,7 +168,7 @@ def _train(
     seed: int,
 ) -> None:
     optimizer = _optimizer(model, part, config)
-    precision = Precision("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32")
+    precision = Precision("bf16" if has_bf16(device) else "fp32")
     model.train()
     lr_at = partial(
         warmup_cosine,
@@ -324,7 +324,7 @@ def _features(
     backbone: nn.Module, info: BackboneInfo, input_px: int, index: TileIndex, numbers: NDArray[np.int64]
 ) -> Tensor:
     device = next(backbone.parameters()).device
-    low = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    low = has_bf16(device)
     features = []
     for first in range(0, len(numbers), CHUNK):
         tiles = decode_tiles(index.read_many(numbers[first : first + CHUNK]), index.tile_px).to(device)

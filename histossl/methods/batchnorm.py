@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from histossl.methods import gather
@@ -178,8 +177,6 @@ def average_batchnorm_buffers(network: nn.Module) -> None:
     buffers = batchnorm_buffers(network)
     if not buffers:
         return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= gather.world_size()
+    flat = gather.mean_over_processes(torch.cat([buffer.flatten() for buffer in buffers]))
     for buffer, value in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(value.view_as(buffer))

@@ -13,26 +13,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_alone = False
+_imagined = 0  # processes; 0: those that there are
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Within it every process is the only one: for trying things out, where one may stop before the others."""
-    global _alone
-    _alone = True
+def imagined(count: int = 1) -> Iterator[None]:
+    """Within it every process is as if it were one of `count` that all say what it says, and nothing is exchanged.
+
+    For trying things out, where one may stop before the others. What they would send takes its memory.
+    """
+    global _imagined
+    _imagined = count
     try:
         yield
     finally:
-        _alone = False
+        _imagined = 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
+    return _imagined or (dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
 
 
 def rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 and not _imagined else 0
 
 
 def gather(x_BX: Tensor) -> Tensor:
@@ -40,6 +43,8 @@ def gather(x_BX: Tensor) -> Tensor:
     if world_size() == 1:
         return x_BX
     x_BX = x_BX.detach().contiguous()
+    if _imagined:
+        return torch.cat([x_BX] * _imagined)
     parts = [torch.empty_like(x_BX) for _ in range(world_size())]
     dist.all_gather(parts, x_BX)
     return torch.cat(parts)
@@ -51,11 +56,7 @@ def own_part(x_GX: Tensor) -> Tensor:
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    if world_size() == 1:
-        return x
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / world_size()
+    return x if world_size() == 1 else sum_over_processes(x) / world_size()
 
 
 def gather_with_gradient(x_BX: Tensor) -> Tensor:
@@ -78,13 +79,15 @@ def sum_over_processes(x: Tensor) -> Tensor:
     """As `sum_with_gradient`, without any."""
     if world_size() == 1:
         return x
+    if _imagined:
+        return x.detach() * _imagined
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
 
 
 def max_over_processes(x: Tensor) -> Tensor:
-    if world_size() == 1:
+    if world_size() == 1 or _imagined:
         return x
     x = x.detach().clone()
     dist.all_reduce(x, dist.ReduceOp.MAX)

@@ -82,6 +82,11 @@ def num_processes_for(gpus: str) -> int:
     On a machine without GPUs a number starts that many CPU processes (gloo): slow, and right for trying things out.
     """
     visible = torch.cuda.device_count()
+    if visible and not torch.cuda.is_available():  # else it would be a long run on the CPU, and nobody told
+        raise UsageError(
+            f"--gpus {gpus}: this machine has {visible} GPUs that torch {torch.__version__} cannot use (is the driver "
+            "too old for it?); update the driver, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
     if gpus == "auto":
         return max(1, visible)
     if not gpus.isdigit() or int(gpus) < 1:
@@ -122,8 +127,12 @@ def joined() -> Iterator[Processes]:
     try:
         signs = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield Processes(dist.get_rank(), local_rank, dist.get_world_size(), device, signs)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # nccl would wait here for the others, who wait for this one in an exchange. It ends, and all are told by that.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -159,6 +168,19 @@ def _give_signs(group: Any, over: threading.Event) -> None:
             dist.broadcast(torch.tensor(float(at_work)), 0, group)
         except RuntimeError:  # another process is lost: the next exchange says so
             return
+
+
+def agreed(processes: Processes, signal_number: int, due: bool) -> tuple[int, bool]:
+    """The signal that any process was sent (0: none), and whether the one that writes finds a checkpoint due.
+
+    Each asked by itself would be wrong: signals come to one, and no two clocks agree on when ten minutes are over.
+    """
+    if processes.count == 1:
+        return signal_number, due
+    asked = torch.tensor([signal_number, due and processes.writes], device=processes.device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    number, due_there = asked.tolist()
+    return number, bool(due_there)
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -20,6 +20,7 @@ from histossl.errors import StoreError, TrainingError
 from histossl.methods import gather
 from histossl.methods.batchnorm import batchnorm_buffers
 from histossl.methods.method import Method, Outcome, Views
+from histossl.training.memory import is_out_of_memory
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -34,6 +35,14 @@ class Step:
     grad_norm: Tensor  # (), before clipping
     metrics: dict[str, Tensor]
     skipped: bool  # loss or gradient was not finite: neither weights nor method state changed
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the GPU computes in bf16; older ones emulate it, more slowly than fp32."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def train(
         # Gradients are averaged over processes, so all of them decide alike. The host waits for the answer only when
         # the next views stand in the device's line behind it, so that the device has work while the host is told.
         finite = Answer(torch.isfinite(grad_norm))
-        with put_back_if_broken(statistics, before):
+        with put_back_if_broken(statistics, before, scaler):
             views = next(batches, None)
         skipped = not finite.get()
         if skipped:
@@ -136,8 +145,10 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
                 method.after_step([outcome.carry for outcome in outcomes], (number + 1) / num_steps)
-            except torch.OutOfMemoryError as error:
-                raise HalfDoneError(number) from error
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise HalfDoneError(number) from error
+                raise
         yield Step(number, lr, loss, grad_norm, _mean_metrics([outcome.metrics for outcome in outcomes]), skipped)
 
 
@@ -183,7 +194,7 @@ class Answer:
         if flag.device.type == "cuda":
             self._flag = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(flag.device))
 
     def get(self) -> bool:
         if self._copied is not None:
@@ -192,13 +203,21 @@ class Answer:
 
 
 @contextmanager
-def put_back_if_broken(statistics: list[Tensor], before: list[Tensor]) -> Iterator[None]:
-    """A pass that breaks off leaves no trace: BatchNorm's statistics are all that it has changed."""
+def put_back_if_broken(
+    statistics: list[Tensor], before: list[Tensor], unscaled_by: torch.amp.GradScaler | None = None
+) -> Iterator[None]:
+    """A pass that breaks off leaves no trace: BatchNorm's statistics are all that it has changed.
+
+    And a scaler that has divided its gradients already remembers that: it is told that they are given up.
+    """
     try:
         yield
-    except (torch.OutOfMemoryError, StoreError):  # memory ran out, or too many tiles are damaged
-        if statistics:
-            torch._foreach_copy_(statistics, before)
+    except (RuntimeError, StoreError) as error:  # memory ran out, or too many tiles are damaged
+        if isinstance(error, StoreError) or is_out_of_memory(error):
+            if statistics:
+                torch._foreach_copy_(statistics, before)
+            if unscaled_by is not None and unscaled_by.is_enabled():
+                unscaled_by.update(unscaled_by.get_scale())
         raise
 
 

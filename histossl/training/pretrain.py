@@ -24,12 +24,13 @@ from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
 from histossl.tiles.subset import open_subset
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from histossl.training.distributed import Processes, is_lost_process, joined, others_wait
+from histossl.training.distributed import Processes, agreed, is_lost_process, joined, others_wait
 from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
 from histossl.training.lock import alone_in
 from histossl.training.log import RunLog
 from histossl.training.looks import Looks, probe_verdict
 from histossl.training.loop import HalfDoneError, Step, train
+from histossl.training.memory import is_out_of_memory
 from histossl.training.operation import Operation, Probe
 from histossl.training.pace import Expected, Pace, clock
 from histossl.training.planner import Plan, batch_bounds
@@ -205,7 +206,7 @@ class _Pretraining:
                 self.looks.look(0)
             first = 0
         try:
-            if self._all_stop(stop, 0):  # asked before the first step
+            if self._agreed(stop, False, 0)[0]:  # asked before the first step
                 done = first
                 self._save_together(done)
             else:
@@ -273,6 +274,8 @@ class _Pretraining:
             partial(_weight_decay_at, self.prepared.plan),
         )
         self.pace = Pace(first, num_steps, operation.monitor_every, self.pace.look_s)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # of trying out how many tiles fit
         saved_s = time.monotonic()
         stepped_s, waited_s, logged, done = 0.0, 0.0, first, first
         shown = console.progress("pretraining", num_steps, "steps", visible=self.processes.writes, framed=True)
@@ -305,8 +308,8 @@ class _Pretraining:
                     self._tell_time(replace(expected, rest_s=self._finish_s()))
                 bar.advance()
                 by_steps = operation.checkpoint_every_steps and done % operation.checkpoint_every_steps == 0
-                by_time = time.monotonic() - saved_s >= operation.checkpoint_every_s
-                stopping = self._all_stop(stop, done)
+                due = time.monotonic() - saved_s >= operation.checkpoint_every_s
+                stopping, by_time = self._agreed(stop, due, done)
                 if last or stopping or by_steps or by_time:
                     self._save_together(done)
                     saved_s = time.monotonic()
@@ -353,7 +356,16 @@ class _Pretraining:
             for step in steps:
                 done = step.number + 1
                 yield step
-        except torch.OutOfMemoryError as error:
+        except HalfDoneError:
+            raise
+        except (TrainingError, StoreError):
+            self._save(done)
+            raise
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                if plain := self._in_plain_words(error, done):
+                    raise plain from error
+                raise
             self.optimizer.zero_grad(set_to_none=True)
             self._save(done)
             if self.asked.batch_size == 0 and not self.operation.micro_batches:
@@ -363,17 +375,19 @@ class _Pretraining:
                 f"{self._whether_saved()}. The same command with --accumulate {2 * self.prepared.plan.micro_batches} "
                 f"goes on from {'there' if self.processes.writes else 'the last checkpoint'}"
             ) from error
-        except HalfDoneError:
-            raise
-        except (TrainingError, StoreError):
-            self._save(done)
-            raise
-        except RuntimeError as error:
-            if self.processes.count > 1 and is_lost_process(error):
-                if self.processes.writes:
-                    console.warn(f"step {done}: another process of this run is lost; this one ends too")
-                raise SystemExit(RESTART) from error
-            raise
+
+    def _in_plain_words(self, error: RuntimeError, done: int) -> BaseException | None:
+        if self.processes.count > 1 and is_lost_process(error):
+            if self.processes.writes:
+                console.warn(f"step {done}: another process of this run is lost; this one ends too")
+            return SystemExit(RESTART)
+        if "does not have a deterministic implementation" in str(error):
+            return TrainingError(
+                f"--deterministic: on a GPU a step of {self.prepared.config.backbone} has no such way "
+                f"({str(error).split(' does not', maxsplit=1)[0]}): a ViT at another size than its own enlarges its "
+                "positions. Use --view-px of its own size and a method without small crops, or leave it out"
+            )
+        return None
 
     def _whether_saved(self) -> str:
         """Only one of several processes writes checkpoints, and the others cannot ask it once one is in trouble."""
@@ -459,21 +473,17 @@ class _Pretraining:
             }
             save_checkpoint(self.run, state)
 
-    def _all_stop(self, stop: Stop, done: int) -> bool:
-        """Whether any process was asked to stop: they must save and leave the loop at the same step.
+    def _agreed(self, stop: Stop, due: bool, done: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save, after `done` steps: at the same one on all processes.
 
         GPUs are asked at every tenth step, for the answer makes the host wait for them.
         """
-        if self.processes.count == 1:
-            return stop.is_set()
-        if self.device.type == "cuda" and done % 10:
-            return False
-        asked_by = torch.tensor(stop.number, device=self.device)  # the signal that any of them got
-        torch.distributed.all_reduce(asked_by, torch.distributed.ReduceOp.MAX)
-        number = int(asked_by.item())
+        if self.device.type == "cuda" and self.processes.count > 1 and done % 10:
+            return False, False
+        number, due = agreed(self.processes, stop.number, due)
         if number:
             stop.ask(number)
-        return number > 0
+        return stop.is_set(), due
 
     # ---- before the first step, and of each logged one
 

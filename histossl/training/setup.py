@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from histossl.errors import UsageError
 from histossl.methods.method import Method
 from histossl.training.lars import LARS
-from histossl.training.loop import Precision
+from histossl.training.loop import Precision, has_bf16
 from histossl.training.planner import Plan
 
 PRODUCTS = [
@@ -34,7 +34,7 @@ def precision_for(name: str, device: torch.device) -> Precision:
     if name == "auto":
         if device.type != "cuda":
             return Precision("fp32")
-        return Precision("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+        return Precision("bf16" if has_bf16(device) else "fp16")
     if name not in ("fp32", "bf16", "fp16"):
         raise UsageError(f"--precision {name}: must be auto, fp32, bf16 or fp16")
     if name == "fp16" and device.type != "cuda":

@@ -26,6 +26,7 @@ from histossl.methods.method import Views
 from histossl.training.distributed import others_wait
 from histossl.training.export import BATCHNORM_TILES, plain_backbone
 from histossl.training.looks import MONITOR_TILES, monitor_features
+from histossl.training.memory import is_out_of_memory
 from histossl.training.operation import Probe
 from histossl.training.pace import Expected, steps_within
 from histossl.training.planner import in_batch_reason, of_the_pass_reason
@@ -79,7 +80,8 @@ def fewest_pieces(fits_in_memory: Callable[[int], bool], batch_size: int, num_pr
 
 def fits(prepared: Prepared, tiles_per_pass: int) -> bool:
     failed = torch.zeros((), device=prepared.device)
-    with _unchanged(prepared), gather.alone():  # who runs out of memory would keep the others waiting
+    # Who runs out of memory would keep the others waiting; what they would send takes memory all the same.
+    with _unchanged(prepared), gather.imagined(prepared.processes.count):
         try:
             optimizer_state = _like_optimizer_state(prepared)  # which comes with the first step, and stays
             side = prepared.index.tile_px
@@ -89,16 +91,22 @@ def fits(prepared: Prepared, tiles_per_pass: int) -> bool:
             on_device = numbers.to(prepared.device)
             _pass(prepared, Views(images, on_device, on_device, 0, positions_B=numbers))
             del optimizer_state
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             failed += 1
     torch.cuda.empty_cache()
     return not bool(mean_over_processes(failed))
 
 
 def _like_optimizer_state(prepared: Prepared) -> list[Tensor]:
-    """As much memory as the optimizer will take: one value a weight for sgd and lars, two for adamw."""
+    """As much memory as the optimizer will take: one value a weight for sgd and lars, two for adamw.
+
+    And one for what several processes exchange (DistributedDataParallel's buckets).
+    """
     trained = [parameter for group in prepared.optimizer.param_groups for parameter in group["params"]]
-    return [torch.empty_like(each) for each in trained for _ in range(2 if prepared.plan.optimizer == "adamw" else 1)]
+    copies = (2 if prepared.plan.optimizer == "adamw" else 1) + (prepared.processes.count > 1)
+    return [torch.empty_like(each) for each in trained for _ in range(copies)]
 
 
 def fit_hours(prepared: Prepared, probe: Probe | None, step_s: float | None = None) -> None:
@@ -173,7 +181,7 @@ def larger_share(prepared: Prepared) -> float:
 def _step_s(prepared: Prepared, num_steps: int, at_most_s: float, resident: bool, first: int = 0) -> float:
     tiles = prepared.tile_batches(0, prepared.order_of(PREFILL), num_steps + 1)
     taken: list[float] = []
-    with tiles, _unchanged(prepared), gather.alone():  # processes may differ in when they have seen enough
+    with tiles, _unchanged(prepared), gather.imagined():  # processes may differ in when they have seen enough
         views = prepared.views(tiles, first)
         if resident:
             views = itertools.repeat(next(views))

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from histossl import launched
 from histossl.errors import UsageError
 from histossl.training import distributed
-from histossl.training.distributed import Processes, gpu_of, is_worker, launch, others_wait
+from histossl.training.distributed import Processes, agreed, gpu_of, is_worker, launch, num_processes_for, others_wait
 
 
 def _two(rank: int, folder: str, sign_every_s: float, work_s: float) -> None:
@@ -47,6 +47,36 @@ def test_work_of_one_process_may_take_longer_than_the_time_out_while_it_gives_si
     if not lost:
         assert float(said) > work_s - 1
     assert float((tmp_path / "0").read_text()) >= work_s  # nobody breaks off what it does
+
+
+def _agree(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    processes = Processes(rank, rank, 2, torch.device("cpu"))
+    told = [
+        agreed(processes, 0, due=rank == 1),  # the clock of the one that does not write is ahead
+        agreed(processes, 0, due=rank == 0),
+        agreed(processes, signal.SIGTERM if rank == 1 else 0, due=False),
+    ]
+    Path(folder, str(rank)).write_text(repr(told))
+    dist.destroy_process_group()
+
+
+def test_clocks_that_differ_make_no_process_save_alone(tmp_path: Path) -> None:
+    mp.start_processes(_agree, (str(tmp_path),), nprocs=2, start_method="spawn")
+    wanted = repr([(0, False), (0, True), (int(signal.SIGTERM), False)])
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [wanted, wanted]
+
+
+def test_in_one_process_clock_and_signal_are_its_own() -> None:
+    assert agreed(Processes(0, 0, 1, torch.device("cpu")), 15, True) == (15, True)
+
+
+def test_gpus_that_torch_cannot_use_are_no_reason_to_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for asked in ("auto", "2"):
+        with pytest.raises(UsageError, match=r"4 GPUs that torch .* cannot use.*driver"):
+            num_processes_for(asked)
 
 
 def test_in_one_process_nobody_waits() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from histossl.errors import TrainingError
 from histossl.methods.method import Method, Outcome, Views
 from histossl.training.loop import Precision, Step, train
+from histossl.training.memory import is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -125,6 +126,40 @@ def test_a_step_that_breaks_off_leaves_batchnorm_as_it_was() -> None:
     assert torch.equal(method.norm.running_mean, mean)
     assert torch.equal(method.weight, weight)
     assert len(method.log) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("CUDA out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_all_its_names(error: Exception, memory: bool) -> None:
+    assert is_out_of_memory(error) == memory
+
+
+def test_memory_that_runs_out_behind_the_backward_pass_leaves_the_scaler_ready() -> None:
+    """fp16: gradients are divided already when the next views are made."""
+    method = Parabola()
+    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
+    optimizer = torch.optim.SGD([method.weight], lr=1.0)
+
+    def views() -> Iterator[Views]:
+        yield from stream([1.0])
+        raise torch.OutOfMemoryError
+
+    for _ in range(2):
+        steps = train(method, optimizer, views(), lambda step: 0.2, 0, 2, CPU, Precision(), scaler, 1e9)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(steps)
+    assert scaler.get_scale() == 8.0
 
 
 def test_the_next_views_are_made_before_the_step_is_taken() -> None:
