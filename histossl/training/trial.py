@@ -26,16 +26,24 @@ from histossl.methods.method import Views
 from histossl.training.distributed import others_wait
 from histossl.training.export import BATCHNORM_TILES, plain_backbone
 from histossl.training.looks import MONITOR_TILES, monitor_features
-from histossl.training.memory import is_out_of_memory
+from histossl.training.memory import free_ram, is_out_of_memory, kept_for_backward
 from histossl.training.operation import Probe
 from histossl.training.pace import Expected, steps_within
 from histossl.training.planner import in_batch_reason, of_the_pass_reason
 from histossl.training.prepared import PREFILL, RECOMPUTED, Prepared
 from histossl.views.recipe import make_views
 
+SURELY_FITS_PX = 2 << 20  # of all views of a pass on a CPU: two gigabytes with a ResNet-50
+SMALL_PASS = 4  # tiles
+RAM_SHARE = 0.8  # of what is free; the loader, the system and other people want some
+BESIDE = 1.2  # views, gradients on their way back, what the optimizer keeps: measured 1.0 to 1.1 of what is kept
+
 
 def fit_memory(prepared: Prepared) -> None:
-    """Into how many micro-batches a batch is cut: as the run was before, or on a GPU until a pass fits on all."""
+    """Into how many micro-batches a batch is cut: as the run was before, or until a pass fits on all processes.
+
+    On GPUs that is tried out; on a CPU, where too much is never forgiven, it is worked out.
+    """
     before = read_run(prepared.run.run_json)["plan"] if prepared.run.run_json.exists() else {}
     if before.get("recompute"):
         prepared.recompute()
@@ -47,6 +55,9 @@ def fit_memory(prepared: Prepared) -> None:
         if not fits(prepared, prepared.plan.tiles_per_pass):
             prepared.recompute()
         pieces = fewest_pieces(partial(fits, prepared), prepared.plan.batch_size, prepared.processes.count)
+    elif pixels_of_pass(prepared) > SURELY_FITS_PX and (free := _free_for_each(prepared)) is not None:
+        tile = bytes_per_tile(prepared)
+        pieces = fewest_pieces(lambda tiles: tiles * tile < free, prepared.plan.batch_size, prepared.processes.count)
     else:
         return
     reasons = prepared.plan.reasons
@@ -73,9 +84,43 @@ def fewest_pieces(fits_in_memory: Callable[[int], bool], batch_size: int, num_pr
             return pieces
         pieces *= 2
     raise TrainingError(
-        f"out of GPU memory even with {2 * batch_size // pieces // num_processes} tiles a pass; "
+        f"out of memory even with {2 * batch_size // pieces // num_processes} tiles a pass; "
         "use a smaller --view-px, a smaller --backbone, or a --batch-size with more factors of two"
     )
+
+
+def pixels_of_pass(prepared: Prepared) -> int:
+    sides = (view.size_px for view in prepared.method.views(1.0).views)
+    return prepared.plan.tiles_per_pass * sum(side * side for side in sides)
+
+
+def _free_for_each(prepared: Prepared) -> int | None:
+    """Bytes of the machine's memory that each process may take; the least that any of them sees."""
+    free = free_ram()
+    if free is None:
+        return None
+    least = -max_over_processes(torch.tensor(-float(free), device=prepared.device))
+    return int(RAM_SHARE * float(least) / max(1, prepared.processes.count))
+
+
+def bytes_per_tile(prepared: Prepared) -> float:
+    """What a pass keeps of each tile for its backward pass, and what it needs beside that, on a CPU: from a small pass.
+
+    There nobody says that memory ran out: the process is killed.
+    """
+    with _unchanged(prepared), gather.imagined(), kept_for_backward() as kept:
+        _pass(prepared, _blank_views(prepared, SMALL_PASS))
+    return BESIDE * kept[0] / SMALL_PASS
+
+
+def _blank_views(prepared: Prepared, num_tiles: int) -> Views:
+    """Views as large as they ever get, of tiles without content."""
+    side = prepared.index.tile_px
+    tiles = torch.zeros(num_tiles, 3, side, side, dtype=torch.uint8, device=prepared.device)
+    numbers = torch.arange(num_tiles)
+    images = make_views(tiles, prepared.method.views(1.0), 0, numbers, (prepared.info.mean, prepared.info.std))
+    on_device = numbers.to(prepared.device)
+    return Views(images, on_device, on_device, 0, positions_B=numbers)
 
 
 def fits(prepared: Prepared, tiles_per_pass: int) -> bool:
@@ -84,12 +129,7 @@ def fits(prepared: Prepared, tiles_per_pass: int) -> bool:
     with _unchanged(prepared), gather.imagined(prepared.processes.count):
         try:
             optimizer_state = _like_optimizer_state(prepared)  # which comes with the first step, and stays
-            side = prepared.index.tile_px
-            tiles = torch.zeros(tiles_per_pass, 3, side, side, dtype=torch.uint8, device=prepared.device)
-            numbers = torch.arange(tiles_per_pass)
-            images = make_views(tiles, prepared.method.views(1.0), 0, numbers, (prepared.info.mean, prepared.info.std))
-            on_device = numbers.to(prepared.device)
-            _pass(prepared, Views(images, on_device, on_device, 0, positions_B=numbers))
+            _pass(prepared, _blank_views(prepared, tiles_per_pass))
             del optimizer_state
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -15,5 +15,5 @@ def test_micro_batches_double_until_a_pass_fits() -> None:
 
     assert fewest_pieces(fits, 256, 2) == 8
     assert asked == [128, 64, 32, 16]
-    with pytest.raises(TrainingError, match="out of GPU memory even with 3 tiles a pass"):
+    with pytest.raises(TrainingError, match="out of memory even with 3 tiles a pass"):
         fewest_pieces(lambda _: False, 12, 2)
