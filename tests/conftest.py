@@ -15,10 +15,14 @@ Nothing here is downloaded, and nothing may be: the hub is switched off.
 from __future__ import annotations
 
 import os
+import sys
 
 # Before numpy or torch are imported. Two cores: every process keeps to one thread, or they fight.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+# The suite's truths (the same bits, two processes on no GPU) are of a CPU; `-m gpu` is for what only a GPU can show.
+if not any("gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "120"
 os.environ["HF_HUB_OFFLINE"] = "1"

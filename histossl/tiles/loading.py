@@ -60,7 +60,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 def decode_tiles(jpegs: Sequence[bytes], tile_px: int, device: torch.device | None = None) -> Tensor:
     """(B, 3, tile_px, tile_px) uint8 RGB, in channels-last memory: the bytes lie as the decoder wrote them.
 
-    On a CUDA device nvJPEG decodes, through torchvision, the whole batch at once; its rounding differs by a level.
+    On a CUDA device nvJPEG decodes, through torchvision, the whole batch at once. Where colours are thinned out (4:2:0)
+    it enlarges them without smoothing, so pixels beside a coloured edge differ by some levels, few by more than ten.
     """
     if device is not None and device.type == "cuda":
         return _decoded_on_gpu(jpegs, tile_px, device)
@@ -98,12 +99,19 @@ def _decoded_on_gpu(jpegs: Sequence[bytes], tile_px: int, device: torch.device) 
     for place, jpeg in enumerate(jpegs):
         _refuse_other_size(jpeg, tile_px, f"tile {place} of {len(jpegs)}")
     files = [torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy()) for jpeg in jpegs]
+    # nvJPEG writes from a stream of its own, which does not wait for this one: into memory that a backward pass, still
+    # in line here, may not have done with (pytorch/vision issue 9606).
+    torch.cuda.current_stream(device).synchronize()
     try:
         return torch.stack(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise _not_whole(f"one of {len(jpegs)} tiles", error) from error
+        decode_tiles(jpegs, tile_px)  # a StoreError that names the tile, if it is one's fault
+        raise UsageError(
+            f"--decode-on-gpu: does not work on this machine ({' '.join(str(error).split())[:160]}), and the tiles are "
+            "whole; leave it out"
+        ) from error
 
 
 def _refuse_other_size(jpeg: bytes, tile_px: int, name: str) -> None:

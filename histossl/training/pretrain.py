@@ -87,7 +87,12 @@ def pretrain(
 
 
 def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
-    refuse_other_config(run.run_json, config)
+    try:
+        refuse_other_config(run.run_json, config)
+    except MismatchError as error:
+        if run.checkpoint.exists() or run.backbone.exists():
+            raise
+        raise MismatchError(f"{error}. Nothing was saved in it yet: it may as well be deleted") from error
     if run.run_json.exists():
         tiles = read_run(run.run_json).get("tiles", {})
         before = tiles.get("digest")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from histossl.errors import UsageError
 from histossl.tiles.loading import Store, decode_tiles, tile_batches
 from histossl.tiles.sampling import Ints, Slides, TileOrder
 from histossl.views.recipe import ViewRecipe, make_views
@@ -242,7 +243,8 @@ def _load(store: TileStore, order: TileOrder, batch: int, num_workers: int) -> N
 
 def _on_gpu(
     jpegs: Sequence[bytes], tiles: Tensor, tile_px: int, recipe: ViewRecipe, positions: Tensor, repeats: int
-) -> tuple[Figure, Figure]:
+) -> tuple[Figure, Figure | None]:
+    """Views made there, and decoding there where that works at all."""
     device = torch.device("cuda")
     pinned = tiles.permute(0, 2, 3, 1).contiguous().pin_memory().permute(0, 3, 1, 2)
 
@@ -256,7 +258,8 @@ def _on_gpu(
     views = waited(lambda: _views(pinned.to(device, non_blocking=True), recipe, positions))
     decode = waited(lambda: decode_tiles(jpegs, tile_px, device))
     count, note = len(jpegs), "wall time"
-    return (
-        _timed(f"views: {recipe.name}, on the GPU", count, repeats, views, note, wall=True),
-        _timed("decode on the GPU", count, repeats, decode, note, wall=True),
-    )
+    made = _timed(f"views: {recipe.name}, on the GPU", count, repeats, views, note, wall=True)
+    try:
+        return made, _timed("decode on the GPU", count, repeats, decode, note, wall=True)
+    except UsageError:
+        return made, None
