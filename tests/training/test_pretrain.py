@@ -812,6 +812,28 @@ def test_a_lost_process_is_told_in_one_line(
     assert "another process of this run is lost" in capsys.readouterr().err
 
 
+def test_a_step_that_no_gpu_takes_deterministically_is_told_in_plain_words(index: TileIndex, tmp_path: Path) -> None:
+    said = (
+        "_upsample_bicubic2d_aa_backward_out_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'."
+    )
+    with pytest.raises(TrainingError, match=r"--deterministic: .* \(_upsample_bicubic2d_aa_backward_out_cuda\).*leave"):
+        broken_off(index, run_dir(tmp_path), 0, RuntimeError(said))
+    with pytest.raises(RuntimeError, match="some other"):
+        broken_off(index, run_dir(tmp_path), 0, RuntimeError("some other fault"))
+
+
+def test_settings_of_a_run_that_saved_nothing_may_be_given_up(index: TileIndex, tmp_path: Path) -> None:
+    run = run_dir(tmp_path)
+    pretrain(index, run, TINY, QUICK)
+    with pytest.raises(MismatchError) as finished:
+        pretrain(index, run, replace(TINY, batch_size=16), QUICK)
+    assert "Nothing was saved" not in str(finished.value)
+    run.backbone.unlink()
+    with pytest.raises(MismatchError, match=r"batch_size was 8, now 16.*Nothing was saved in it yet"):
+        pretrain(index, run, replace(TINY, batch_size=16), QUICK)
+
+
 def test_auto_batch_halves_the_pass_when_memory_runs_out_and_goes_on(
     index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
