@@ -290,9 +290,7 @@ class _Pretraining:
                 self.pace.stepped()
                 done = step.number + 1
                 last = done == num_steps
-                # fp16 finds its scale by steps that are not finite: no fault of the run, while there is room below.
-                searching = self.scaler.is_enabled() and self.scaler.get_scale() > 0.5
-                if step.skipped and not searching and self.processes.writes:
+                if step.skipped and self.processes.writes and not self._finds_its_scale():
                     console.warn(f"step {done}: loss or gradient not finite; the step was left out")
                 if done % operation.log_every == 0 or last:
                     took_s = max(self.pace.stepped_s - stepped_s, 1e-9)
@@ -322,6 +320,10 @@ class _Pretraining:
                     break
                 self.pace.resumed()
         return done
+
+    def _finds_its_scale(self) -> bool:
+        """fp16 does so by steps that are not finite: no fault of the run, while there is room below."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 0.5
 
     def _tell_time(self, expected: Expected) -> None:
         larger = larger_share(self.prepared)
