@@ -16,6 +16,7 @@ import typer
 
 from histossl import console
 from histossl.cli import pretrain as pretraining
+from histossl.cli.tiles import tell_tiled
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -116,7 +117,8 @@ def distill(
     if slides is not None and not only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive
 
-        tile_archive(slides, at, tile_config(model), slide_mpp=shared["slide_mpp"])
+        tiling = tile_config(model)
+        tell_tiled(tile_archive(slides, at, tiling, slide_mpp=shared["slide_mpp"]), at, tiling.mpps)
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
     table = labelled_slides(labels, index) if labels else None

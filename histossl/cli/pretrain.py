@@ -16,6 +16,7 @@ import typer
 
 from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
+from histossl.cli.tiles import tell_tiled
 from histossl.config import PretrainConfig, TileConfig
 from histossl.errors import StoreError, UsageError
 from histossl.methods import self_supervised
@@ -370,7 +371,7 @@ def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None
 
     config = stored_config(at) or TileConfig()
     config = replace(config, tile_px=tile_px or config.tile_px, mpp=mpp or config.mpp)
-    tile_archive(slides, at, config, slide_mpp=slide_mpp)
+    tell_tiled(tile_archive(slides, at, config, slide_mpp=slide_mpp), at, config.mpps)
 
 
 def refuse_other_scale(index: TileIndex, tile_px: int | None, mpp: float | None, slide_mpp: float | None) -> None:
