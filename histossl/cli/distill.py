@@ -118,7 +118,8 @@ def distill(
         from histossl.tiles.tiling import tile_archive
 
         tiling = tile_config(model)
-        tell_tiled(tile_archive(slides, at, tiling, slide_mpp=shared["slide_mpp"]), at, tiling.mpps)
+        scale = {name: shared[name] for name in ("slide_mpp", "mpp_csv")}
+        tell_tiled(tile_archive(slides, at, tiling, **scale), at, tiling.mpps)
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
     table = labelled_slides(labels, index) if labels else None

@@ -73,16 +73,12 @@ def archive_of(directory: Path | None, slides: Path | None) -> Path:
 
 # ---- what scan and tile mean by scale and by tissue
 
-SlideMppOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Microns per pixel of all slides here, over what they say; those that say otherwise get a warning.",
-        show_default=False,
-    ),
-]
+SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
+MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
+SlideMppOption = Annotated[float | None, typer.Option(help=SLIDE_MPP_HELP, show_default=False)]
 MppCsvOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.csv", help="The same slide by slide: columns slide,mpp.", show_default=False),
+    typer.Option(metavar="FILE.csv", help=MPP_CSV_HELP, show_default=False),
 ]
 MinTissueOption = Annotated[float, typer.Option(help="Share of a tile that must be tissue.")]
 TissueUmOption = Annotated[float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")]
