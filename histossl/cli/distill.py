@@ -16,6 +16,7 @@ import typer
 
 from histossl import console
 from histossl.cli import pretrain as pretraining
+from histossl.cli.options import above_0
 from histossl.cli.tiles import tell_tiled
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
@@ -76,7 +77,13 @@ def distill(
         float, typer.Option("--temperature", help="Above 1 softens the labels of a teacher that is too sure.")
     ] = 1.0,
     view_px: Annotated[
-        int, typer.Option("--view-px", help="Side of the student's views. Default: as the teacher sees tiles.", min=0)
+        int,
+        typer.Option(
+            "--view-px",
+            help="Side of the student's views. Default: as the teacher sees tiles.",
+            show_default=False,
+            callback=above_0,
+        ),
     ] = 0,
     name: Annotated[
         str, typer.Option("--name", help="Name of the run: its directory under WORKSPACE/pretrain.")

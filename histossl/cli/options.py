@@ -25,6 +25,15 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def above_0(context: typer.Context, parameter: typer.CallbackParam, value: float) -> float:
+    """Callback of options whose default, 0, means 'work it out': a person who gives 0 means something else."""
+    given = context.get_parameter_source(str(parameter.name))
+    if value <= 0 and given is not None and given.name != "DEFAULT":
+        option = str(parameter.name).replace("_", "-")
+        raise UsageError(f"--{option} {value:g}: must be more than 0; leave it out for the default")
+    return value
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

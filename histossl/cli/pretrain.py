@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl import console
-from histossl.cli.options import MPP_CSV_HELP, SLIDE_MPP_HELP, ConfigOption, SlidesOption, WorkspaceOption
+from histossl.cli.options import MPP_CSV_HELP, SLIDE_MPP_HELP, ConfigOption, SlidesOption, WorkspaceOption, above_0
 from histossl.cli.tiles import tell_tiled
 from histossl.config import PretrainConfig, TileConfig
 from histossl.errors import StoreError, UsageError
@@ -130,7 +130,10 @@ def pretrain(
     lr: Annotated[
         float,
         typer.Option(
-            rich_help_panel=METHOD, help="Peak learning rate. Default: worked out from the batch.", show_default=False
+            rich_help_panel=METHOD,
+            help="Peak learning rate. Default: worked out from the batch.",
+            show_default=False,
+            callback=above_0,
         ),
     ] = 0.0,
     weight_decay: Annotated[
@@ -143,6 +146,7 @@ def pretrain(
             rich_help_panel=METHOD,
             help="Factor on the learning rate from block to block. Default: the method's with adamw, else 1.",
             show_default=False,
+            callback=above_0,
         ),
     ] = 0.0,
     warmup: Annotated[
@@ -171,16 +175,23 @@ def pretrain(
             rich_help_panel=LENGTH,
             help="Length in optimizer steps. Default: worked out from the tiles.",
             show_default=False,
+            callback=above_0,
         ),
     ] = 0,
     epochs: Annotated[
         float,
         typer.Option(
-            rich_help_panel=LENGTH, help="Length in passes over the tiles, instead of --steps.", show_default=False
+            rich_help_panel=LENGTH,
+            help="Length in passes over the tiles, instead of --steps.",
+            show_default=False,
+            callback=above_0,
         ),
     ] = 0.0,
     hours: Annotated[
-        float, typer.Option(rich_help_panel=LENGTH, help="Length in hours, instead of --steps.", show_default=False)
+        float,
+        typer.Option(
+            rich_help_panel=LENGTH, help="Length in hours, instead of --steps.", show_default=False, callback=above_0
+        ),
     ] = 0.0,
     batch_size: Annotated[
         str,
@@ -201,8 +212,8 @@ def pretrain(
         typer.Option(
             rich_help_panel=MACHINE,
             help="Micro-batches per step. Default: as few as GPU memory allows.",
-            min=0,
             show_default=False,
+            callback=above_0,
         ),
     ] = 0,
     workers: Annotated[
@@ -381,7 +392,8 @@ def tile_for(
     from histossl.tiles.tiling import stored_config, tile_archive
 
     config = stored_config(at) or TileConfig()
-    config = replace(config, tile_px=tile_px or config.tile_px, mpp=mpp or config.mpp)
+    config = config if tile_px is None else replace(config, tile_px=tile_px)
+    config = config if mpp is None else replace(config, mpp=mpp)
     tell_tiled(tile_archive(slides, at, config, slide_mpp=slide_mpp, mpp_csv=mpp_csv), at, config.mpps)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import tifffile
 import typer
 
@@ -73,3 +74,11 @@ def test_pretrain_tile_and_scan_say_the_same_of_a_scale_given_by_hand() -> None:
             if option.name == name
         }
         assert len(helps) == 1
+
+
+@pytest.mark.parametrize("option", ["--tile-px", "--mpp"])
+def test_tiles_of_no_size_or_scale_are_refused(paint, cli, tmp_path: Path, option: str) -> None:
+    slides = paint("A1.tif").path.parent
+    told = cli("pretrain", "--slides", slides, "-w", tmp_path / "lab", option, 0, *SMALL.split())
+    assert told.code == 2
+    assert f"error: {option} 0" in told.err
