@@ -39,6 +39,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {spelt[close[0]]!r}?" if close else ""
 
 
+def refuse_separator(path: Path | str, header: Iterable[str], error: type[UsageError] = UsageError) -> None:
+    """Of a table whose columns were not found: spreadsheets in many languages save CSV with semicolons."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if any(mark in column for column in header):
+            raise error(f"{path}: columns are separated by {name}; save it with commas")
+
+
 # ---- scan and tile
 
 GRIDS = ("auto", "native", "physical")
