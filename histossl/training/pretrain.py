@@ -22,6 +22,7 @@ from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
+from histossl.training.belongs import digest_of_weights, findable, refuse_other_run
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, agreed, is_lost_process, joined, others_wait
 from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
@@ -34,7 +35,6 @@ from histossl.training.operation import Operation, Probe
 from histossl.training.pace import Expected, Pace, clock
 from histossl.training.planner import Plan, batch_bounds
 from histossl.training.prepared import PREFILL, Prepared
-from histossl.training.same_run import digest_of_weights, findable, refuse_other_run
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of
 from histossl.training.signals import Stop, stop_on_signal
