@@ -197,6 +197,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         aside.chmod(mode)
 
 
+def from_anywhere(path: Path) -> Path:
+    """Absolute, with the file's own name: what a cache's link points to may have no suffix."""
+    return path.parent.resolve() / path.name
+
+
 def file_digest(path: Path) -> str:
     """16 hex digits of a file's content, wherever it lies."""
     status = path.stat()
@@ -324,7 +329,7 @@ def _load_into(backbone: nn.Module, path: Path) -> dict[str, Any]:
         )
     backbone.load_state_dict({key: given.get(key, value) for key, value in backbone.state_dict().items()})
     told: dict[str, Any] = {
-        "start_weights": str(path.absolute()),
+        "start_weights": str(from_anywhere(path)),
         "keys_loaded": len(wanted),
         "keys_dropped": [*dropped, *heads],
     }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from histossl.backbones import file_digest
+from histossl.backbones import file_digest, from_anywhere
 from histossl.config import PretrainConfig, read_run, refuse_other_config
 from histossl.errors import MismatchError
 from histossl.tiles.index import TileIndex
@@ -48,14 +48,14 @@ def digest_of_weights(config: PretrainConfig) -> str:
 
 
 def _file(config: PretrainConfig) -> Path | None:
-    path = Path(config.weights).absolute()
+    path = from_anywhere(Path(config.weights))
     return path if config.weights not in ("imagenet", "random") and path.is_file() else None
 
 
 def _same_weights(run: PretrainDir, before: Mapping[str, Any], config: PretrainConfig) -> bool:
     """Whether both are the same file, wherever it lies and however its path is written."""
     was, digest = Path(str(before["config"].get("weights", ""))), before.get("weights_digest", "")
-    now, given = Path(config.weights).absolute(), digest_of_weights(config)
+    now, given = from_anywhere(Path(config.weights)), digest_of_weights(config)
     if not given:
         return digest != "" and was == now  # of a run that is finished the file is not needed any more
     if not digest:  # of a version that kept the path alone, as it was typed

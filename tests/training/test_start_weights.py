@@ -50,10 +50,13 @@ def begun(index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def test_the_record_holds_a_path_that_is_right_anywhere(begun: PretrainDir, tmp_path: Path) -> None:
+def test_the_record_holds_a_path_that_is_right_anywhere(index: TileIndex, begun: PretrainDir, tmp_path: Path) -> None:
     path = str(tmp_path / "data" / "w.safetensors")
     assert json.loads(begun.run_json.read_text())["config"]["weights"] == path
     assert info_beside(begun.backbone).provenance["start_weights"] == path
+    second = PretrainDir(tmp_path / "second")
+    run_from(index, second, "../data/w.safetensors")
+    assert json.loads(second.run_json.read_text())["config"]["weights"] == path
 
 
 @pytest.mark.parametrize("place", ["../data/w.safetensors", "copied.safetensors"])
@@ -73,7 +76,7 @@ def test_other_weights_are_refused_also_under_the_same_path(
         run_from(index, begun, other)
     shutil.copy(other, tmp_path / "data" / "w.safetensors")
     with pytest.raises(MismatchError, match=r"was begun from .* when that had other content .*; put that file back"):
-        run_from(index, begun, tmp_path / "data" / "w.safetensors")
+        run_from(index, begun, "../data/w.safetensors")
 
 
 def test_a_finished_run_needs_its_file_no_more(index: TileIndex, begun: PretrainDir, tmp_path: Path) -> None:
