@@ -10,6 +10,7 @@ methods that mask.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -106,7 +107,8 @@ def create_backbone(
         path = Path(weights)
         if path.is_file():
             backbone, info = _empty(timm_name, seed, drop_path)
-            return backbone, replace(info, provenance=_load_into(backbone, path))
+            provenance = {**_load_into(backbone, path), "start_weights_digest": file_digest(path)}
+            return backbone, replace(info, provenance=provenance)
         raise UsageError(f"--weights {weights}: no such file, and neither 'imagenet' nor 'random'")
     backbone, info = _empty(timm_name, seed, drop_path)
     if str(weights) == "random":
@@ -193,6 +195,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from error
         aside.chmod(mode)
+
+
+def from_anywhere(path: Path) -> Path:
+    """Absolute, with the file's own name: what a cache's link points to may have no suffix."""
+    return path.parent.resolve() / path.name
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits of a file's content, wherever it lies."""
+    status = path.stat()
+    return _digest_of(path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (a file that changed is read again)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def weights_digest(backbone: nn.Module) -> str:
@@ -309,7 +328,11 @@ def _load_into(backbone: nn.Module, path: Path) -> dict[str, Any]:
             f"{len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} keys fit. Is --backbone the right one?"
         )
     backbone.load_state_dict({key: given.get(key, value) for key, value in backbone.state_dict().items()})
-    told: dict[str, Any] = {"start_weights": str(path), "keys_loaded": len(wanted), "keys_dropped": [*dropped, *heads]}
+    told: dict[str, Any] = {
+        "start_weights": str(from_anywhere(path)),
+        "keys_loaded": len(wanted),
+        "keys_dropped": [*dropped, *heads],
+    }
     if brought:
         cast(Any, backbone).given_mask_token = brought[0].flatten()
         told["mask_token"] = True

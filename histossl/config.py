@@ -39,6 +39,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {spelt[close[0]]!r}?" if close else ""
 
 
+def refuse_separator(path: Path | str, header: Iterable[str], error: type[UsageError] = UsageError) -> None:
+    """Of a table whose columns were not found: spreadsheets in many languages save CSV with semicolons."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if any(mark in column for column in header):
+            raise error(f"{path}: columns are separated by {name}; save it with commas")
+
+
 # ---- scan and tile
 
 GRIDS = ("auto", "native", "physical")
@@ -180,17 +187,17 @@ class PretrainConfig:
         object.__setattr__(self, "set", tuple(self.set))
         object.__setattr__(self, "view_set", tuple(self.view_set or ()))
         object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
-        require(self.steps >= 0, "steps", self.steps, "1 or more, or 0: worked out from the tiles")
+        require(self.steps >= 0, "steps", self.steps, "1 or more")
         for name in ("epochs", "hours"):
             value = getattr(self, name)
-            require(0 <= value < math.inf, name, value, "a number above 0, or 0: worked out from the tiles")
+            require(0 <= value < math.inf, name, value, "a number above 0")
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
         if len(given) > 1:
             raise UsageError(f"--{' and --'.join(given)}: give only one of them; each sets the length")
         require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, "auto, or 2 or more tiles")
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
         require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
-        require(0 <= self.lr < math.inf, "lr", self.lr, "a number above 0, or 0: worked out from the batch")
+        require(0 <= self.lr < math.inf, "lr", self.lr, "a number above 0")
         decay = self.weight_decay
         require(decay == -1 or 0 <= decay < math.inf, "weight-decay", decay, "0 or more, or -1: the method's")
         require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")

@@ -253,14 +253,13 @@ class Workspace:
         """Which slides to label next."""
         return self.root / "suggestions.csv"
 
-    def make(self) -> Workspace:
+    def make(self, remedy: str = f"pass --workspace DIR, or set ${VARIABLE}") -> Workspace:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))  # a file: that is no workspace's name
             raise (UsageError if in_the_way else HistosslError)(
-                f"workspace {self.root}: cannot be made ({error.strerror}); "
-                "pass --workspace DIR, or set $HISTOSSL_WORKSPACE"
+                f"workspace {self.root}: cannot be made ({error.strerror}); {remedy}"
             ) from error
         return self
 

@@ -6,6 +6,7 @@ Heavy imports (torch, timm, sklearn) happen inside the commands, so that `histos
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -115,6 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def _told(error: Any) -> str:
+    """What click says of a command line that it cannot read; of a second folder, that a command takes one."""
+    message = str(error.format_message())
+    context = getattr(error, "ctx", None)
+    extra = re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message)
+    if extra and context and any(parameter.name == "directory" for parameter in context.command.params):
+        return f"{context.info_name} takes one folder, and searches its subfolders too; not also {extra[1]}"
+    return message
+
+
 def _run(arguments: list[str] | None) -> int:
     try:
         _refuse_two_scales(sys.argv[1:] if arguments is None else arguments)
@@ -123,7 +134,7 @@ def _run(arguments: list[str] | None) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except CommandLineError as error:
-        if message := error.format_message():  # none where the help alone is the answer
+        if message := _told(error):  # none where the help alone is the answer
             console.fail(message)
         return int(error.exit_code)
     except HistosslError as error:

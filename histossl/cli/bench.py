@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from histossl import console
-from histossl.cli.options import WorkspaceOption
+from histossl.cli.options import WorkspaceOption, above_0
 from histossl.errors import StoreError, UsageError
 from histossl.workspace import Workspace
 
@@ -47,12 +47,16 @@ def whole(
     ] = "",
     method: Annotated[str, typer.Option(help="See `histossl methods`.")] = "mocov2",
     batch_size: Annotated[
-        int, typer.Option(min=0, help="Tiles per step. Default: 64 on a GPU, 16 without.", show_default=False)
+        int,
+        typer.Option(help="Tiles per step. Default: 64 on a GPU, 16 without.", show_default=False, callback=above_0),
     ] = 0,
     view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = 224,
     tile_px: Annotated[int, typer.Option(help="Side of synthetic tiles, where the workspace has none.")] = 256,
     steps: Annotated[
-        int, typer.Option(min=0, help="Steps to time, twice. Default: 10 on a GPU, 2 without.", show_default=False)
+        int,
+        typer.Option(
+            help="Steps to time, twice. Default: 10 on a GPU, 2 without.", show_default=False, callback=above_0
+        ),
     ] = 0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read and decode. Default: one per core.", show_default=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from histossl import console
-from histossl.cli.options import ConfigOption, WorkspaceOption
+from histossl.cli.options import ConfigOption, WorkspaceOption, above_0
 from histossl.config import CurateConfig, EmbedConfig
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -28,7 +28,11 @@ def curate(
     name: Annotated[str, typer.Option(help="Name of the subset: its directory under WORKSPACE/subsets.")] = "curated",
     tiles: Annotated[
         int,
-        typer.Option(help="Keep so many, balanced over kinds of tissue. Default: all but copies.", show_default=False),
+        typer.Option(
+            help="Keep so many, balanced over kinds of tissue. Default: all but copies.",
+            show_default=False,
+            callback=above_0,
+        ),
     ] = DEFAULTS.tiles,
     duplicate_cosine: Annotated[
         float, typer.Option(help="Tiles more alike than this are copies; the sheet shows pairs. 1: keep copies.")
@@ -73,7 +77,10 @@ def curate(
         ),
     ] = "",
     input_px: Annotated[
-        int, typer.Option(help="Side at which tiles are embedded. Default: the backbone's own.", show_default=False)
+        int,
+        typer.Option(
+            help="Side at which tiles are embedded. Default: the backbone's own.", show_default=False, callback=above_0
+        ),
     ] = 0,
     clusters: Annotated[
         str,
@@ -86,10 +93,13 @@ def curate(
     seed: Annotated[int, typer.Option(help="Of clusters and of chance.")] = DEFAULTS.seed,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     embed_batch_size: Annotated[
-        int, typer.Option(help="Tiles per forward pass. Default: 256 on a GPU, 64 without.", show_default=False)
+        int,
+        typer.Option(
+            help="Tiles per forward pass. Default: 256 on a GPU, 64 without.", show_default=False, callback=above_0
+        ),
     ] = 0,
     workers: Annotated[
-        int, typer.Option(help="Threads that read and decode tiles. Default: 2.", show_default=False)
+        int, typer.Option(help="Threads that read and decode tiles. Default: 2.", show_default=False, callback=above_0)
     ] = 0,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,

@@ -16,6 +16,8 @@ import typer
 
 from histossl import console
 from histossl.cli import pretrain as pretraining
+from histossl.cli.options import above_0
+from histossl.cli.tiles import tell_tiled
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -75,7 +77,13 @@ def distill(
         float, typer.Option("--temperature", help="Above 1 softens the labels of a teacher that is too sure.")
     ] = 1.0,
     view_px: Annotated[
-        int, typer.Option("--view-px", help="Side of the student's views. Default: as the teacher sees tiles.", min=0)
+        int,
+        typer.Option(
+            "--view-px",
+            help="Side of the student's views. Default: as the teacher sees tiles.",
+            show_default=False,
+            callback=above_0,
+        ),
     ] = 0,
     name: Annotated[
         str, typer.Option("--name", help="Name of the run: its directory under WORKSPACE/pretrain.")
@@ -116,7 +124,9 @@ def distill(
     if slides is not None and not only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive
 
-        tile_archive(slides, at, tile_config(model), slide_mpp=shared["slide_mpp"])
+        tiling = tile_config(model)
+        scale = {name: shared[name] for name in ("slide_mpp", "mpp_csv")}
+        tell_tiled(tile_archive(slides, at, tiling, **scale), at, tiling.mpps)
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
     table = labelled_slides(labels, index) if labels else None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption
+from histossl.cli.options import ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
 from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -68,19 +68,26 @@ InputOption = Annotated[
         "--input-px",
         help="Side at which tiles are shown to every start. Default: the size that the adapted backbone learnt at.",
         show_default=False,
+        callback=above_0,
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 EmbedBatchOption = Annotated[
     int,
     typer.Option(
-        "--embed-batch-size", help="Tiles per forward pass. Default: 256 on a GPU, 64 without.", show_default=False
+        "--embed-batch-size",
+        help="Tiles per forward pass. Default: 256 on a GPU, 64 without.",
+        show_default=False,
+        callback=above_0,
     ),
 ]
 MAX_RESTARTS = 3  # of a process that dies: what is finished is in the journal
 
 WorkersOption = Annotated[
-    int, typer.Option("--workers", help="Threads that read and decode tiles. Default: 2.", show_default=False)
+    int,
+    typer.Option(
+        "--workers", help="Threads that read and decode tiles. Default: 2.", show_default=False, callback=above_0
+    ),
 ]
 
 
@@ -258,6 +265,7 @@ def finetune(
             "--folds",
             help="Folds by patient where the labels have no split column. Default: up to 5, as patients allow.",
             show_default=False,
+            callback=above_0,
         ),
     ] = 0,
     group: Annotated[

@@ -25,6 +25,15 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def above_0(context: typer.Context, parameter: typer.CallbackParam, value: float) -> float:
+    """Callback of options whose default, 0, means 'work it out': a person who gives 0 means something else."""
+    given = context.get_parameter_source(str(parameter.name))
+    if value <= 0 and given is not None and given.name != "DEFAULT":
+        option = str(parameter.name).replace("_", "-")
+        raise UsageError(f"--{option} {value:g}: must be more than 0; leave it out for the default")
+    return value
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -73,16 +82,12 @@ def archive_of(directory: Path | None, slides: Path | None) -> Path:
 
 # ---- what scan and tile mean by scale and by tissue
 
-SlideMppOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Microns per pixel of all slides here, over what they say; those that say otherwise get a warning.",
-        show_default=False,
-    ),
-]
+SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
+MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
+SlideMppOption = Annotated[float | None, typer.Option(help=SLIDE_MPP_HELP, show_default=False)]
 MppCsvOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.csv", help="The same slide by slide: columns slide,mpp.", show_default=False),
+    typer.Option(metavar="FILE.csv", help=MPP_CSV_HELP, show_default=False),
 ]
 MinTissueOption = Annotated[float, typer.Option(help="Share of a tile that must be tissue.")]
 TissueUmOption = Annotated[float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")]

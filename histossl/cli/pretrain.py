@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl import console
-from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
+from histossl.cli.options import MPP_CSV_HELP, SLIDE_MPP_HELP, ConfigOption, SlidesOption, WorkspaceOption, above_0
+from histossl.cli.tiles import tell_tiled
 from histossl.config import PretrainConfig, TileConfig
 from histossl.errors import StoreError, UsageError
 from histossl.methods import self_supervised
@@ -87,7 +88,11 @@ def pretrain(
     ] = None,
     slide_mpp: Annotated[
         float | None,
-        typer.Option(rich_help_panel=DATA, help="Microns per pixel of slides that do not say it themselves."),
+        typer.Option(rich_help_panel=DATA, help=SLIDE_MPP_HELP, show_default=False),
+    ] = None,
+    mpp_csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", rich_help_panel=DATA, help=MPP_CSV_HELP, show_default=False),
     ] = None,
     method: Annotated[
         str, typer.Option(rich_help_panel=METHOD, help="What the backbone learns from; see `histossl methods`.")
@@ -125,7 +130,10 @@ def pretrain(
     lr: Annotated[
         float,
         typer.Option(
-            rich_help_panel=METHOD, help="Peak learning rate. Default: worked out from the batch.", show_default=False
+            rich_help_panel=METHOD,
+            help="Peak learning rate. Default: worked out from the batch.",
+            show_default=False,
+            callback=above_0,
         ),
     ] = 0.0,
     weight_decay: Annotated[
@@ -138,6 +146,7 @@ def pretrain(
             rich_help_panel=METHOD,
             help="Factor on the learning rate from block to block. Default: the method's with adamw, else 1.",
             show_default=False,
+            callback=above_0,
         ),
     ] = 0.0,
     warmup: Annotated[
@@ -166,16 +175,23 @@ def pretrain(
             rich_help_panel=LENGTH,
             help="Length in optimizer steps. Default: worked out from the tiles.",
             show_default=False,
+            callback=above_0,
         ),
     ] = 0,
     epochs: Annotated[
         float,
         typer.Option(
-            rich_help_panel=LENGTH, help="Length in passes over the tiles, instead of --steps.", show_default=False
+            rich_help_panel=LENGTH,
+            help="Length in passes over the tiles, instead of --steps.",
+            show_default=False,
+            callback=above_0,
         ),
     ] = 0.0,
     hours: Annotated[
-        float, typer.Option(rich_help_panel=LENGTH, help="Length in hours, instead of --steps.", show_default=False)
+        float,
+        typer.Option(
+            rich_help_panel=LENGTH, help="Length in hours, instead of --steps.", show_default=False, callback=above_0
+        ),
     ] = 0.0,
     batch_size: Annotated[
         str,
@@ -196,8 +212,8 @@ def pretrain(
         typer.Option(
             rich_help_panel=MACHINE,
             help="Micro-batches per step. Default: as few as GPU memory allows.",
-            min=0,
             show_default=False,
+            callback=above_0,
         ),
     ] = 0,
     workers: Annotated[
@@ -306,10 +322,10 @@ def pretrain(
             f"(histossl scan {slides} says how many there will be)"
         )
     if slides is not None and not only_plan and not is_worker():
-        tile_for(at, slides, tile_px, mpp, slide_mpp)
+        tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv)
     index = TileIndex.open(at)
     if slides is None:
-        refuse_other_scale(index, tile_px, mpp, slide_mpp)
+        refuse_other_scale(index, tile_px, mpp, slide_mpp, mpp_csv)
     elif only_plan or (is_worker() and not is_launched()):
         by = "histossl plan" if only_plan else "a process of torchrun or SLURM"
         console.warn(f"--slides {slides}: {by} cuts no tiles; with the {len(index):,} that are in {at.root}")
@@ -364,16 +380,26 @@ def exit_code_of(result: Result) -> int:
 # ---- what the options say
 
 
-def tile_for(at: Workspace, slides: Path, tile_px: int | None, mpp: float | None, slide_mpp: float | None) -> None:
+def tile_for(
+    at: Workspace,
+    slides: Path,
+    tile_px: int | None,
+    mpp: float | None,
+    slide_mpp: float | None,
+    mpp_csv: Path | None,
+) -> None:
     """Tile what is not tiled yet: with the settings given, else those of the tiles that are there, else defaults."""
     from histossl.tiles.tiling import stored_config, tile_archive
 
     config = stored_config(at) or TileConfig()
-    config = replace(config, tile_px=tile_px or config.tile_px, mpp=mpp or config.mpp)
-    tile_archive(slides, at, config, slide_mpp=slide_mpp)
+    config = config if tile_px is None else replace(config, tile_px=tile_px)
+    config = config if mpp is None else replace(config, mpp=mpp)
+    tell_tiled(tile_archive(slides, at, config, slide_mpp=slide_mpp, mpp_csv=mpp_csv), at, config.mpps)
 
 
-def refuse_other_scale(index: TileIndex, tile_px: int | None, mpp: float | None, slide_mpp: float | None) -> None:
+def refuse_other_scale(
+    index: TileIndex, tile_px: int | None, mpp: float | None, slide_mpp: float | None, mpp_csv: Path | None
+) -> None:
     """Without --slides nothing is cut, so tiles cannot become what these options ask for."""
     for option, asked, stored in (("--tile-px", tile_px, index.tile_px), ("--mpp", mpp, index.mpp)):
         if asked is not None and asked != stored:
@@ -383,6 +409,8 @@ def refuse_other_scale(index: TileIndex, tile_px: int | None, mpp: float | None,
             )
     if slide_mpp is not None:
         raise UsageError(f"--slide-mpp {slide_mpp:g}: is for reading slides, and without --slides none is read")
+    if mpp_csv is not None:
+        raise UsageError(f"--mpp-csv {mpp_csv}: is for reading slides, and without --slides none is read")
 
 
 def _loader_threads(num_processes: int) -> int:

@@ -215,9 +215,7 @@ def tile(
         verify=verify_copies,
     )
     note_command(at.tile_commands)
-    tell(rows, settings.mpps)
-    if not any(row.num_tiles for row in rows):
-        raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")
+    tell_tiled(rows, at, settings.mpps)
 
 
 def _scales(text: str) -> list[float]:
@@ -236,6 +234,13 @@ def _scale_obtained(rows: Sequence[LedgerRow], mpps: Sequence[float]) -> str:
             low, high = f"{min(real):.4g}", f"{max(real):.4g}"
             told.append(f"{low if low == high else f'{low} to {high}'} microns per pixel, where {asked:g} was asked")
     return "; ".join(told)
+
+
+def tell_tiled(rows: Sequence[LedgerRow], at: Workspace, mpps: Sequence[float] = ()) -> None:
+    """What every command says that has tiled. HistosslError where no slide gave a tile."""
+    tell(rows, mpps)
+    if not any(row.num_tiles for row in rows):
+        raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")
 
 
 def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
@@ -277,4 +282,4 @@ def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
     if len(without) > SHOWN_REASONS:
         console.warn(f"and {len(without) - SHOWN_REASONS} more without tiles; archive.csv has the reason of each")
     if any(row.tile_status == "failed" for row in rows):
-        console.say("--retry tries the failed ones again")
+        console.say("histossl tile --retry tries the failed ones again")

@@ -90,7 +90,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
 
     started_s = time.monotonic()
     at = DemoDir(output)
-    workspace = at.workspace.make()
+    workspace = at.workspace.make(remedy="pass --output DIR, a folder that can be written")
     _refuse_other_demo(at.run_json, config)
     write_run(at.run_json, config)
     where = f"-w {workspace.root}"

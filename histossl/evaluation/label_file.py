@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from histossl.config import nearest
+from histossl.config import nearest, refuse_separator
 from histossl.console import count
 from histossl.errors import LabelsError
 from histossl.evaluation.spelling import reads_unknown, refuse_alike, unread_columns
@@ -127,9 +127,7 @@ def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> N
     if not any(header):
         raise LabelsError(f"{path}: is empty; {wanted}")
     if not {*needed} <= {*header}:
-        for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-            if any(mark in column for column in header):
-                raise LabelsError(f"{path}: columns are separated by {name}; save it with commas")
+        refuse_separator(path, header, LabelsError)
     for column in needed:
         if column not in header:
             if column == "label" and {*SURVIVAL_COLUMNS} & {*header}:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from histossl.backbones import BackboneInfo, create_backbone, info_beside, load_backbone, recorded_with
+from histossl.backbones import BackboneInfo, create_backbone, file_digest, info_beside, load_backbone, recorded_with
 from histossl.config import FinetuneConfig, PretrainConfig, nearest, plain, read_run
 from histossl.errors import UsageError, WeightsError
 from histossl.evaluation.embed import COLOUR, Embedder, backbone_embedder, colour_embedder
@@ -304,6 +304,8 @@ def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str,
             "or pass --weights FILE for an ImageNet start"
         )
     if Path(begun).is_file():
+        if model.provenance.get("start_weights_digest", digest := file_digest(Path(begun))) != digest:
+            return "", f"pretraining began from {begun}, whose content has changed since; pass --weights FILE"
         return begun, ""
     return "", f"pretraining began from {begun}, which is not there any more; pass --weights FILE"
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from histossl.config import refuse_separator
 from histossl.errors import UsageError
 
 PLAUSIBLE_MPP = (0.05, 5.0)  # 200x oil to 2x: nothing outside is a microscope's
@@ -158,6 +159,7 @@ def read_mpp_csv(path: Path) -> MppTable:
             table = csv.DictReader(file)
             names = [name.strip().lower() for name in table.fieldnames or []]
             if "mpp" not in names or not {"slide", "wsi", "file"} & set(names):
+                refuse_separator(f"--mpp-csv {path}", names)
                 raise UsageError(f"--mpp-csv {path}: needs the columns slide,mpp; it has {','.join(names) or 'none'}")
             mpp: dict[str, float] = {}
             for values in table:

@@ -3,16 +3,20 @@
 `workspace/tiles/index.npy` is a NumPy file of 32-byte rows, sorted by slide, with a JSON footer that NumPy ignores:
 the slides, their scales, and size and time of every zip. It is rebuilt whenever a zip disagrees with the footer, is
 replaced in one rename (processes that have the old one open keep it), and costs memory only for the pages in use.
+Where it cannot be written (a copy that may only be read), it is built in a temporary file for as long as it is in use.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
 import struct
+import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from histossl.errors import MismatchError, StoreError
+from histossl import console
+from histossl.errors import HistosslError, MismatchError, StoreError
 from histossl.tiles.store import Store, read_store
 from histossl.workspace import Workspace, written_aside
 
@@ -38,6 +43,7 @@ Numbers = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 MAX_OPEN_ZIPS = 64  # per process; the usual limit is 1024 handles, shared with everything else
 _PAGES_KEPT = 512  # rows looked up before their pages are given back to the kernel (which keeps them cached)
+MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FOOTER = struct.Struct("<Q8s")
 _MAGIC = b"HSTLIDX1"
 
@@ -45,10 +51,11 @@ _MAGIC = b"HSTLIDX1"
 class TileIndex:
     """Tile numbers 0 .. len-1 over all slides of a workspace. Threads may share one; workers may pickle or fork it."""
 
-    def __init__(self, path: Path, expected_digest: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, expected_digest: str | None = None, built: Path | None = None) -> None:
+        """`built` holds what could not be written to `path`."""
+        self.path, self._built = path, built
         self.table: Rows = np.zeros(0, ROW)
-        with path.open("rb") as file:  # once: another process may rename a new index over it at any moment
+        with (built or path).open("rb") as file:  # once: another process may rename a new index over it at any moment
             self._info, count, table_start = _read_footer(file)
             if count:
                 self.table = np.memmap(file, ROW, "r", table_start, (count,))
@@ -82,8 +89,31 @@ class TileIndex:
                 return index._or_none()
         except (StoreError, OSError, ValueError, KeyError, struct.error):
             pass  # absent, damaged or of an older version: built anew from the zips
-        _build(workspace.index, zips, stamps, index)
+        try:
+            _build(workspace.index, zips, stamps, index)
+        except HistosslError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in MAY_NOT_WRITE:
+                raise
+            console.say(f"{error}; built in a temporary file, for this time alone")
+            return cls._temporary(workspace.index, zips, stamps, index)._or_none()
         return cls(workspace.index)._or_none()
+
+    @classmethod
+    def _temporary(
+        cls, path: Path, zips: list[Path], stamps: list[tuple[str, int, int]], before: TileIndex | None
+    ) -> TileIndex:
+        descriptor, name = tempfile.mkstemp(".npy", "histossl-index-")
+        os.close(descriptor)
+        built = Path(name)
+        try:
+            _build_into(built, path.parent, zips, stamps, before)
+            index = cls(path, built=built)
+        except BaseException:
+            built.unlink(missing_ok=True)
+            raise
+        weakref.finalize(index, _discard, built, os.getpid())
+        return index
 
     def _or_none(self) -> TileIndex:
         if not len(self):
@@ -189,8 +219,8 @@ class TileIndex:
             self._handles.move_to_end(slide)
             return handle
 
-    def __reduce__(self) -> tuple[type[TileIndex], tuple[Path, str]]:
-        return TileIndex, (self.path, self.digest)
+    def __reduce__(self) -> tuple[type[TileIndex], tuple[Path, str, Path | None]]:
+        return TileIndex, (self.path, self.digest, self._built)
 
 
 class _Handle:
@@ -240,13 +270,25 @@ def _stamp_of(entry: dict[str, Any]) -> tuple[str, int, int]:
     return entry["slide"], entry["bytes"], entry["mtime_ns"]
 
 
+def _discard(built: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process lets go of its copy, too
+        built.unlink(missing_ok=True)
+
+
 def _build(path: Path, zips: list[Path], stamps: list[tuple[str, int, int]], before: TileIndex | None) -> None:
+    with written_aside(path) as aside:
+        _build_into(aside, path.parent, zips, stamps, before)
+
+
+def _build_into(
+    path: Path, tiles: Path, zips: list[Path], stamps: list[tuple[str, int, int]], before: TileIndex | None
+) -> None:
     """Write the index of `zips`. Rows of zips that did not change come from the index `before`."""
     known = {_stamp_of(entry): entry for entry in before._info["zips"]} if before else {}
     entries: list[dict[str, Any]] = []
     regions: list[str] = [""]
     start = number = 0
-    with written_aside(path) as aside, aside.open("wb", buffering=1 << 20) as file:
+    with path.open("wb", buffering=1 << 20) as file:
         _write_header(file, 0)
         for zip_path, stamp in zip(zips, stamps, strict=True):
             old = known.get(stamp)
@@ -264,7 +306,7 @@ def _build(path: Path, zips: list[Path], stamps: list[tuple[str, int, int]], bef
             start += len(rows)
             number += len(rows) > 0
             file.write(rows.tobytes())
-        _refuse_mixed(path.parent, entries)
+        _refuse_mixed(tiles, entries)
         footer = json.dumps({**_footer(entries), "regions": regions, "zips": entries}).encode()
         file.write(footer)
         file.write(_FOOTER.pack(len(footer), _MAGIC))

@@ -16,13 +16,13 @@ from torch import nn
 
 from histossl import console
 from histossl.backbones import save_backbone, save_tensors
-from histossl.config import PretrainConfig, read_run, refuse_other_config, write_run
-from histossl.errors import MismatchError, StoreError, TrainingError
+from histossl.config import PretrainConfig, read_run, write_run
+from histossl.errors import StoreError, TrainingError
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
-from histossl.tiles.subset import open_subset
+from histossl.training.belongs import digest_of_weights, findable, refuse_other_run
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, agreed, is_lost_process, joined, others_wait
 from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
@@ -77,35 +77,13 @@ def pretrain(
     `teacher` is what a method learns from that is taught (distillation).
     Raises MismatchError when `run` belongs to other settings or other tiles, TrainingError when the run goes wrong.
     """
-    _refuse_other_run(index, run, config)
+    refuse_other_run(index, run, config)
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
     with stop_on_signal() as stop, joined() as processes, alone_in(run) if processes.writes else nullcontext():
         settled = settle_batch(index, run, config, operation, processes, teacher)
         prepared = Prepared(index, run, settled, operation, processes, teacher)
         return replace(_Pretraining(prepared, probe, config).carry_out(stop), stopped_by=stop.number)
-
-
-def _refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig) -> None:
-    try:
-        refuse_other_config(run.run_json, config)
-    except MismatchError as error:
-        if run.checkpoint.exists() or run.backbone.exists():
-            raise
-        raise MismatchError(f"{error}. Nothing was saved in it yet: it may as well be deleted") from error
-    if run.run_json.exists():
-        tiles = read_run(run.run_json).get("tiles", {})
-        before = tiles.get("digest")
-        if before != index.digest:
-            raise MismatchError(
-                f"{run.root} was begun on other tiles (set {before}, now {index.digest}); "
-                "use another --name, or another --workspace for other tiles"
-            )
-        now = open_subset(index, config.subset).facts() if config.subset else None
-        if tiles.get("subset") != now:
-            raise MismatchError(
-                f"{run.root}: subset {config.subset!r} was made anew after this run had begun; use another --name"
-            )
 
 
 def check(
@@ -117,7 +95,7 @@ def check(
     teacher: nn.Module | None = None,
 ) -> None:
     """Refuse what no process could carry out, before any is started."""
-    _refuse_other_run(index, run, config)
+    refuse_other_run(index, run, config)
     if torch.cuda.is_available():  # this process stays on the CPU; its workers will not
         operation = replace(operation, precision="auto", decode_on_gpu=False)
     processes = Processes(0, 0, num_processes, torch.device("cpu"))
@@ -420,7 +398,8 @@ class _Pretraining:
     def _write_run(self) -> None:
         write_run(
             self.run.run_json,
-            self.asked,
+            findable(self.asked),
+            weights_digest=digest_of_weights(self.asked),
             plan=asdict(self.prepared.plan),
             knobs=asdict(self.prepared.knobs),
             tiles={

@@ -45,6 +45,17 @@ def test_painting_again_goes_on_and_never_over_something_else(cli, tmp_path, mon
     assert {path.name for path in archive.iterdir()} == set(painted)
 
 
+def test_a_place_that_cannot_be_written_is_told_with_demo_s_own_option(cli, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    told = cli("demo", "--output", tmp_path / "out")
+    assert told.code == 1
+    assert "cannot be made (Permission denied); pass --output DIR" in told.err
+    assert "--workspace" not in told.err
+
+
 def test_a_folder_with_other_things_is_left_alone(cli, tmp_path):
     (tmp_path / "labels.csv").write_text("slide,label\nmine,A\n")
     told = cli("demo", "--only-paint", tmp_path)

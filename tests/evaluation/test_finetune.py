@@ -11,7 +11,7 @@ import pytest
 import torch
 from synthetic_store import write_synthetic_store
 
-from histossl.backbones import create_backbone, save_backbone
+from histossl.backbones import create_backbone, save_backbone, save_tensors
 from histossl.config import EmbedConfig, FinetuneConfig
 from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError, UsageError, WeightsError
 from histossl.evaluation.embed import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
@@ -451,6 +451,24 @@ def test_an_adapted_backbone_is_no_imagenet_start(ready):
     assert "histossl wrote" in found.skipped["imagenet"]
     with pytest.raises(UsageError, match="no ImageNet start"):
         resolve_starts(ready, config_of(ready, starts=("imagenet",), weights=str(first)))
+
+
+def test_the_file_that_pretraining_began_from_is_the_imagenet_start_while_it_is_the_same(ready, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tensors(Path("w.safetensors"), create_backbone("test_vit", "random", 5)[0].state_dict())
+    backbone, info = create_backbone("test_vit", Path("w.safetensors"))
+    save_backbone(ready.pretrain("run").backbone, backbone, replace(info, input_px=32))
+    monkeypatch.chdir("/")
+    options = {"starts": (), "adapted": "run", "backbone": ""}
+    found = resolve_starts(ready, config_of(ready, **options))
+    assert [start.name for start in found.chosen] == ["random", "imagenet", "adapted", "colour"]
+    assert str(found.chosen[1].weights) == str(tmp_path / "w.safetensors")
+    save_tensors(tmp_path / "w.safetensors", create_backbone("test_vit", "random", 6)[0].state_dict())
+    found = resolve_starts(ready, config_of(ready, **options))
+    assert "whose content has changed since; pass --weights FILE" in found.skipped["imagenet"]
+    (tmp_path / "w.safetensors").unlink()
+    found = resolve_starts(ready, config_of(ready, **options))
+    assert "which is not there any more; pass --weights FILE" in found.skipped["imagenet"]
 
 
 def test_weights_that_do_not_fit_end_before_anything_is_written(ready, cli):

@@ -78,7 +78,8 @@ def test_a_name_that_may_be_of_two_slides_gives_neither_a_scale(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("slide;mpp\nA1;0.5\n", "needs the columns slide,mpp"),
+        ("slide;mpp\nA1;0.5\n", r"mpp\.csv: columns are separated by semicolons; save it with commas"),
+        ("slide,scale\nA1,0.5\n", "needs the columns slide,mpp; it has slide,scale"),
         ("slide,mpp\nA1,0\n", r"line 2: slide 'A1', mpp '0'"),
         ("slide,mpp\nA1,-0.5\n", "line 2"),
         ("slide,mpp\nA1,40x\n", "line 2"),

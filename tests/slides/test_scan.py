@@ -478,6 +478,14 @@ def test_wrong_options_are_told(archive: Path, tmp_path: Path, cli: Any, options
     assert told in answer.err
 
 
+@pytest.mark.parametrize("command", ["scan", "tile"])
+def test_a_second_folder_is_told_that_one_is_taken(tmp_path: Path, cli: Any, command: str) -> None:
+    answer = cli(command, tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert answer.code == 2
+    told = f"error: {command} takes one folder, and searches its subfolders too; not also {tmp_path}/b {tmp_path}/c"
+    assert answer.err.splitlines() == [told]
+
+
 def test_name_in_the_reason_is_not_repeated() -> None:
     assert scanning._without_name("A1.svs: no", Path("x/A1.svs")) == "no"
     assert str(SlideError("A1.svs: no")) == "A1.svs: no"

@@ -1,10 +1,12 @@
 """Any tile of an archive is one read away, whoever asks: threads, forks, spawned workers, another process."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
 import resource
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from synthetic_store import write_synthetic_store
 
-from histossl.errors import MismatchError, StoreError
+from histossl.errors import HistosslError, MismatchError, StoreError
 from histossl.tiles import index as index_module
 from histossl.tiles.index import ROW, TileIndex, _write_header
 from histossl.tiles.store import new_store, read_store
@@ -250,6 +252,67 @@ def test_processes_that_rebuild_at_once_do_not_disturb_each_other(workspace):
     for worker in workers:
         worker.join()
     assert outcomes == ["fine"] * 3
+
+
+def _read_all(index):
+    return index.read_many(range(len(index)))
+
+
+@pytest.fixture
+def no_writing(workspace, tmp_path, monkeypatch):
+    """The tiles may only be read, and their index is older than they are."""
+    write_synthetic_store(workspace, ["a", "b"], [4, 5], tile_px=16)
+    zip_path = workspace.zip_of("a")
+    os.utime(zip_path, ns=(1, 1))
+    real = Path.open
+
+    def opened(path, mode="r", *more, **options):
+        if "w" in mode and path.is_relative_to(workspace.root):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def test_an_index_that_cannot_be_written_is_built_in_a_temporary_file(workspace, no_writing, capsys):
+    before = workspace.index.read_bytes()
+    index = TileIndex.open(workspace)
+    assert "index.npy: cannot be written (Read-only file system); built in a temporary file" in capsys.readouterr().err
+    assert index.counts.tolist() == [4, 5]
+    assert Workspace.holding(index.path).root == workspace.root
+    jpegs = index.read_many(range(9))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        assert pool.apply(_read_all, (index,)) == jpegs
+    assert len(list(no_writing.iterdir())) == 1
+    del index
+    assert not list(no_writing.iterdir())
+    assert workspace.index.read_bytes() == before
+
+
+def test_tiles_of_two_kinds_leave_no_temporary_file(workspace, no_writing, monkeypatch):
+    def refuse(*_):
+        raise MismatchError("two kinds")
+
+    monkeypatch.setattr(index_module, "_refuse_mixed", refuse)
+    with pytest.raises(MismatchError, match="two kinds"):
+        TileIndex.open(workspace)
+    assert not list(no_writing.iterdir())
+
+
+def test_a_full_disk_is_an_error_still(workspace, monkeypatch):
+    write_synthetic_store(workspace, ["a"], [4], tile_px=16)
+    workspace.index.unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(index_module, "_build_into", full)
+    with pytest.raises(HistosslError, match="cannot be written"):
+        TileIndex.open(workspace)
 
 
 def test_unchanged_zips_are_not_read_again(workspace, monkeypatch):

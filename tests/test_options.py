@@ -1,0 +1,46 @@
+"""What all commands' options have in common."""
+
+import pytest
+import typer
+
+from histossl.cli import app
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = {
+    (name, *inner): command
+    for name, one in COMMANDS.items()
+    for inner, command in (
+        [((each,), it) for each, it in one.commands.items()] if hasattr(one, "commands") else [((), one)]
+    )
+}
+# Where 0 is no value of its own but stands for what is worked out, help shows no default.
+ZERO_IS_NOT_GIVEN = [
+    (name, option.opts[-1])
+    for name, command in COMMANDS.items()
+    for option in command.params
+    if not option.show_default and option.default == 0 and not isinstance(option.default, bool)
+]
+
+
+def test_there_are_such_options() -> None:
+    options = {option for _, option in ZERO_IS_NOT_GIVEN}
+    assert {"--steps", "--epochs", "--hours", "--lr", "--layer-decay", "--folds", "--input-px"} <= options
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), ZERO_IS_NOT_GIVEN, ids=lambda value: " ".join(value) if isinstance(value, tuple) else value
+)
+def test_a_zero_given_by_hand_is_refused_where_it_would_mean_the_default(
+    name: tuple[str, ...], option: str, cli
+) -> None:
+    required = [word for each in COMMANDS[name].params if each.required for word in (each.opts[0], "x")]
+    told = cli(*name, *required, option, "0")
+    assert told.code == 2
+    assert f"error: {option} 0: must be more than 0; leave it out for the default" in told.err
+
+
+def test_a_zero_from_a_config_file_is_given_by_hand_too(cli, tmp_path) -> None:
+    (tmp_path / "run.toml").write_text("steps = 0\n")
+    told = cli("pretrain", "--config", tmp_path / "run.toml", "-w", tmp_path / "lab")
+    assert told.code == 2
+    assert "--steps 0: must be more than 0" in told.err
