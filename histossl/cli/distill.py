@@ -225,14 +225,16 @@ def _say_who(settings: DistillConfig, model: Model, taught: Teacher, tested: set
     missing = [each for each in model.info.classes if each not in taught.classes]
     if missing:
         console.warn(f"the teacher never saw {', '.join(missing)}; the student will not know it either")
-    known = set(model.info.provenance.get("slides", ()))
+    from histossl.evaluation.learnt import slides_learnt
+
+    known = slides_learnt(model, index).slides
     if tested:
         slides = console.count(len(tested), "slide")
         console.say(f"{slides} stay{'s' if len(tested) == 1 else ''} out: the teacher was tested on these patients")
     elif known:
         console.warn(
             f"the teacher's own record names no test patients, so no slide stays out for it (it has learnt the labels "
-            f"of {console.count(len(known & set(index.slides)), 'slide')} here); keep some out with --labels or "
+            f"of {console.count(len(known), 'slide')} here); keep some out with --labels or "
             "--exclude, to test on"
         )
     if settings.view_px < taught.input_px:

@@ -29,6 +29,7 @@ from histossl.evaluation.label_file import read_rows
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.leaks import leak_statement, leaks_together
 from histossl.evaluation.learners import EndToEnd, Frozen, Learner, head_label, head_of
+from histossl.evaluation.learnt import contents_of
 from histossl.evaluation.model import ModelInfo, is_model_of, start_of_model
 from histossl.evaluation.same_run import (
     labelled_digest,
@@ -223,6 +224,7 @@ def _save_model(
         "labels_digest": table.digest,
         "config": plain(asdict(config)),
         "slides": sorted({item.slide for item in used}),
+        "contents": contents_of(index, sorted({item.slide for item in used})),
         "tested_slides": [] if splits.num_folds else sorted({table.items[item].slide for item in splits.tested}),
         "tiling": index.config,
         "start": facts["starts"][name],
