@@ -18,7 +18,7 @@ from histossl import console
 from histossl.cli import pretrain as pretraining
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, refuse_while_tiling
 
 if TYPE_CHECKING:
     from histossl.backbones import BackboneInfo
@@ -117,6 +117,7 @@ def distill(
         from histossl.tiles.tiling import tile_archive
 
         tile_archive(slides, at, tile_config(model), slide_mpp=shared["slide_mpp"])
+    refuse_while_tiling(at)
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
     table = labelled_slides(labels, index) if labels else None

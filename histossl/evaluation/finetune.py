@@ -57,7 +57,7 @@ from histossl.evaluation.team import Team, held_by, team_on
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
-from histossl.workspace import FinetuneDir, Workspace
+from histossl.workspace import FinetuneDir, Workspace, refuse_while_tiling
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
@@ -79,6 +79,7 @@ def finetune(
 ) -> Result:
     """The whole curve. Whatever can be wrong with the labels or the starts ends before the first tile is read."""
     with team_on(embed.device) as (team, device):
+        refuse_while_tiling(workspace)
         index = TileIndex.open(workspace)
         table = labelled_items(workspace, index, config)
         show_labels(table, config.labels, every_missing=dry_run)
@@ -252,6 +253,7 @@ def _save_model(
 
 def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig = EmbedConfig()) -> Path:
     """Stage `embed`: one start's features of the labelled slides, or without labels of all; where they lie."""
+    refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     slides = list(index.slides)
     if config.labels:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from histossl import console
-from histossl.config import nearest
 from histossl.errors import LabelsError, UsageError
 from histossl.evaluation.label_file import Row, read_labels, read_rows
 from histossl.evaluation.labels import LabelTable, match_labels, refuse_two_cases
@@ -85,6 +84,6 @@ def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
     for name in names:
         found = known.find(name)
         if not found:
-            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides{nearest(name, index.slides)}")
+            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides ({known.hint(name)})")
         slides.update(found)
     return slides

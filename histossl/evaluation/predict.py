@@ -33,7 +33,7 @@ from histossl.evaluation.learnt import Learnt, slides_learnt
 from histossl.evaluation.model import Model, distances, load_model
 from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
-from histossl.workspace import PredictionDir, Workspace, written_aside
+from histossl.workspace import PredictionDir, Workspace, refuse_while_tiling, written_aside
 
 FEW_TILES = 5
 
@@ -82,6 +82,7 @@ def predict(
         if not wanted:
             why = f", the first because: {skipped[0][1]}" if skipped else ""
             raise StoreError(f"{slides}: none of {console.count(len(skipped), 'slide')} gave a tile{why}")
+    refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     refuse_other_tiles(model, index)
     if wanted is None:
