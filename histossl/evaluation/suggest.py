@@ -23,7 +23,7 @@ from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig
 from histossl.errors import UsageError
 from histossl.evaluation.embed import COLOUR, Bags, device_of, embed_slides, slide_tiles
-from histossl.evaluation.finetune import PREFERRED
+from histossl.evaluation.for_use import PREFERRED
 from histossl.evaluation.heads import Floats, Ints, MeanHead
 from histossl.evaluation.items import labelled_items
 from histossl.evaluation.starts import resolve_starts
