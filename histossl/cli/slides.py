@@ -213,7 +213,8 @@ def copies_at_other_size(rows: Sequence[LedgerRow], config: ScanConfig) -> str:
     if side == config.tile_px:
         return ""  # copied as it is
     return (
-        f"{count} of the slides have JPEG tiles of {side} px at this scale: tile --grid native --tile-px {side} "
+        f"{count:,} of the slides {'has' if count == 1 else 'have'} JPEG tiles of {side} px at this scale: "
+        f"tile --grid native --tile-px {side} "
         f"could copy them, unchanged and fastest; {config.tile_px} px are cut from them and encoded anew"
     )
 

@@ -276,7 +276,7 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
         )
         embed_slides(workspace, index, slides, embedder, embed)
         folder = workspace.embeddings(embedder.folder)
-        console.say(f"{len(slides)} slides, {embedder.feature_dim} features a tile: {folder}")
+        console.say(f"{console.count(len(slides), 'slide')}, {embedder.feature_dim} features a tile: {folder}")
     return folder
 
 

@@ -83,9 +83,11 @@ def show_labels(table: LabelTable, source: str, every_missing: bool = False) -> 
     columns, rows = labelling.overview(table)
     console.table(f"labels: {Path(source).name}", columns, rows, right=columns[1:])
     found = table.num_named - len(table.missing)
+    have = "has" if len(table.unlabelled) == 1 else "have"
     console.say(
         f"{table.num_named} slides named, {found} found, {len(table.missing)} missing; "
-        f"{len(table.unlabelled)} slides of the workspace have no label; patients from {table.patients_from}"
+        f"{console.count(len(table.unlabelled), 'slide')} of the workspace {have} no label; "
+        f"patients from {table.patients_from}"
     )
     show_missing(table.missing, len(table.missing) if every_missing else MISSING_SHOWN)
     for note in table.notes:

@@ -53,7 +53,9 @@ def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
         cases |= names.cases(slide)
     missing = [row.slide for row in marked if not names.find(row.slide)]
     if missing:
-        console.warn(f"{path}: {len(missing)} test slides have no tiles here ({', '.join(missing[:3])}, ...)")
+        have = "has" if len(missing) == 1 else "have"
+        first = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        console.warn(f"{path}: {console.count(len(missing), 'test slide')} {have} no tiles here ({first})")
     return found | {slide for slide in index.slides if names.cases(slide) & cases}
 
 
