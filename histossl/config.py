@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -400,6 +400,8 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 # ---- run.json
 
+SHORT_LIST = 3  # told as it is
+FROM = {"excluded_slides": "which come from the test patients of --labels and from --exclude"}
 WORKED_OUT = (  # where they are 0, -1 or empty
     *("steps", "epochs", "hours", "batch_size", "recipe", "optimizer", "lr", "weight_decay", "layer_decay", "warmup"),
     *("final_lr", "input_px", "folds", "unit", "budgets", "clusters"),
@@ -476,7 +478,7 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
     now = plain(asdict(config))
     free = set(may_change)
     differ = [
-        f"{field.name} was {_short(field.name, before.get(field.name))}, now {_short(field.name, now[field.name])}"
+        _difference(field.name, before.get(field.name), now[field.name])
         for field in fields(config)
         if field.name not in free and before.get(field.name, _default_of(field)) != now[field.name]
     ]
@@ -492,11 +494,26 @@ def _default_of(field: Field[Any]) -> object:
     return None if field.default is MISSING else plain(field.default)
 
 
+def _difference(name: str, before: object, now: object) -> str:
+    """Of long lists, which may be hundreds of slides, what came and what went."""
+    said = f"{name} was {_short(name, before)}, now {_short(name, now)}"
+    if isinstance(before, list) and isinstance(now, list) and max(len(before), len(now)) > SHORT_LIST:
+        came, went = ([one for one in these if one not in those] for these, those in ((now, before), (before, now)))
+        parts = [f"{what}: {_some(names)}" for what, names in (("new", came), ("gone", went)) if names]
+        said += f" ({'; '.join(parts) or 'in another order'})"
+    return f"{said}, {FROM[name]}" if name in FROM else said
+
+
+def _some(names: Sequence[object], at_most: int = 5) -> str:
+    more = f" and {len(names) - at_most:,} more" if len(names) > at_most else ""
+    return ", ".join(str(name) for name in names[:at_most]) + more
+
+
 def _short(name: str, value: object) -> str:
     """A long list by its length: the slides left out of a run may be hundreds."""
     if name in WORKED_OUT and value in (0, -1, "", []):
         return "worked out"
-    return f"{len(value)} entries" if isinstance(value, list) and len(value) > 3 else repr(value)
+    return f"{len(value)} entries" if isinstance(value, list) and len(value) > SHORT_LIST else repr(value)
 
 
 def _version(package: str) -> str | None:

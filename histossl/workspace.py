@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -287,7 +288,7 @@ def alone_in(workspace: Workspace, command: str) -> Iterator[None]:
     except OSError as error:
         raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
     with lock:
-        if not locked(lock.fileno()):
+        if not locked(lock.fileno()) and not _in_a_moment(lock.fileno()):
             lock.seek(0)
             raise StoreError(f"{workspace.root}: another {lock.read().decode().strip()} is at work in it")
         try:
@@ -304,6 +305,26 @@ def alone_in(workspace: Workspace, command: str) -> Iterator[None]:
                         workspace.tiles.rmdir()
                     path.unlink(missing_ok=True)
                     workspace.root.rmdir()
+
+
+def refuse_while_tiling(workspace: Workspace) -> None:
+    """Part of an archive looks like a whole one: what reads all tiles waits until `tile` has made them.
+
+    A lock file that a process left which is no more says nothing: what counts is who holds the lock.
+    """
+    try:
+        lock = (workspace.root / ".lock").open("rb")
+    except OSError:
+        return  # nobody has tiled here, or it is not ours to see
+    with lock:
+        if locked(lock.fileno(), shared=True):
+            return
+        holder = lock.read().decode(errors="replace").strip()
+    if holder.startswith("`histossl tile`"):
+        raise StoreError(
+            f"{workspace.root}: {holder} is at work in it, and has not tiled every slide yet; wait until it is done, "
+            "or stop it to go on with the tiles that there are"
+        )
 
 
 @contextmanager
@@ -327,14 +348,20 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def locked(descriptor: int) -> bool:
-    """Whether this process now holds the lock of an open file, until it closes it or ends."""
+def locked(descriptor: int, shared: bool = False) -> bool:
+    """Whether this process now holds the lock of an open file, until it closes it or ends; `shared`: with others."""
     try:
         import fcntl
     except ImportError:
         return True  # not on this system: nobody is kept out
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
     return True
+
+
+def _in_a_moment(descriptor: int) -> bool:
+    """Whether the lock is free again after a blink: `refuse_while_tiling` holds it for so long, and is no work."""
+    time.sleep(0.1)
+    return locked(descriptor)

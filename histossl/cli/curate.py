@@ -11,7 +11,7 @@ from histossl import console
 from histossl.cli.options import ConfigOption, WorkspaceOption, above_0
 from histossl.config import CurateConfig, EmbedConfig
 from histossl.errors import UsageError
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, refuse_while_tiling
 
 DEFAULTS = CurateConfig()
 RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)
@@ -129,6 +129,7 @@ def curate(
         )
     at = Workspace.at(workspace)
     at.subset(name)  # refuses what is no name, before any work
+    refuse_while_tiling(at)
     index = TileIndex.open(at)
     left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
     queries, labelled = example_slides(index, settings.like_slides, settings.like_classes, labels, left_out)

@@ -20,7 +20,7 @@ from histossl.cli.options import above_0
 from histossl.cli.tiles import tell_tiled
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
-from histossl.workspace import Workspace
+from histossl.workspace import Workspace, refuse_while_tiling
 
 if TYPE_CHECKING:
     from histossl.backbones import BackboneInfo
@@ -127,6 +127,7 @@ def distill(
         tiling = tile_config(model)
         scale = {name: shared[name] for name in ("slide_mpp", "mpp_csv")}
         tell_tiled(tile_archive(slides, at, tiling, **scale), at, tiling.mpps)
+    refuse_while_tiling(at)
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
     table = labelled_slides(labels, index) if labels else None
@@ -235,14 +236,16 @@ def _say_who(settings: DistillConfig, model: Model, taught: Teacher, tested: set
     missing = [each for each in model.info.classes if each not in taught.classes]
     if missing:
         console.warn(f"the teacher never saw {', '.join(missing)}; the student will not know it either")
-    known = set(model.info.provenance.get("slides", ()))
+    from histossl.evaluation.learnt import slides_learnt
+
+    known = slides_learnt(model, index).slides
     if tested:
         slides = console.count(len(tested), "slide")
         console.say(f"{slides} stay{'s' if len(tested) == 1 else ''} out: the teacher was tested on these patients")
     elif known:
         console.warn(
             f"the teacher's own record names no test patients, so no slide stays out for it (it has learnt the labels "
-            f"of {console.count(len(known & set(index.slides)), 'slide')} here); keep some out with --labels or "
+            f"of {console.count(len(known), 'slide')} here); keep some out with --labels or "
             "--exclude, to test on"
         )
     if settings.view_px < taught.input_px:

@@ -284,7 +284,7 @@ def pretrain(
     from histossl.training.operation import Operation
     from histossl.training.pretrain import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
-    from histossl.workspace import Workspace
+    from histossl.workspace import Workspace, refuse_while_tiling
 
     del config  # read before any other option, by its callback
     every_s, every_steps = _every(checkpoint_every)
@@ -323,6 +323,7 @@ def pretrain(
         )
     if slides is not None and not only_plan and not is_worker():
         tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv)
+    refuse_while_tiling(at)
     index = TileIndex.open(at)
     if slides is None:
         refuse_other_scale(index, tile_px, mpp, slide_mpp, mpp_csv)

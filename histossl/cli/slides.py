@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -102,12 +102,21 @@ def scan(
     quality.
     """
     from histossl.slides.scan import scan as scan_archive
+    from histossl.tiles.tiling import other_than_stored
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     if regions is not None and not regions.is_dir():
         raise UsageError(f"--regions {regions}: no such folder")
     finest, *coarser = _scales(mpp)
+    tissue: dict[str, Any] = {
+        "min_tissue": min_tissue,
+        "tissue_um": tissue_um,
+        "tissue_threshold": tissue_threshold,
+        "min_speck_um": min_speck_um,
+        "max_hole_um": max_hole_um,
+        "reject_pen": reject_pen,
+    }
     settings = ScanConfig(
         tile_px=tile_px,
         mpp=finest,
@@ -116,20 +125,18 @@ def scan(
         mpp_csv=str(mpp_csv) if mpp_csv else None,
         time_limit_s=time_limit,
         jpeg_quality=jpeg_quality,
-        tissue=TissueConfig(
-            min_tissue=min_tissue,
-            tissue_um=tissue_um,
-            tissue_threshold=tissue_threshold,
-            min_speck_um=min_speck_um,
-            max_hole_um=max_hole_um,
-            reject_pen=reject_pen,
-        ),
+        tissue=TissueConfig(**tissue),
     )
     place = Workspace.at(workspace)
     directory = archive_of(directory, slides)
     scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
     _show(scanned)
     console.say(_totals(scanned, mpp, tile_px))
+    if differ := other_than_stored(place, tile_px, settings.mpps, tissue):
+        console.say(
+            f"{place.tiles} was tiled with other settings than this estimate is for: {differ}; pass scan the ones of "
+            "then to estimate what tile would add there"
+        )
     if copied := copies_at_other_size(scanned.rows, settings):
         console.say(copied)
     console.say(f"one row per file: {place.archive_csv}")
@@ -213,7 +220,8 @@ def copies_at_other_size(rows: Sequence[LedgerRow], config: ScanConfig) -> str:
     if side == config.tile_px:
         return ""  # copied as it is
     return (
-        f"{count} of the slides have JPEG tiles of {side} px at this scale: tile --grid native --tile-px {side} "
+        f"{count:,} of the slides {'has' if count == 1 else 'have'} JPEG tiles of {side} px at this scale: "
+        f"tile --grid native --tile-px {side} "
         f"could copy them, unchanged and fastest; {config.tile_px} px are cut from them and encoded anew"
     )
 

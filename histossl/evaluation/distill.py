@@ -247,6 +247,7 @@ def _info_of(model: Model, run: PretrainDir, config: DistillConfig, found: dict[
         provenance={
             "tiling": model.info.provenance["tiling"],
             "slides": model.info.provenance.get("slides", []),
+            "contents": model.info.provenance.get("contents", {}),
             "config": json.loads(json.dumps(asdict(config), default=str)),
             "teacher": {"folder": str(model.folder), "digest": config.teacher},
             "distillation": found,

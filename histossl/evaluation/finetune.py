@@ -9,7 +9,7 @@ the pieces (team.py), each with a part of the journal that the first one puts to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from histossl.errors import LabelsError
 from histossl.evaluation import curves, tables
 from histossl.evaluation import labels as labelling
 from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
+from histossl.evaluation.for_use import comes_before, for_use, other_model, scored_higher
 from histossl.evaluation.items import labelled_items, show_labels, show_missing
 from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
 from histossl.evaluation.label_file import read_rows
 from histossl.evaluation.labels import LabelTable
 from histossl.evaluation.leaks import leak_statement, leaks_together
 from histossl.evaluation.learners import EndToEnd, Frozen, Learner, head_label, head_of
+from histossl.evaluation.learnt import contents_of
 from histossl.evaluation.model import ModelInfo, is_model_of, start_of_model
 from histossl.evaluation.same_run import (
     labelled_digest,
@@ -56,10 +58,9 @@ from histossl.evaluation.team import Team, held_by, team_on
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
-from histossl.workspace import FinetuneDir, Workspace
+from histossl.workspace import FinetuneDir, Workspace, refuse_while_tiling
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
-PREFERRED = ("adapted", "imagenet")  # whose backbone the model for use gets; else the first start with a network
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def finetune(
 ) -> Result:
     """The whole curve. Whatever can be wrong with the labels or the starts ends before the first tile is read."""
     with team_on(embed.device) as (team, device):
+        refuse_while_tiling(workspace)
         index = TileIndex.open(workspace)
         table = labelled_items(workspace, index, config)
         show_labels(table, config.labels, every_missing=dry_run)
@@ -167,11 +169,11 @@ def _finetune(
     curves.write_points(run.points, curves.points_from(measured))
     summary = curves.summarise(measured)
     curves.write_summary(run.summary, summary)
-    for_use = _for_use(facts["starts"])
-    facts |= _site_facts(learners, table, for_use, before)
+    in_order = for_use(facts["starts"])
+    facts |= _site_facts(learners, table, in_order, before)
     facts["verdict"] = _verdict(measured, table, facts)
     write_run(run.run_json, config, **facts)
-    _save_model(run, learners, index, table, splits, starts, config, facts, for_use)
+    _save_model(run, learners, index, table, splits, starts, config, facts, in_order, summary)
     report = write_report(run, workspace)
     _show_curve(summary, facts["verdict"], table, splits.group)
     console.say(f"report: {report}")
@@ -208,14 +210,15 @@ def _save_model(
     starts: Starts,
     config: FinetuneConfig,
     facts: Mapping[str, Any],
-    for_use: Sequence[str],
+    in_order: Sequence[str],
+    summary: Sequence[curves.SummaryRow],
 ) -> None:
     """One more fit, on everything labelled (a fixed test set stays out), of the start that is for use.
 
-    The model of an earlier command's start stays where that comes first in `for_use`.
+    The model of an earlier command's start stays where that comes first `in_order`.
     """
-    name = next((name for name in for_use if name in learners), None)
-    if name is None or _comes_before(for_use, start_of_model(run.model), name):
+    name = next((name for name in in_order if name in learners), None)
+    if name is None or comes_before(in_order, start_of_model(run.model), name):
         return
     items = np.arange(len(table.items)) if splits.num_folds else splits.parts[0].pool
     used = [table.items[item] for item in items]
@@ -223,6 +226,7 @@ def _save_model(
         "labels_digest": table.digest,
         "config": plain(asdict(config)),
         "slides": sorted({item.slide for item in used}),
+        "contents": contents_of(index, sorted({item.slide for item in used})),
         "tested_slides": [] if splits.num_folds else sorted({table.items[item].slide for item in splits.tested}),
         "tiling": index.config,
         "start": facts["starts"][name],
@@ -246,10 +250,14 @@ def _save_model(
     of_run = facts["starts"][name].get("backbone")
     which = f"{name}, of its runs {of_run}" if of_run else name
     console.say(f"model for use: {run.model} ({which}, trained on {console.count(len(used), table.unit)})")
+    better, how = scored_higher(summary, name)
+    if better:
+        console.warn(f"{how}; {other_model(better, config.starts)}")
 
 
 def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig = EmbedConfig()) -> Path:
     """Stage `embed`: one start's features of the labelled slides, or without labels of all; where they lie."""
+    refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     slides = list(index.slides)
     if config.labels:
@@ -268,26 +276,16 @@ def embed_start(workspace: Workspace, config: FinetuneConfig, embed: EmbedConfig
         )
         embed_slides(workspace, index, slides, embedder, embed)
         folder = workspace.embeddings(embedder.folder)
-        console.say(f"{len(slides)} slides, {embedder.feature_dim} features a tile: {folder}")
+        console.say(f"{console.count(len(slides), 'slide')}, {embedder.feature_dim} features a tile: {folder}")
     return folder
 
 
-def _for_use(measured: Iterable[str]) -> list[str]:
-    """Starts with a network, the one whose model is to be used first."""
-    known = [name for name in measured if name != COLOUR]
-    return sorted(known, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))
-
-
-def _comes_before(for_use: Sequence[str], earlier: str, name: str) -> bool:
-    return earlier in for_use and for_use.index(earlier) < for_use.index(name)
-
-
 def _site_facts(
-    learners: Mapping[str, Learner], table: LabelTable, for_use: Sequence[str], before: Mapping[str, Any]
+    learners: Mapping[str, Learner], table: LabelTable, in_order: Sequence[str], before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Whether site and label are entangled, by the frozen features of the start that is for use; {}: as told before."""
-    name = next((name for name in for_use if isinstance(learners.get(name), Frozen)), None)
-    if name is None or _comes_before(for_use, before.get("site", {}).get("start", ""), name):
+    name = next((name for name in in_order if isinstance(learners.get(name), Frozen)), None)
+    if name is None or comes_before(in_order, before.get("site", {}).get("start", ""), name):
         return {}
     learner = learners[name]
     found = check_site(learner.bags.pooled, table) if isinstance(learner, Frozen) else None

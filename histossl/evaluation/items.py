@@ -14,12 +14,10 @@ from histossl.evaluation.drawn import drawn_items
 from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.label_file import LabelFile, read_labels
 from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.slide_names import SlideNames
-from histossl.slides.ledger import read_ledger
+from histossl.evaluation.slide_names import NO_TILES, SlideNames
 from histossl.tiles.index import TileIndex
 from histossl.workspace import Workspace
 
-NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
 MISSING_SHOWN = 5
 
 
@@ -34,16 +32,10 @@ def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfi
         if config.unit == "slide":
             raise LabelsError("--unit slide: annotations label regions; leave --unit out, or pass --unit tile")
         return _in_unit(table, index, config)
-    reasons = {
-        row.slide: row.tile_reason or row.reason or ("not tiled yet" if row.tile_status != "tiled" else NAMELESS)
-        for row in read_ledger(workspace.archive_csv)
-        if row.slide and row.slide not in index.slides
-    }
     file = read_labels(path)
     table = labelling.match_labels(
         file.rows,
         SlideNames.of(index),
-        reasons=reasons,
         classes=config.classes,
         mixed_patients=config.mixed_patients,
         source=path.name,
@@ -91,9 +83,11 @@ def show_labels(table: LabelTable, source: str, every_missing: bool = False) -> 
     columns, rows = labelling.overview(table)
     console.table(f"labels: {Path(source).name}", columns, rows, right=columns[1:])
     found = table.num_named - len(table.missing)
+    have = "has" if len(table.unlabelled) == 1 else "have"
     console.say(
         f"{table.num_named} slides named, {found} found, {len(table.missing)} missing; "
-        f"{len(table.unlabelled)} slides of the workspace have no label; patients from {table.patients_from}"
+        f"{console.count(len(table.unlabelled), 'slide')} of the workspace {have} no label; "
+        f"patients from {table.patients_from}"
     )
     show_missing(table.missing, len(table.missing) if every_missing else MISSING_SHOWN)
     for note in table.notes:
@@ -102,6 +96,7 @@ def show_labels(table: LabelTable, source: str, every_missing: bool = False) -> 
 
 def show_missing(missing: Sequence[tuple[str, str]], at_most: int | None = None) -> None:
     for name, why in missing[:at_most]:
-        console.warn(f"{name}: not found ({why})")
+        known = why.startswith(NO_TILES)  # a mistyped name has another remedy
+        console.warn(f"{name}: in the archive, but it has {why}" if known else f"{name}: not found ({why})")
     if at_most is not None and len(missing) > at_most:
         console.warn(f"and {len(missing) - at_most} more that were not found: run.json names them, and --dry-run does")

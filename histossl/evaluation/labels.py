@@ -98,13 +98,14 @@ def match_labels(
     source: str = "labels.csv",
     where: str = "this workspace",
 ) -> LabelTable:
-    """Items of `rows` whose slides are among `slides`; `reasons` says why a known slide has no tiles.
+    """Items of `rows` whose slides are among `slides`.
+
+    `reasons` says why a slide of the archive has no tiles, where `slides` is a plain list.
 
     `classes` keeps only these. Refuses contradictions: a slide with two labels, a patient in both splits, and,
     unless `mixed_patients` or labels of regions, a patient with slides of two classes.
     """
-    names = slides if isinstance(slides, SlideNames) else SlideNames(slides)
-    without_tiles = SlideNames(reasons or {})
+    names = slides if isinstance(slides, SlideNames) else SlideNames(slides, without_tiles=reasons)
     named = [row for row in rows if row.label and (not classes or row.label in classes)]
     known_labels = sorted({row.label for row in rows if row.label})
     for name in classes:
@@ -121,8 +122,7 @@ def match_labels(
     for row in named:
         hits = names.labelled_by(row.slide)
         if not hits:
-            aside = without_tiles.find(row.slide)
-            missing[row.slide] = f"no tiles: {(reasons or {})[aside[0]]}" if aside else names.hint(row.slide)
+            missing[row.slide] = names.hint(row.slide)
         _refuse_several(source, row, hits, cases=not regions)
         for slide in hits:
             found[slide].append(row)

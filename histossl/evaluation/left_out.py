@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from histossl import console
-from histossl.config import nearest
 from histossl.errors import LabelsError, UsageError
 from histossl.evaluation.label_file import Row, read_labels, read_rows
 from histossl.evaluation.labels import LabelTable, match_labels, refuse_two_cases
@@ -54,7 +53,9 @@ def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
         cases |= names.cases(slide)
     missing = [row.slide for row in marked if not names.find(row.slide)]
     if missing:
-        console.warn(f"{path}: {len(missing)} test slides have no tiles here ({', '.join(missing[:3])}, ...)")
+        have = "has" if len(missing) == 1 else "have"
+        first = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        console.warn(f"{path}: {console.count(len(missing), 'test slide')} {have} no tiles here ({first})")
     return found | {slide for slide in index.slides if names.cases(slide) & cases}
 
 
@@ -85,6 +86,6 @@ def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
     for name in names:
         found = known.find(name)
         if not found:
-            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides{nearest(name, index.slides)}")
+            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides ({known.hint(name)})")
         slides.update(found)
     return slides

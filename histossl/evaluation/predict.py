@@ -3,9 +3,9 @@
 WORKSPACE/predictions/NAME/
     run.json            which model spoke; another one needs another NAME
     predictions.csv     slide, predicted, p_CLASS..., num_tiles, trained_on, distance, usual_distance, warning
-                        (trained_on: yes where the model has learnt this slide's label, so that a right answer proves
-                        nothing; distance: to the nearest training slide; usual: the farthest that a training patient
-                        lies off)
+                        (trained_on: yes where the model has learnt the label of a slide of this content, so that a
+                        right answer proves nothing; distance: to the nearest training slide; usual: the farthest that
+                        a training patient lies off)
     heatmaps/           SLIDE.png (tissue, and tissue under attention or probability), SLIDE.geojson for QuPath
 """
 
@@ -29,11 +29,11 @@ from histossl.evaluation.abmil import FittedAbmil
 from histossl.evaluation.embed import Bags, device_of, embed_slides, slide_tiles
 from histossl.evaluation.heads import Floats
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
+from histossl.evaluation.learnt import Learnt, slides_learnt
 from histossl.evaluation.model import Model, distances, load_model
-from histossl.evaluation.slide_names import SlideNames
 from histossl.tiles.index import TileIndex
 from histossl.tiles.tiling import tile_archive
-from histossl.workspace import PredictionDir, Workspace, written_aside
+from histossl.workspace import PredictionDir, Workspace, refuse_while_tiling, written_aside
 
 FEW_TILES = 5
 
@@ -82,6 +82,7 @@ def predict(
         if not wanted:
             why = f", the first because: {skipped[0][1]}" if skipped else ""
             raise StoreError(f"{slides}: none of {console.count(len(skipped), 'slide')} gave a tile{why}")
+    refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     refuse_other_tiles(model, index)
     if wanted is None:
@@ -99,9 +100,9 @@ def predict(
             if heatmaps:
                 _draw(folder, model, index, one, tile_shares, attention)
             bar.advance()
-    known = slides_learnt(model, index)
-    _write(folder.table, found, skipped, model.info.classes, known)
-    _show(found, skipped, model.info.classes, known)
+    learnt = slides_learnt(model, index)
+    _write(folder.table, found, skipped, model.info.classes, learnt)
+    _show(found, skipped, model.info.classes, learnt)
     console.say(f"{console.count(len(found), 'slide')} predicted: {folder.table}")
     return folder.table
 
@@ -113,12 +114,6 @@ def _digest_of(model: Model) -> str:
         with (model.folder / name).open("rb") as file:
             hashed.update(hashlib.file_digest(file, "sha256").digest())
     return hashed.hexdigest()[:16]
-
-
-def slides_learnt(model: Model, index: TileIndex) -> set[str]:
-    """Slides here whose labels the model was trained with (a student: its teacher), by the names in its own record."""
-    here = SlideNames.of(index)
-    return {slide for name in model.info.provenance.get("slides", ()) for slide in here.find(name)}
 
 
 def _refuse_another_model(folder: PredictionDir, digest: str) -> None:
@@ -239,7 +234,7 @@ def _write(
     found: Sequence[SlidePrediction],
     skipped: Sequence[tuple[str, str]],
     classes: Sequence[str],
-    known: set[str],
+    learnt: Learnt,
 ) -> None:
     """A slide that could not be predicted has a row too, with the reason and no probabilities.
 
@@ -251,7 +246,7 @@ def _write(
     for one in found:
         label = classes[int(one.shares.argmax())]
         shares = [f"{share:.6f}" for share in one.shares]
-        trained_on = "yes" if one.slide in known else "no"
+        trained_on = "yes" if one.slide in learnt.slides else "no"
         figures = [one.num_tiles, trained_on, f"{one.distance:.4f}", f"{one.usual_distance:.4f}"]
         rows.append([one.slide, label, *shares, *figures, one.warning])
     rows += [[slide, "", *[""] * len(classes), 0, "", "", "", f"not predicted: {why}"] for slide, why in skipped]
@@ -273,7 +268,7 @@ def _show(
     found: Sequence[SlidePrediction],
     skipped: Sequence[tuple[str, str]],
     classes: Sequence[str],
-    known: set[str],
+    learnt: Learnt,
     most: int = 20,
 ) -> None:
     rows = [
@@ -281,7 +276,7 @@ def _show(
             one.slide,
             classes[int(one.shares.argmax())],
             f"{one.shares.max():.2f}",
-            "yes" if one.slide in known else "no",
+            "yes" if one.slide in learnt.slides else "no",
             one.warning,
         ]
         for one in found
@@ -290,10 +285,12 @@ def _show(
     console.table("predictions", columns, rows[:most], right=["probability"])
     if len(rows) > most:
         console.say(f"and {len(rows) - most:,} more in the file")
-    if learnt := sum(one.slide in known for one in found):
+    if learnt.by_name:
+        console.say(f"trained_on: compared by the slides' names, for {learnt.by_name}")
+    if number := sum(one.slide in learnt.slides for one in found):
         console.warn(
-            f"the model was trained with the labels of {learnt:,} of the {console.count(len(found), 'slide')} here "
-            "(trained_on in the file): what it says of them tests nothing"
+            f"the model was trained with {_labels_of(number, len(found))} here (trained_on in the file): what it says "
+            f"of {'it' if number == 1 else 'them'} tests nothing"
         )
     warned = sum(bool(one.warning) for one in found)
     if warned:
@@ -302,3 +299,10 @@ def _show(
         )
     for slide, why in skipped:
         console.warn(f"{slide}: not predicted ({why})")
+
+
+def _labels_of(number: int, among: int) -> str:
+    """Of the slides here, so many whose labels are known."""
+    if number == among:
+        return "the label of the one slide" if among == 1 else f"the labels of all {among:,} slides"
+    return f"the label{'s' if number > 1 else ''} of {number:,} of the {among:,} slides"

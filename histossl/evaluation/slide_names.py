@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import PurePosixPath
 
 from histossl.config import nearest
 from histossl.slides.files import SUFFIXES
+from histossl.slides.ledger import read_ledger
 from histossl.tiles.index import TileIndex
 from histossl.tiles.names import holders
 from histossl.workspace import Workspace
@@ -18,15 +20,40 @@ TCGA_SAMPLE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-[0-9]{2}", re.IGNORECASE
 TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
 NOT_READ = ("isyntax", "kfb", "lif", "sdpc", "tron", "vsi", "zarr", "zip", "zvi")  # but named so before conversion
 TYPES = sorted({*NOT_READ, *(suffix.removeprefix(".") for suffix in SUFFIXES)})
+NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
+NO_TILES = "no tiles: "  # how a hint begins that is about a slide of the archive
 FILE_TYPE = re.compile(rf"(?:\.ome)?\.(?:{'|'.join(TYPES)})$|\.ome$", re.IGNORECASE)
 
 
-class SlideNames:
-    """Finds a slide by the name a person gave it. `others`: further names, and the slide that holds the tiles."""
+def _without_tiles(index: TileIndex) -> dict[str, str]:
+    """Slides that the archive's ledger knows and that have no tiles, and why."""
+    known = set(index.slides)
+    return {
+        row.slide or row.file: _why(row.tile_reason or row.reason, row.tile_status)
+        for row in read_ledger(Workspace.holding(index.path).archive_csv)
+        if (row.slide or row.file) not in known
+    }
 
-    def __init__(self, slides: Iterable[str], others: Mapping[str, str] | None = None) -> None:
+
+def _why(told: str, tile_status: str) -> str:
+    return told.removeprefix(NO_TILES) or (NAMELESS if tile_status == "tiled" else "not tiled yet")
+
+
+class SlideNames:
+    """Finds a slide by the name a person gave it. `others`: further names, and the slide that holds the tiles.
+
+    `without_tiles`: slides of the archive that have none, and why.
+    """
+
+    def __init__(
+        self,
+        slides: Iterable[str],
+        others: Mapping[str, str] | None = None,
+        without_tiles: Mapping[str, str] | None = None,
+    ) -> None:
         self.slides = tuple(slides)
         self.others = dict(others or {})
+        self.without_tiles = dict(without_tiles or {})
         self._holder = {**self.others, **{slide: slide for slide in self.slides}}
         self._cases: dict[str, set[str]] = defaultdict(set)
         for slide, holder in self._holder.items():
@@ -45,11 +72,15 @@ class SlideNames:
     @classmethod
     def of(cls, index: TileIndex) -> SlideNames:
         """Of an archive's tiles: also by names that an anonymous store hides, or that the same content has twice."""
-        return cls(index.slides, holders(Workspace.holding(index.path), index.slides))
+        return cls(index.slides, holders(Workspace.holding(index.path), index.slides), _without_tiles(index))
 
     def find(self, name: str) -> tuple[str, ...]:
         """The slides meant by `name`: none, one, or (a TCGA case barcode, an ambiguous file name) several."""
         return tuple(sorted({self._holder[own] for own in self._named(name)}))
+
+    @cached_property
+    def _untiled(self) -> SlideNames:
+        return SlideNames(self.without_tiles)
 
     def cases(self, slide: str) -> set[str]:
         """TCGA barcodes of the case that the slide's names tell: one, none, or where names contradict, several."""
@@ -76,7 +107,13 @@ class SlideNames:
         return TCGA_CASE.fullmatch(name) is not None
 
     def hint(self, name: str) -> str:
-        """What may have been meant; of a TCGA barcode only slides of its case, for other cases are other people."""
+        """Why `name` finds nothing: that slide has no tiles, or another name was meant.
+
+        Of a TCGA barcode only slides of its case may have been, for other cases are other people.
+        """
+        untiled = self._untiled.find(name)
+        if untiled:
+            return NO_TILES + self.without_tiles[untiled[0]]
         case = TCGA_CASE.search(name)
         among: Iterable[str] = self._slides_of_case.get(case.group().upper(), ()) if case else self._holder
         stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]

@@ -23,12 +23,12 @@ from histossl import console
 from histossl.config import EmbedConfig, FinetuneConfig
 from histossl.errors import UsageError
 from histossl.evaluation.embed import COLOUR, Bags, device_of, embed_slides, slide_tiles
-from histossl.evaluation.finetune import PREFERRED
+from histossl.evaluation.for_use import PREFERRED
 from histossl.evaluation.heads import Floats, Ints, MeanHead
 from histossl.evaluation.items import labelled_items
 from histossl.evaluation.starts import resolve_starts
 from histossl.tiles.index import TileIndex
-from histossl.workspace import Workspace, written_aside
+from histossl.workspace import Workspace, refuse_while_tiling, written_aside
 
 NUM_HEADS = 12
 DISAGREEMENT_COUNTS = 1.0  # a slide that heads disagree on fully is worth this many times its coverage on top
@@ -49,6 +49,7 @@ def suggest(
     workspace: Workspace, config: FinetuneConfig, number: int = 10, embed: EmbedConfig = EmbedConfig()
 ) -> list[Suggestion]:
     """The `number` slides of the workspace to label next, best first, in the feature space of the adapted start."""
+    refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     table = labelled_items(workspace, index, config)
     labelled = set(table.slides)

@@ -17,6 +17,7 @@ from histossl.config import read_run
 from histossl.errors import StoreError
 from histossl.evaluation import curves
 from histossl.evaluation.curves import Budget, Prediction, SummaryRow, in_budget_order
+from histossl.evaluation.for_use import scored_higher
 from histossl.evaluation.metrics import auroc, confidence_bins, unit_rows
 from histossl.evaluation.resampling import Measured, beside, measure
 from histossl.report import plots
@@ -84,6 +85,10 @@ class Content:
     @property
     def largest(self) -> Budget:
         return max(self.measured.budgets, key=in_budget_order)
+
+    def higher_than(self, start: str) -> str:
+        """Whether another start scored higher than the one of the saved model, in words; empty if none did."""
+        return scored_higher(self.summary, start)[1]
 
     def at_largest(self, start: str) -> list[list[Prediction]]:
         """A start's predictions at the largest budget, a list per draw (and pretraining seed)."""

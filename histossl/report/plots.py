@@ -36,6 +36,7 @@ OF_START = {
 FOR_OTHERS = (("#00795A", "D", "-"), ("#A8517F", "v", "-"), ("#B07D00", "P", "-"), ("#2E8FC0", "X", "-"))
 SHOWN_AS = {"imagenet": "ImageNet", "random": "random weights", "colour": "stain colour alone"}
 FONTS = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+LINE_PT = 11  # of small text
 STYLE: Any = {  # matplotlib types its keys one by one
     "font.size": 9.5,
     "axes.edgecolor": FAINT,
@@ -198,6 +199,7 @@ def curve(
             fontweight="bold" if main else "normal",
             annotation_clip=False,
         )
+    _drop_colliding_names(axes)
     return figure
 
 
@@ -209,6 +211,25 @@ def _log2_axis(axes: Axes, ticks: Mapping[float, str]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticklabels([ticks[place] for place in places])
+
+
+def _drop_colliding_names(axes: Axes, room: float = 0.5) -> None:
+    """Of two names of the x axis that would overlap ("8" and "all (10)") the right one stays; its tick stays of both.
+
+    `room` between them, in heights of a letter. Last of all: the layout must be known.
+    """
+    figure = axes.figure
+    figure.draw_without_rendering()  # type: ignore[union-attr]
+    names = axes.get_xticklabels()
+    kept = [name.get_text() for name in names]
+    left_of_next = np.inf
+    for number in reversed(range(len(names))):
+        box = names[number].get_window_extent()
+        if box.x1 + room * box.height > left_of_next:
+            kept[number] = ""
+        else:
+            left_of_next = box.x0
+    axes.set_xticklabels(kept)
 
 
 def _apart(heights: Sequence[float], axes: Axes, least: float) -> list[float]:
@@ -277,6 +298,7 @@ def saved(rows: Sequence[SavedRow], ticks: Mapping[float, str], start: str, refe
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(f"labelled {unit}s per class for the same score")
+    _drop_colliding_names(axes)
     return figure
 
 
@@ -322,8 +344,15 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: 
     num = len(curves)
     rows = -(-num // 4)
     columns = -(-num // rows)
+    most = max(len(one) for one in curves.values())
     figure, grid = _figure(
-        max(3.2, 1.95 * columns + 0.5), 2.15 * rows + 0.35, rows, columns, squeeze=False, sharex=True, sharey=True
+        max(3.2, 1.95 * columns + 0.5),
+        (2.15 + 0.16 * most) * rows + 0.35,
+        rows,
+        columns,
+        squeeze=False,
+        sharex=True,
+        sharey=True,
     )
     look = look_of(list(dict.fromkeys(start for one in curves.values() for start in one)))
     for axes, (label, by_start) in zip(grid.flat, curves.items(), strict=False):
@@ -331,8 +360,8 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: 
         for number, (start, (false_rate, true_rate, area)) in enumerate(by_start.items()):
             colour, _, dash = look[start]
             axes.plot(false_rate, true_rate, color=colour, linestyle=dash, linewidth=1.7)
-            axes.text(0.97, 0.05 + 0.1 * number, f"{shown(start)} {area:.2f}", color=colour, ha="right", fontsize=8)
-        axes.set_title(label)
+            _name_above(axes, f"{shown(start)} {area:.2f}", len(by_start) - 1 - number, colour)
+        axes.set_title(label, pad=6 + LINE_PT * len(by_start))
         axes.set_aspect("equal")
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
@@ -346,10 +375,18 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: 
     return figure
 
 
+def _name_above(axes: Axes, name: str, line: int, colour: str) -> None:
+    """In the `line`th line above the panel, counted upwards: within it a curve may pass anywhere."""
+    axes.annotate(
+        name, (0, 1), xytext=(0, 2 + LINE_PT * line), xycoords="axes fraction", textcoords="offset points",
+        color=colour, va="bottom", fontsize=8,
+    )  # fmt: skip
+
+
 @styled
 def calibration(bins: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     """{start: (mean confidence, share right)} per bin. On the diagonal a stated 80 % is right in 80 of 100."""
-    figure, axes = _figure(3.7, 3.4)
+    figure, axes = _figure(3.7, 3.3 + 0.16 * len(bins))
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
     look = look_of(list(bins))
     lowest = min((float(confidence.min()) for confidence, _ in bins.values()), default=0.0)
@@ -359,7 +396,7 @@ def calibration(bins: Mapping[str, tuple[Floats, Floats]]) -> Figure:
             confidence, right, color=colour, linestyle=dash, marker=marker or None, linewidth=1.7, markersize=5,
             markeredgecolor="white",
         )  # fmt: skip
-        axes.text(0.03, 0.95 - 0.08 * number, shown(start), color=colour, transform=axes.transAxes, fontweight="bold")
+        _name_above(axes, shown(start), len(bins) - 1 - number, colour)
     left = max(0.0, np.floor(10 * lowest - 0.2) / 10)
     axes.set_xlim(left, 1.01)
     axes.set_ylim(-0.02, 1.03)

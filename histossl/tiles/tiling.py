@@ -129,6 +129,19 @@ def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
     )
 
 
+def other_than_stored(workspace: Workspace, tile_px: int, mpp: Sequence[float], tissue: Mapping[str, Any]) -> str:
+    """What is asked for, but is not how the tiles of a workspace were made; empty without tiles or a difference.
+
+    `tissue` holds those of TissueConfig's settings that are asked for.
+    """
+    before = stored_config(workspace)
+    if before is None:
+        return ""
+    now = replace(before, tile_px=tile_px, mpp=mpp[0], coarser_mpp=tuple(mpp[1:]))
+    now = replace(now, tissue=replace(before.tissue, **tissue))
+    return "; ".join(_differences(before, now))
+
+
 def _differences(before: TileConfig, now: TileConfig) -> list[str]:
     # As the options say it: --mpp names all scales.
     old, new = ({**asdict(config), **asdict(config.tissue), "mpp": _told(config.mpps)} for config in (before, now))

@@ -28,7 +28,11 @@ class Expected:
         return self.step_s * self.num_steps + self.look_s * self.num_looks + self.rest_s
 
     def __str__(self) -> str:
-        each = f"of {duration(self.look_s)}" if self.look_s else "that are not timed yet"
+        each = (
+            f"of {duration(self.look_s)}"
+            if self.look_s
+            else f"that {'is' if self.num_looks == 1 else 'are'} not timed yet"
+        )
         looks = f", {count(self.num_looks, 'look')} {each}" if self.num_looks else ""
         rest = f", {duration(self.rest_s)} before and after" if self.rest_s >= 1 else ""
         return f"about {duration(self.total_s)} ({count(self.num_steps, 'step')} of {self.step_s:.3g} s{looks}{rest})"

@@ -184,9 +184,13 @@ def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str], fitted: i
         num_steps = max(1, round(presentations / config.batch_size))
         why = f"{presentations:,} tiles shown: at least once each, at most {EPOCHS_MOST} times"
     reasons.append(
-        f"steps {num_steps:,} ({why}; {num_steps * config.batch_size / num_tiles:.2g} epochs of {num_tiles:,} tiles)"
+        f"steps {num_steps:,} ({why}; {_told(num_steps * config.batch_size / num_tiles)} epochs of {num_tiles:,} tiles)"
     )
     return num_steps
+
+
+def _told(epochs: float) -> str:
+    return f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
 
 
 def _queue(

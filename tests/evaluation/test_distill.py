@@ -206,7 +206,10 @@ def test_the_student_reaches_the_teachers_tile_accuracy_on_patients_neither_saw(
     teacher, student = rows
     assert teacher > 0.8
     assert student >= teacher - 0.05
-    found = load_model(lab.pretrain(targets).model).info.provenance["distillation"]
+    kept = load_model(lab.pretrain(targets).model).info.provenance
+    assert kept["contents"] == model.info.provenance["contents"]
+    assert sorted(kept["contents"]) == SLIDES[:12]
+    found = kept["distillation"]
     assert found["agreement"] > 0.9 > found["agreement_by_chance"]
     assert verdict(found) == ""
     stored = load_backbone(lab.pretrain(targets).backbone)[1]

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_store import write_synthetic_store
 
+from histossl.config import FinetuneConfig
 from histossl.errors import LabelsError
+from histossl.evaluation.items import labelled_items, show_missing
 from histossl.evaluation.label_file import Box, read_labels, read_rows
 from histossl.evaluation.labels import (
     Item,
@@ -17,6 +20,9 @@ from histossl.evaluation.labels import (
     tiles_in_boxes,
 )
 from histossl.evaluation.slide_names import SlideNames
+from histossl.slides.ledger import LedgerRow, write_ledger
+from histossl.tiles.index import TileIndex
+from histossl.workspace import Workspace
 
 SLIDES = ["A1", "A2", "case1/B1", "case2/B1", "S1.2", "twin.svs", "twin.tif"]
 
@@ -117,6 +123,29 @@ def test_without_patients_each_slide_is_its_own_and_it_is_said(tmp_path):
     table = table_of(tmp_path, "slide,label\nA1,x\nA2,y\n")
     assert {item.patient for item in table.items} == {"A1", "A2"}
     assert any("no patient column" in note for note in table.notes)
+
+
+def test_a_slide_of_the_ledger_without_tiles_is_told_from_a_mistyped_one(tmp_path, capsys):
+    at = Workspace(tmp_path)
+    write_synthetic_store(at, slides=("V-1a", "V-1b"), tiles_per_slide=4, tile_px=16)
+    none = "no tiles: of 16 places on the grid 16 have less than 50% tissue"
+    write_ledger(
+        at.archive_csv,
+        [
+            LedgerRow("V-2a.tif", slide="V-2a"),
+            LedgerRow("V-2b.tif", slide="V-2b", tile_status="no tiles", tile_reason=none),
+            LedgerRow("deep/V-2c.tif"),
+        ],
+    )
+    lines = "V-1a,x\nV-1b,y\nV-2a.tif,x\nV-2b,y\nV-2c.tif,y\nV-1c,y\n"
+    (tmp_path / "labels.csv").write_text(f"slide,label\n{lines}")
+    config = FinetuneConfig(labels=str(tmp_path / "labels.csv"))
+    show_missing(labelled_items(at, TileIndex.open(at), config).missing)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "V-2a.tif: in the archive, but it has no tiles: not tiled yet" in said
+    assert "V-2b: in the archive, but it has no tiles: of 16 places" in said
+    assert "V-2c.tif: in the archive, but it has no tiles: not tiled yet" in said
+    assert "V-1c: not found (did you mean 'V-1" in said
 
 
 def test_the_table_counts_matched_missing_and_unlabelled(tmp_path):

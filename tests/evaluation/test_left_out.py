@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic_store import write_synthetic_store
 
-from histossl.errors import LabelsError
+from histossl.errors import LabelsError, UsageError
 from histossl.evaluation.labels import Item, LabelTable
 from histossl.evaluation.left_out import excluded_slides, labelled_slides, slides_of_test_patients, without
 from histossl.slides.ledger import LedgerRow, write_ledger
@@ -47,6 +47,28 @@ def test_a_file_that_gives_patients_and_sides_for_drawn_labels_leaves_its_test_p
     assert slides_of_test_patients(patients, index) == {"A1", "A2"}
     assert labelled_slides(patients, index) is None
     assert "no probe during the run" in capsys.readouterr().err
+
+
+def test_test_slides_without_tiles_are_counted_in_the_singular_too(tmp_path: Path, capsys) -> None:
+    index = write_synthetic_store(Workspace(tmp_path), slides=("A1", "A2"), tiles_per_slide=4, tile_px=16)
+    labels = tmp_path / "labels.csv"
+    for missing, said in (
+        (1, "1 test slide has no tiles here (Z0)"),
+        (4, "4 test slides have no tiles here (Z0, Z1, Z2"),
+    ):
+        lines = "".join(f"Z{number},x,Q{number},test\n" for number in range(missing))
+        labels.write_text("slide,label,patient,split\nA1,x,P1,test\nA2,y,P2,train\n" + lines)
+        slides_of_test_patients(labels, index)
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_excluded_slide_without_tiles_is_no_spelling_mistake(tmp_path: Path) -> None:
+    at = Workspace(tmp_path)
+    index = write_synthetic_store(at, slides=("V-1a", "V-1b"), tiles_per_slide=4, tile_px=16)
+    write_ledger(at.archive_csv, [LedgerRow("V-2a.tif", slide="V-2a", tile_status="failed", tile_reason="torn")])
+    (tmp_path / "out.txt").write_text("V-2a.tif\n")
+    with pytest.raises(UsageError, match=r"'V-2a.tif' is none of the tiled slides \(no tiles: torn\)"):
+        excluded_slides(tmp_path / "out.txt", index)
 
 
 def test_slides_left_out_do_not_judge_the_run() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from synthetic_store import write_synthetic_store
 from histossl.config import FinetuneConfig
 from histossl.errors import MismatchError, UsageError, WeightsError
 from histossl.evaluation.finetune import finetune
+from histossl.evaluation.learnt import slides_learnt
 from histossl.evaluation.model import distances, load_model
 from histossl.evaluation.predict import predict, predict_tiles, tile_config
 from histossl.tiles.index import TileIndex
@@ -144,6 +146,73 @@ def test_slides_that_the_model_was_trained_on_are_marked(workspace, cli):
     marked = {slide: row["trained_on"] for slide, row in table_of(workspace).items()}
     assert marked == {slide: "no" if number >= 15 else "yes" for number, slide in enumerate(labels)}
     assert "trained with the labels of 15 of the 20 slides here" in " ".join(told.err.split())
+
+
+def stored(workspace: Workspace, contents: dict[str, int], spots: str = "") -> None:
+    """Zips whose fingerprints are numbers; `trained` gives its n-th slide the number n."""
+    from histossl.tiles.store import new_store, read_store
+
+    write_synthetic_store(workspace, list(contents), tiles_per_slide=6, tile_px=32)
+    for slide, number in contents.items():
+        path = workspace.zip_of(slide)
+        before = read_store(path)
+        tiling = {key: value for key, value in before.tiling.items() if key not in ("format", "digest")}
+        tiling["slide"] |= {"fingerprint": f"{number:032x}", **({"spots": spots} if spots else {})}
+        data = path.read_bytes()
+        with new_store(path, [0.5]) as writer:
+            for row in before.table:
+                jpeg = data[row["offset"] : row["offset"] + row["length"]]
+                writer.add(int(row["x_l0"]), int(row["y_l0"]), jpeg, float(row["tissue"]))
+            writer.finish(tiling)
+
+
+def test_a_training_slide_is_known_by_its_content_whatever_its_name(workspace, tmp_path, cli):
+    """Slide 3 was trained on, 17 was tested. A copy of 3 has another name, and a new slide has the name of 3."""
+    model, _ = trained(workspace)
+    elsewhere = Workspace(tmp_path / "elsewhere").make()
+    stored(elsewhere, {"copy": 3, "s03": 900, "s17": 17})
+    told = cli("predict", "--model", model, "-w", elsewhere.root, "--no-heatmaps")
+    assert told.code == 0, told.err
+    assert {slide: row["trained_on"] for slide, row in table_of(elsewhere).items()} == {
+        "copy": "yes",
+        "s03": "no",
+        "s17": "no",
+    }
+    assert "with the label of 1 of the 3 slides here" in " ".join(told.err.split())
+    assert "compared by the slides' names" not in told.out + told.err
+
+
+def test_the_one_slide_here_is_told_in_the_singular(workspace, tmp_path, cli):
+    model, _ = trained(workspace)
+    elsewhere = Workspace(tmp_path / "elsewhere").make()
+    stored(elsewhere, {"s03": 3})
+    told = cli("predict", "--model", model, "-w", elsewhere.root, "--no-heatmaps")
+    said = " ".join(told.err.split())
+    assert "trained with the label of the one slide here (trained_on in the file): what it says of it tests" in said
+
+
+def test_a_model_without_fingerprints_compares_names_and_says_so(workspace, tmp_path, cli):
+    model, _ = trained(workspace)
+    facts = json.loads((model / "model.json").read_text())
+    assert facts["provenance"].pop("contents")["s03"] == [f"{3:032x}", ""]
+    (model / "model.json").write_text(json.dumps(facts))
+    elsewhere = Workspace(tmp_path / "elsewhere").make()
+    stored(elsewhere, {"copy": 3, "s03": 900})
+    told = cli("predict", "--model", model, "-w", elsewhere.root, "--no-heatmaps")
+    assert {slide: row["trained_on"] for slide, row in table_of(elsewhere).items()} == {"copy": "no", "s03": "yes"}
+    assert "compared by the slides' names, for the model was made by an older histossl" in " ".join(
+        (told.out + told.err).split()
+    )
+
+
+def test_slides_alike_in_few_samples_are_told_apart_by_many(workspace):
+    model = load_model(trained(workspace)[0])
+    contents = {slide: [few, "a"] for slide, (few, _) in model.info.provenance["contents"].items()}
+    model = replace(model, info=replace(model.info, provenance={**model.info.provenance, "contents": contents}))
+    for spots, expected in (("a", {"s03"}), ("b", set()), ("", {"s03"})):
+        shutil.rmtree(workspace.tiles)
+        stored(workspace, {"s03": 3, "s04": 904}, spots)
+        assert slides_learnt(model, TileIndex.open(workspace)).slides == expected, spots
 
 
 def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):

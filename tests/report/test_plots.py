@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,6 +39,38 @@ def test_labels_at_the_ends_do_not_overlap():
     bottom, top = axes.get_ylim()
     assert len(heights) == 4
     assert min(np.diff(heights)) >= 0.054 * (top - bottom)
+
+
+def test_names_of_the_x_axis_do_not_overlap_in_a_small_plot():
+    """Ten slides per class: 8 and all (10) lie closer than their names are wide."""
+    x, ticks = np.array([1.0, 2, 4, 8, 10]), {1.0: "1", 2.0: "2", 4.0: "4", 8.0: "8", 10.0: "all (10)"}
+    lines = [plots.Line(start, x, x / 20, x / 20, x / 20) for start in ("adapted", "imagenet")]
+    small, large = (plots.curve(lines, ticks, "AUROC", size=size).axes[0] for size in ((3.6, 2.6), (14, 4)))
+    assert [name.get_text() for name in small.get_xticklabels()] == ["1", "2", "4", "", "all (10)"]
+    assert [name.get_text() for name in large.get_xticklabels()] == list(ticks.values())
+    assert list(small.get_xticks()) == list(x)  # the tick itself stays
+    wide = {2.0**n: str(2**n) for n in range(9)} | {280.0: "all (280)"}
+    row = plots.SavedRow(256, 200, 150, 240, False)
+    names = plots.saved([row], wide, "adapted", "imagenet", "slide").axes[0].get_xticklabels()
+    boxes = [name.get_window_extent() for name in names if name.get_text()]
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+
+
+def test_no_name_lies_where_a_roc_curve_or_a_calibration_may_pass():
+    rate = np.linspace(0, 1, 11)
+    many = dict.fromkeys(("adapted", "imagenet", "random", "colour"), (rate, rate**2, 0.3))
+    for figure, number in (
+        (plots.roc({"ill": many, "well": dict(list(many.items())[:2])}), 6),
+        (plots.calibration(dict.fromkeys(many, (rate, rate))), 4),
+    ):
+        figure.draw_without_rendering()
+        names = [(axes, text) for axes in figure.axes for text in axes.texts]
+        assert len(names) == number
+        for axes, text in names:
+            assert text.get_window_extent().y0 > axes.transData.transform((0, 1))[1]
+        for axes in figure.axes:
+            heights = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+            assert all(one.y1 <= other.y0 + 2 for one, other in pairwise(heights))
 
 
 def test_an_svg_is_the_same_twice_and_shares_no_id_with_another():

@@ -437,7 +437,9 @@ def test_scan_says_at_which_size_tiles_could_be_copied() -> None:
     )
     rows = [svs, replace(svs, native_tile="256x256", vendor="hamamatsu"), replace(svs, compression="JPEG 2000")]
     told = copies_at_other_size(rows, ScanConfig(mpp=0.25))
-    assert told.startswith("1 of the slides have JPEG tiles of 240 px at this scale: tile --grid native --tile-px 240 ")
+    assert told.startswith("1 of the slides has JPEG tiles of 240 px at this scale: tile --grid native --tile-px 240 ")
+    both = copies_at_other_size([svs, svs], ScanConfig(mpp=0.25))
+    assert both.startswith("2 of the slides have JPEG tiles of 240 px")
     assert copies_at_other_size(rows, ScanConfig(mpp=1.01)) != ""
     assert copies_at_other_size(rows, ScanConfig(mpp=0.5)) == "", "no level of that scale"
     assert copies_at_other_size(rows, ScanConfig(mpp=0.25, tile_px=240)) == "", "they are copied as it is"

@@ -53,6 +53,7 @@ def test_a_run_that_goes_on_counts_from_where_it_is(monkeypatch: pytest.MonkeyPa
 
 def test_looks_that_were_never_timed_are_told_as_such() -> None:
     """As in a run that goes on: its first look is still to come."""
+    assert "1 look that is not timed yet" in str(Expected(2.0, 30, 0.0, 1))
     assert str(Expected(2.0, 30, 0.0, 2)) == "about 1.0 min (30 steps of 2 s, 2 looks that are not timed yet)"
     assert str(Expected(2.0, 30, 6.0, 2)) == "about 1.2 min (30 steps of 2 s, 2 looks of 6 s)"
 

@@ -50,6 +50,15 @@ def test_momentum_fits_the_tiles_and_the_length() -> None:
     assert planned(2_000_000, steps=100).knobs["momentum"] == 0.98  # never shorter
 
 
+def test_a_hundred_epochs_are_not_told_as_a_power_of_ten() -> None:
+    def told(epochs: float) -> str:
+        return planned(10_000, 100, epochs=epochs).reasons[0]
+
+    assert "; 100 epochs of 10,000 tiles)" in told(100)
+    assert "; 1,500 epochs of" in told(1500)
+    assert "; 2.5 epochs of" in told(2.5)
+
+
 def test_epochs_become_steps() -> None:
     assert planned(10_000, 100, epochs=3).num_steps == 300
     assert planned(10_000, 100, steps=7).num_steps == 7

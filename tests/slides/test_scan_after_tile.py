@@ -1,0 +1,32 @@
+"""`scan` in a workspace that is tiled already says when its estimate is of other tiles."""
+
+import pytest
+
+
+@pytest.fixture
+def tiled(workspace, paint, cli):
+    folder = paint("A1.tif", mpp=0.5).path.parent
+    told = cli("tile", folder, "-w", workspace.root, "--tile-px", 64, "--max-ink", 0.5, "--workers", 1)
+    assert told.code == 0, told.err
+    return folder
+
+
+def said(told) -> str:
+    assert told.code == 0, told.err
+    return " ".join((told.out + told.err).split())
+
+
+def test_an_estimate_of_other_tiles_than_there_are_is_told_as_such(workspace, tiled, cli):
+    told = said(cli("scan", tiled, "-w", workspace.root, "--workers", 1, "--min-tissue", 0.25))
+    assert "was tiled with other settings than this estimate is for: tile-px was 64, now 256; min-tissue was " in told
+
+
+def test_the_settings_of_then_are_not_remarked_upon(workspace, tiled, cli):
+    """A filter that scan does not have is no difference."""
+    told = said(cli("scan", tiled, "-w", workspace.root, "--workers", 1, "--tile-px", 64))
+    assert "other settings" not in told
+
+
+def test_a_workspace_without_tiles_is_not_compared(workspace, paint, cli):
+    folder = paint("A1.tif", mpp=0.5).path.parent
+    assert "other settings" not in said(cli("scan", folder, "-w", workspace.root, "--workers", 1))
