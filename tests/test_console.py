@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from rich.console import Console
 
@@ -32,3 +36,25 @@ def test_a_narrow_terminal_breaks_no_word_of_a_table(monkeypatch: pytest.MonkeyP
     for word in (file, "unreadable", "139264x98304", "0.2527", "unknown", "54321"):
         assert shown.count(word) == 3, shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def _commands() -> list[str]:
+    import typer
+
+    from histossl.cli import app
+
+    every: list[str] = []
+    for name, command in typer.main.get_command(app).commands.items():
+        every += [name, *(f"{name} {part}" for part in getattr(command, "commands", {}))]
+    return every
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_help_is_whole_in_80_columns(command: str) -> None:
+    """Names of options above all: cut, they cannot be typed."""
+    line = [sys.executable, "-m", "histossl", *command.split(), "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    told = subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout
+    cut = [each for each in told.splitlines() if "…" in each]
+    assert not [each for each in cut if each.lstrip("│ ").startswith("-")]
+    assert len(cut) <= 1  # a long path in an explanation

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 bench = typer.Typer(
     help="Measure this machine: how fast tiles are read, decoded, made into views and learnt from, what limits, and "
     "what to change. Alone all of it in a minute or two; each command below measures one part closer.",
-    epilog="Example: histossl bench -w WORKSPACE   With a part alone: histossl bench views",
+    epilog="Example: histossl bench -w WORKSPACE\n\nWith a part alone: histossl bench views",
     invoke_without_command=True,
 )
 STEPS_CPU, STEPS_GPU = 2, 10
@@ -30,7 +30,7 @@ STEPS_CPU, STEPS_GPU = 2, 10
 
 def register(app: typer.Typer) -> None:
     bench.command(
-        epilog="Example: histossl bench views -w WORKSPACE --recipe dinov2-histology   "
+        epilog="Example: histossl bench views -w WORKSPACE --recipe dinov2-histology\n\n"
         "Without tiles, on synthetic ones: histossl bench views --tile-px 256"
     )(views)
     bench.command(epilog="Example: histossl bench train -w WORKSPACE --backbone resnet50 --batch-size 256")(train)

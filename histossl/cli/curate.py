@@ -19,7 +19,7 @@ RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of 
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl curate --tiles 200000 --labels labels.csv    "
+        epilog="Example: histossl curate --tiles 200000 --labels labels.csv\n\n"
         "Before any pretraining: histossl curate --backbone vit_small_patch16_224 --weights imagenet"
     )(curate)
 

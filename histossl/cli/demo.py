@@ -13,7 +13,7 @@ from histossl.errors import UsageError
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl demo   "
+        epilog="Example: histossl demo\n\n"
         "Only an archive to try things on: histossl demo --only-paint my-archive --slides 24"
     )(demo)
 

@@ -36,7 +36,7 @@ NOT_SHARED = ("name", "method", "backbone", "weights", "view_px", "tile_px", "mp
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl distill --teacher histossl-workspace/finetune/default/model --student resnet18   "
+        epilog="Example: histossl distill --teacher histossl-workspace/finetune/default/model --student resnet18\n\n"
         "then histossl predict --model histossl-workspace/pretrain/distillation/model --slides DIR"
     )(distill)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
+from histossl.cli.options import ON_OFF, ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
 from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.errors import UsageError
 from histossl.workspace import Workspace
@@ -93,7 +93,7 @@ WorkersOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl finetune --labels labels.csv    "
+        epilog="Example: histossl finetune --labels labels.csv\n\n"
         "(check the labels only: histossl finetune --labels labels.csv --dry-run)"
     )(finetune)
     app.command(
@@ -101,7 +101,7 @@ def register(app: typer.Typer) -> None:
         "-w new-workspace"
     )(predict)
     app.command(epilog="Example: histossl suggest --labels labels.csv --number 10")(suggest)
-    app.command(epilog="Example: histossl embed --start adapted    (all slides: features and coords as HDF5)")(embed)
+    app.command(epilog="Example: histossl embed --start adapted\n\n(all slides: features and coords as HDF5)")(embed)
 
 
 def predict(
@@ -116,7 +116,12 @@ def predict(
         str, typer.Option("--name", help="Of these predictions: they go to WORKSPACE/predictions/NAME.")
     ] = "default",
     heatmaps: Annotated[
-        bool, typer.Option("--heatmaps/--no-heatmaps", help="Draw a PNG and a GeoJSON for QuPath of each slide.")
+        bool,
+        typer.Option(
+            "--heatmaps/--no-heatmaps",
+            rich_help_panel=ON_OFF,
+            help="Draw a PNG and a GeoJSON for QuPath of each slide.",
+        ),
     ] = True,
     slide_mpp: Annotated[
         float | None,

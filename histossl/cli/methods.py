@@ -12,7 +12,7 @@ from histossl.methods import REGISTRY, TAUGHT, classes_of, entry_of
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: histossl methods   histossl methods dinov2")(methods)
+    app.command(epilog="Example: histossl methods\n\nhistossl methods dinov2")(methods)
 
 
 def methods(

@@ -25,6 +25,10 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+# Options with a --no- beside them: in a panel with others their second name takes all the room that 80 columns have.
+ON_OFF = "On or off"
+
+
 def above_0(context: typer.Context, parameter: typer.CallbackParam, value: float) -> float:
     """Callback of options whose default, 0, means 'work it out': a person who gives 0 means something else."""
     given = context.get_parameter_source(str(parameter.name))
@@ -99,7 +103,8 @@ MaxHoleOption = Annotated[float, typer.Option(help="A hole smaller than a square
 RejectPenOption = Annotated[
     bool,
     typer.Option(
+        rich_help_panel=ON_OFF,
         help="Count pen ink, dirt and the edges of cover slips, grey or coloured, as no tissue. What ink a tile may "
-        "hold beside enough tissue is tile's --max-ink."
+        "hold beside enough tissue is tile's --max-ink.",
     ),
 ]

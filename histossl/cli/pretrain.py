@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl import console
-from histossl.cli.options import MPP_CSV_HELP, SLIDE_MPP_HELP, ConfigOption, SlidesOption, WorkspaceOption, above_0
+from histossl.cli.options import (
+    MPP_CSV_HELP,
+    ON_OFF,
+    SLIDE_MPP_HELP,
+    ConfigOption,
+    SlidesOption,
+    WorkspaceOption,
+    above_0,
+)
 from histossl.cli.tiles import tell_tiled
 from histossl.config import PretrainConfig, TileConfig
 from histossl.errors import StoreError, UsageError
@@ -33,7 +41,7 @@ DATA, METHOD, LENGTH, MACHINE, WATCHING = "Data", "Method", "Length and batch", 
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl pretrain --slides /data/slides --backbone resnet50 --epochs 20   "
+        epilog="Example: histossl pretrain --slides /data/slides --backbone resnet50 --epochs 20\n\n"
         "Offline: histossl pretrain --slides /data/slides --weights resnet50.safetensors"
     )(pretrain)
     app.command("plan", epilog="Example: histossl plan --backbone vit_small_patch16_224 --gpus 4 --epochs 20")(plan)
@@ -271,7 +279,7 @@ def pretrain(
     stop_on_collapse: Annotated[
         bool,
         typer.Option(
-            rich_help_panel=WATCHING, help="Stop when the features collapse, keeping the last healthy backbone."
+            rich_help_panel=ON_OFF, help="Stop when the features collapse, keeping the last healthy backbone."
         ),
     ] = True,
 ) -> int:

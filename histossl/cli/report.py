@@ -15,7 +15,7 @@ MAPS = ("pca", "umap")
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: histossl report --name default    (then open the report.html that it names)")(report)
+    app.command(epilog="Example: histossl report --name default\n\n(then open the report.html that it names)")(report)
 
 
 def report(

@@ -40,8 +40,8 @@ OWN_PX = (224, 512)  # sides of tiles that --grid native takes
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl scan /data/slides   "
-        "With pictures: histossl scan /data/slides --contact-sheet   "
+        epilog="Example: histossl scan /data/slides\n\n"
+        "With pictures: histossl scan /data/slides --contact-sheet\n\n"
         "Scale missing: histossl scan /data/slides --mpp-csv mpp.csv"
     )(scan)
 

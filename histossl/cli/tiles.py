@@ -40,8 +40,8 @@ SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl tile --slides /data/slides --workers 8   "
-        "Several scales: histossl tile --slides /data/slides --mpp 0.5,1,2 -w multiscale   "
+        epilog="Example: histossl tile --slides /data/slides --workers 8\n\n"
+        "Several scales: histossl tile --slides /data/slides --mpp 0.5,1,2 -w multiscale\n\n"
         "As the scanner tiled: histossl tile --slides /data/slides --grid native"
     )(tile)
 

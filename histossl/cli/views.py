@@ -24,7 +24,7 @@ MOST_TILES = 64
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: histossl views --recipe mocov2-histology --output views.png   "
+        epilog="Example: histossl views --recipe mocov2-histology --output views.png\n\n"
         "Before tiling: histossl views --slides /data/slides --recipe dinov2-histology --output views.png"
     )(views)
 
