@@ -9,6 +9,7 @@ methods that mask.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import functools
 import hashlib
@@ -33,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from histossl.config import nearest
 from histossl.errors import UsageError, WeightsError
 from histossl.workspace import written_aside
 
@@ -44,6 +44,7 @@ UNREADABLE = (
     OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, SafetensorError,
     zipfile.BadZipFile,
 )  # fmt: skip
+ALIKE = 0.6  # a mistyped name is at least so much like one that is meant
 PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "_orig_mod.")
 MASK_TOKENS = ("mask_token", "masked_embed")  # DINOv2's name, iBOT's
 IN_CHUNKS = re.compile(r"^blocks\.\d+\.(?=\d+\.)")  # DINOv2's blocks.CHUNK.BLOCK., blocks counted through all chunks
@@ -184,6 +185,16 @@ def _save_weights(path: Path, module: nn.Module) -> None:
     save_tensors(path, module.state_dict())
 
 
+def _nearest_model(name: str) -> str:
+    """', did you mean X?': of timm's names that begin most like it the shortest, for their ends are sizes and data."""
+
+    def alike(model: str) -> tuple[float, int]:
+        return difflib.SequenceMatcher(None, name.casefold(), model[: len(name)]).ratio(), -len(model)
+
+    best = max(timm.list_models(), key=alike)
+    return f", did you mean {best!r}?" if alike(best)[0] >= ALIKE else ""
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A .safetensors file that whoever may read the folder's other files may read."""
     state = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -228,7 +239,7 @@ def weights_digest(backbone: nn.Module) -> str:
 
 def _empty(timm_name: str, seed: int, drop_path: float = 0.0) -> tuple[nn.Module, BackboneInfo]:
     if not timm.is_model(timm_name):
-        raise UsageError(f"--backbone {timm_name}: timm has no such model{nearest(timm_name, timm.list_models())}")
+        raise UsageError(f"--backbone {timm_name}: timm has no such model{_nearest_model(timm_name)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from histossl.backbones import create_backbone
+from histossl.errors import UsageError
 from histossl.methods.tokens import Tokens
 from histossl.training.told import _weights_told
 
@@ -78,3 +79,23 @@ def test_a_run_says_in_a_line_what_it_left_out(tmp_path: Path, state: dict[str, 
     _, info = create_backbone(NAME, tmp_path / "weights.pth")
     assert _weights_told(info, masks=True).endswith("backbone and its mask token loaded; left out: head (2 keys)")
     assert _weights_told(info, masks=False).endswith("backbone loaded; left out: head (2 keys), mask_token")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("deit_tinny", "deit_tiny_patch16_224"),
+        ("resnet5", "resnet50"),
+        ("vit_smal_patch16", "vit_small_patch16_224"),
+        ("convnext-tiny", "convnext_tiny"),
+    ],
+)
+def test_a_mistyped_backbone_is_met_with_the_one_that_begins_most_like_it(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
+        create_backbone(typed, "random")
+
+
+def test_a_name_like_none_of_timms_gets_no_advice() -> None:
+    with pytest.raises(UsageError) as refused:
+        create_backbone("qqqqqqqq", "random")
+    assert "did you mean" not in str(refused.value)

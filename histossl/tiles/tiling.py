@@ -48,6 +48,7 @@ from histossl.workers import Event, Report, num_cores, run_jobs
 from histossl.workspace import Workspace, alone_in
 
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
+MOVED_TOLD = 5  # zips whose slides were moved, by name
 INDEX_PART = ".index.npy."
 INDEX_YOUNG_S = 3600.0  # an index that was written to within this time may still be in the making
 
@@ -226,16 +227,23 @@ def _plan(
         new = [file for file, state in states.items() if state.outcome is None]
         replaced = [file for file, state in states.items() if state.replaced]
         twins = find_twins(directory, workspace.tiles, jobs, new, replaced, stored, files_of, pool)
+    moved = 0
     for file, old in twins.moved.items():
         outcome = moved_store(old, jobs[file])
         if outcome is not None:
-            console.say(f"{old.name} is now {jobs[file].zip_path.name}: the same content is {file} now")
+            moved += 1
+            new_name = jobs[file].zip_path.name
+            renamed = "keeps its name" if old.name == new_name else f"is now {new_name}"
+            if moved <= MOVED_TOLD:
+                console.say(f"{old.name} {renamed}: the same content is {file} now")
             states[file] = _State(outcome)
             stored.pop(old)
             before = known.get(files_of[old])
             if before is not None and before.file not in jobs:
                 reason, holder = f"its content and its tiles are {file}'s now", jobs[file].slide
                 plan.rows.append(replace(untiled(before), status=WARNING, reason=reason, tile_twin=holder))
+    if moved > MOVED_TOLD:
+        console.say(f"and {moved - MOVED_TOLD:,} more zips whose slides were moved; archive.csv says where they are")
     _tell_strays(workspace, directory, stored, jobs)
     if replaced and not retry:
         told = "; ".join(f"{file} ({states[file].replaced})" for file in replaced[:5])

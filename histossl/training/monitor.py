@@ -162,7 +162,7 @@ class KeyDrift:
             del self.keys_of_step[before]
 
     def verdict(self, drift: float) -> str:
-        if drift <= KEY_DRIFT_WARN:
+        if round(drift, 2) <= KEY_DRIFT_WARN:  # as it is told
             return ""
         return (
             f"keys go stale: over the {self.age_steps:.0f} steps that one is kept, a tile's key moves by {drift:.2f} "
