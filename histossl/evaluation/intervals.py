@@ -183,10 +183,10 @@ def compare(
     of_area = contrast(area_weights(measured.slides, both))
     whole, detectable = tested(None, of_area)
     parts = {
-        f"tested {measured.drawn}s": of_area.patients_variance,
-        "which items are labelled": of_area.labelling_variance,
-        "pretraining seeds": of_area.seeds_variance,
-        "the steps that scores move in": of_area.least_variance,
+        f"which {measured.drawn}s were tested": of_area.patients_variance,
+        "which items were labelled": of_area.labelling_variance,
+        "which seeds pretraining had": of_area.seeds_variance,
+        "how coarsely so few can be scored": of_area.least_variance,
     }
     errors = {name: math.sqrt(variance) for name, variance in parts.items() if variance > 0}
     return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable, errors)

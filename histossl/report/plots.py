@@ -361,7 +361,7 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: 
             colour, _, dash = look[start]
             axes.plot(false_rate, true_rate, color=colour, linestyle=dash, linewidth=1.7)
             _name_above(axes, f"{shown(start)} {area:.2f}", len(by_start) - 1 - number, colour)
-        axes.set_title(label, pad=6 + LINE_PT * len(by_start))
+        _name_above(axes, label, len(by_start), INK, 9.5)
         axes.set_aspect("equal")
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
@@ -375,11 +375,11 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: 
     return figure
 
 
-def _name_above(axes: Axes, name: str, line: int, colour: str) -> None:
+def _name_above(axes: Axes, name: str, line: int, colour: str, size: float = 8) -> None:
     """In the `line`th line above the panel, counted upwards: within it a curve may pass anywhere."""
     axes.annotate(
         name, (0, 1), xytext=(0, 2 + LINE_PT * line), xycoords="axes fraction", textcoords="offset points",
-        color=colour, va="bottom", fontsize=8,
+        color=colour, va="bottom", fontsize=size,
     )  # fmt: skip
 
 

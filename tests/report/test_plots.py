@@ -60,7 +60,7 @@ def test_no_name_lies_where_a_roc_curve_or_a_calibration_may_pass():
     rate = np.linspace(0, 1, 11)
     many = dict.fromkeys(("adapted", "imagenet", "random", "colour"), (rate, rate**2, 0.3))
     for figure, number in (
-        (plots.roc({"ill": many, "well": dict(list(many.items())[:2])}), 6),
+        (plots.roc({"ill": many, "well": dict(list(many.items())[:2])}), 8),
         (plots.calibration(dict.fromkeys(many, (rate, rate))), 4),
     ):
         figure.draw_without_rendering()
@@ -68,6 +68,7 @@ def test_no_name_lies_where_a_roc_curve_or_a_calibration_may_pass():
         assert len(names) == number
         for axes, text in names:
             assert text.get_window_extent().y0 > axes.transData.transform((0, 1))[1]
+            assert text.get_window_extent().y1 <= figure.bbox.y1
         for axes in figure.axes:
             heights = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
             assert all(one.y1 <= other.y0 + 2 for one, other in pairwise(heights))
