@@ -347,7 +347,7 @@ def roc(curves: Mapping[str, Mapping[str, tuple[Floats, Floats, float]]], unit: 
     most = max(len(one) for one in curves.values())
     figure, grid = _figure(
         max(3.2, 1.95 * columns + 0.5),
-        (2.15 + 0.16 * most) * rows + 0.35,
+        (2.15 + 0.17 * (most + 1)) * rows + 0.35,
         rows,
         columns,
         squeeze=False,
