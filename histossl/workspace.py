@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from histossl.errors import HistosslError, StoreError, UsageError
+from histossl.launched import is_launched
 
 DEFAULT = "histossl-workspace"
 VARIABLE = "HISTOSSL_WORKSPACE"
@@ -310,8 +311,11 @@ def alone_in(workspace: Workspace, command: str) -> Iterator[None]:
 def refuse_while_tiling(workspace: Workspace) -> None:
     """Part of an archive looks like a whole one: what reads all tiles waits until `tile` has made them.
 
-    A lock file that a process left which is no more says nothing: what counts is who holds the lock.
+    A lock file that a process left which is no more says nothing: what counts is who holds the lock. Processes that a
+    launcher of ours starts, or starts again in the middle of a run, do not ask: it has.
     """
+    if is_launched():
+        return
     try:
         lock = (workspace.root / ".lock").open("rb")
     except OSError:

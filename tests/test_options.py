@@ -39,8 +39,8 @@ def test_a_zero_given_by_hand_is_refused_where_it_would_mean_the_default(
     assert f"error: {option} 0: must be more than 0; leave it out for the default" in told.err
 
 
-def test_a_zero_from_a_config_file_is_given_by_hand_too(cli, tmp_path) -> None:
-    (tmp_path / "run.toml").write_text("steps = 0\n")
-    told = cli("pretrain", "--config", tmp_path / "run.toml", "-w", tmp_path / "lab")
-    assert told.code == 2
-    assert "--steps 0: must be more than 0" in told.err
+def test_in_a_config_file_a_zero_is_the_default_written_out_and_less_is_refused(cli, tmp_path) -> None:
+    for written, said in (("0", "no tiles yet"), ("-1", "--steps -1: must be more than 0")):
+        (tmp_path / "run.toml").write_text(f"steps = {written}\n")
+        told = cli("pretrain", "--config", tmp_path / "run.toml", "-w", tmp_path / "lab")
+        assert said in told.err

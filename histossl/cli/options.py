@@ -30,9 +30,12 @@ ON_OFF = "On or off"
 
 
 def above_0(context: typer.Context, parameter: typer.CallbackParam, value: float) -> float:
-    """Callback of options whose default, 0, means 'work it out': a person who gives 0 means something else."""
+    """Callback of options whose default, 0, means 'work it out': a person who types 0 means something else.
+
+    (In a --config file a 0 is the default, written out.)
+    """
     given = context.get_parameter_source(str(parameter.name))
-    if value <= 0 and given is not None and given.name != "DEFAULT":
+    if value < 0 or (value == 0 and given is not None and given.name == "COMMANDLINE"):
         option = str(parameter.name).replace("_", "-")
         raise UsageError(f"--{option} {value:g}: must be more than 0; leave it out for the default")
     return value

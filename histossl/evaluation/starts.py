@@ -303,10 +303,14 @@ def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str,
             f"pretraining began from {begun}, a backbone that histossl wrote; compare it as --starts NAME={begun}, "
             "or pass --weights FILE for an ImageNet start"
         )
+    digest = model.provenance.get("start_weights_digest")
     if Path(begun).is_file():
-        if model.provenance.get("start_weights_digest", digest := file_digest(Path(begun))) != digest:
+        if digest not in (None, file_digest(Path(begun))):
             return "", f"pretraining began from {begun}, whose content has changed since; pass --weights FILE"
         return begun, ""
+    here = Path(Path(begun).name)  # where a container calls the same folder something else
+    if digest is not None and here.is_file() and file_digest(here) == digest:
+        return str(here), ""
     return "", f"pretraining began from {begun}, which is not there any more; pass --weights FILE"
 
 

@@ -107,11 +107,17 @@ def _decoded_on_gpu(jpegs: Sequence[bytes], tile_px: int, device: torch.device) 
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
         decode_tiles(jpegs, tile_px)  # a StoreError that names the tile, if it is one's fault
-        raise UsageError(
+        raise CannotDecodeError(
             f"--decode-on-gpu: does not work on this machine ({' '.join(str(error).split())[:160]}), and the tiles are "
             "whole; leave it out"
         ) from error
+
+
+class CannotDecodeError(UsageError):
+    """The GPU could not decode tiles that are whole."""
 
 
 def _refuse_other_size(jpeg: bytes, tile_px: int, name: str) -> None:
@@ -175,6 +181,7 @@ class TileBatches(Iterator[Batch]):
         decode_on: torch.device | None,
     ) -> None:
         self._index, self._order, self._pin_memory, self._decode_on = index, order, pin_memory, decode_on
+        self._decoded_there = False
         self._global_batch, self._batch, self._rank = global_batch, global_batch // world_size, rank
         self._steps = iter(range(start_step, start_step + num_steps))
         self._pool = ThreadPoolExecutor(num_workers, "tiles") if num_workers else None
@@ -257,8 +264,12 @@ class TileBatches(Iterator[Batch]):
     def _decoded(self, batch: _Pending) -> Tensor:
         """All at once where `decode_on` says; one by one here if that failed, to find which tile it was."""
         try:
-            return decode_tiles(batch.jpegs, self._index.tile_px, self._decode_on)
-        except StoreError:
+            tiles = decode_tiles(batch.jpegs, self._index.tile_px, self._decode_on)
+            self._decoded_there = True
+            return tiles
+        except (StoreError, CannotDecodeError) as error:
+            if isinstance(error, CannotDecodeError) and not self._decoded_there:
+                raise  # at the first batch: not a tile of a kind that nvJPEG does not know, but the machine
             batch.make_room(self._index.tile_px, self._pin_memory)
             for place, jpeg in enumerate(batch.jpegs):
                 self._fill_one(batch, place, jpeg)

@@ -12,6 +12,7 @@ from histossl.config import PretrainConfig, read_run, refuse_other_config
 from histossl.errors import MismatchError
 from histossl.tiles.index import TileIndex
 from histossl.tiles.subset import open_subset
+from histossl.training.lock import held
 from histossl.workspace import PretrainDir
 
 
@@ -23,7 +24,7 @@ def refuse_other_run(index: TileIndex, run: PretrainDir, config: PretrainConfig)
     try:
         refuse_other_config(run.run_json, config, ("weights",) if _same_weights(run, before, config) else ())
     except MismatchError as error:
-        if run.checkpoint.exists() or run.backbone.exists():
+        if run.checkpoint.exists() or run.backbone.exists() or held(run):
             raise
         raise MismatchError(f"{error}. Nothing was saved in it yet: it may as well be deleted") from error
     tiles = before.get("tiles", {})
@@ -61,8 +62,8 @@ def _same_weights(run: PretrainDir, before: Mapping[str, Any], config: PretrainC
     """Whether both are the same file, wherever it lies and however its path is written."""
     was, digest = Path(str(before["config"].get("weights", ""))), before.get("weights_digest", "")
     now, given = from_anywhere(Path(config.weights)), digest_of_weights(config)
-    if not given:
-        return digest != "" and was == now  # of a run that is finished the file is not needed any more
+    if not given:  # of a run that is finished the file is not needed any more, and may have been elsewhere
+        return digest != "" and (was == now or (run.backbone.exists() and was.name == now.name))
     if not digest:  # of a version that kept the path alone, as it was typed
         return now.parts[-len(was.parts) :] == was.parts
     if digest != given and was == now:

@@ -10,6 +10,15 @@ from histossl.errors import HistosslError, TrainingError
 from histossl.workspace import FinetuneDir, PretrainDir, locked
 
 
+def held(run: PretrainDir | FinetuneDir) -> bool:
+    """Whether a process is at work in it."""
+    try:
+        with (run.root / ".lock").open("rb") as lock:
+            return not locked(lock.fileno(), shared=True)
+    except OSError:
+        return False
+
+
 @contextmanager
 def alone_in(run: PretrainDir | FinetuneDir) -> Iterator[None]:
     """Hold the run's directory, and remove what killed ones left half-written in it.

@@ -41,7 +41,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the GPU computes in bf16; older ones emulate it, more slowly than fp32."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):
+    with nullcontext() if device.index is None else torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 

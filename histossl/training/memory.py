@@ -40,14 +40,14 @@ def free_ram() -> int | None:
     free = [int(found[1]) << 10] if found else []
     for folder in _cgroups():
         for limit, used, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            ("memory.max", "memory.current", r"(?:in)?active_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", r"total_(?:in)?active_file"),
         ):
             with contextlib.suppress(OSError, ValueError):
                 most = int((folder / limit).read_text())  # "max" where there is none
                 told = (folder / "memory.stat").read_text(encoding="ascii")
-                given_back = re.search(rf"^{cache} (\d+)", told, re.MULTILINE)
-                free.append(most - int((folder / used).read_text()) + (int(given_back[1]) if given_back else 0))
+                given_back = sum(map(int, re.findall(rf"^{cache} (\d+)", told, re.MULTILINE)))  # files that were read
+                free.append(most - int((folder / used).read_text()) + given_back)
     return min(free, default=None)
 
 

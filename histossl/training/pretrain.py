@@ -17,7 +17,7 @@ from torch import nn
 from histossl import console
 from histossl.backbones import save_backbone, save_tensors
 from histossl.config import PretrainConfig, read_run, write_run
-from histossl.errors import StoreError, TrainingError
+from histossl.errors import StoreError, TrainingError, UsageError
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.ramps import half_cosine
@@ -343,7 +343,7 @@ class _Pretraining:
                 yield step
         except HalfDoneError:
             raise
-        except (TrainingError, StoreError):
+        except (TrainingError, StoreError, UsageError):
             self._save(done)
             raise
         except RuntimeError as error:
@@ -469,7 +469,7 @@ class _Pretraining:
         number, due = agreed(self.processes, stop.number, due)
         if number:
             stop.ask(number)
-        return stop.is_set(), due
+        return number > 0, due  # a signal that came since is for the next time: the others do not know of it
 
     # ---- before the first step, and of each logged one
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from histossl import console
 from histossl.config import read_run
 from histossl.errors import TrainingError
 from histossl.methods import gather
@@ -34,7 +35,8 @@ from histossl.training.prepared import PREFILL, RECOMPUTED, Prepared
 from histossl.views.recipe import make_views
 
 SURELY_FITS_PX = 2 << 20  # of all views of a pass on a CPU: two gigabytes with a ResNet-50
-SMALL_PASS = 4  # tiles
+SMALL_PASS = 4  # tiles, to learn what one takes
+SMALLEST_PASS = 8  # tiles: of fewer BatchNorm and negatives within the batch say too little
 RAM_SHARE = 0.8  # of what is free; the loader, the system and other people want some
 BESIDE = 1.2  # views, gradients on their way back, what the optimizer keeps: measured 1.0 to 1.1 of what is kept
 
@@ -56,8 +58,7 @@ def fit_memory(prepared: Prepared) -> None:
             prepared.recompute()
         pieces = fewest_pieces(partial(fits, prepared), prepared.plan.batch_size, prepared.processes.count)
     elif pixels_of_pass(prepared) > SURELY_FITS_PX and (free := _free_for_each(prepared)) is not None:
-        tile = bytes_per_tile(prepared)
-        pieces = fewest_pieces(lambda tiles: tiles * tile < free, prepared.plan.batch_size, prepared.processes.count)
+        pieces = _pieces_for(prepared, free - _fixed_bytes(prepared))
     else:
         return
     reasons = prepared.plan.reasons
@@ -103,6 +104,28 @@ def _free_for_each(prepared: Prepared) -> int | None:
     return int(RAM_SHARE * float(least) / max(1, prepared.processes.count))
 
 
+def _fixed_bytes(prepared: Prepared) -> int:
+    """Gradients, and what the optimizer and other processes will keep of each weight."""
+    trained: int = sum(each.numel() for group in prepared.optimizer.param_groups for each in group["params"])
+    return 4 * trained * (1 + _copies(prepared))
+
+
+def _pieces_for(prepared: Prepared, free: float) -> int:
+    """In how many micro-batches a pass stays below `free` bytes. An estimate: it is no reason to refuse a run."""
+    plan, tile, pieces = prepared.plan, bytes_per_tile(prepared), 1
+    while plan.batch_size // pieces // plan.num_processes * tile > free:
+        tiles, rest = divmod(plan.batch_size, 2 * pieces * plan.num_processes)
+        if rest or tiles < SMALLEST_PASS:
+            console.warn(
+                f"a pass of {plan.batch_size // pieces // plan.num_processes} tiles takes about "
+                f"{plan.batch_size // pieces // plan.num_processes * tile / 1e9:.1f} GB, and about "
+                f"{max(0, free) / 1e9:.1f} GB are free: it may be killed; a smaller --batch-size takes less"
+            )
+            break
+        pieces *= 2
+    return pieces
+
+
 def bytes_per_tile(prepared: Prepared) -> float:
     """What a pass keeps of each tile for its backward pass, and what it needs beside that, on a CPU: from a small pass.
 
@@ -145,8 +168,11 @@ def _like_optimizer_state(prepared: Prepared) -> list[Tensor]:
     And one for what several processes exchange (DistributedDataParallel's buckets).
     """
     trained = [parameter for group in prepared.optimizer.param_groups for parameter in group["params"]]
-    copies = (2 if prepared.plan.optimizer == "adamw" else 1) + (prepared.processes.count > 1)
-    return [torch.empty_like(each) for each in trained for _ in range(copies)]
+    return [torch.empty_like(each) for each in trained for _ in range(_copies(prepared))]
+
+
+def _copies(prepared: Prepared) -> int:
+    return (2 if prepared.plan.optimizer == "adamw" else 1) + (prepared.processes.count > 1)
 
 
 def fit_hours(prepared: Prepared, probe: Probe | None, step_s: float | None = None) -> None:

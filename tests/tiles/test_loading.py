@@ -10,6 +10,7 @@ import simplejpeg
 import torch
 
 from histossl.errors import StoreError, UsageError
+from histossl.tiles import loading
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TooManyDamaged, decode_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
@@ -170,6 +171,28 @@ def test_a_gpu_that_cannot_decode_is_not_blamed_on_the_tiles(monkeypatch, broken
     else:
         with pytest.raises(UsageError, match=r"--decode-on-gpu: does not work on this machine \(nvjpegCreateSimple"):
             decode_tiles([good, bad], 32, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("failing", "ends"), [(2, False), (1, True)])
+def test_a_tile_that_only_the_cpu_can_decode_does_not_end_a_run(workspace, monkeypatch, failing, ends):
+    """At the first batch it is the machine; later a tile of a kind that nvJPEG does not know."""
+    index, calls = packed(workspace), []
+    decode = loading.decode_tiles
+
+    def picky(jpegs, tile_px, device=None):
+        calls.append(device)
+        if len(calls) == failing:
+            raise loading.CannotDecodeError("--decode-on-gpu: does not work on this machine")
+        return decode(jpegs, tile_px)
+
+    monkeypatch.setattr(loading, "decode_tiles", picky)
+    with tile_batches(index, TileOrder(index, 0), 20, 0, 3, num_workers=0, decode_on=torch.device("cpu")) as batches:
+        if ends:
+            with pytest.raises(UsageError, match="does not work on this machine"):
+                next(batches)
+        else:
+            assert [len(tiles) for tiles, *_ in batches] == [20, 20, 20]
+            assert not batches.damaged
 
 
 def test_decoding_agrees_with_pillow():

@@ -33,13 +33,16 @@ from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
+from histossl.training import pretrain as pretraining
 from histossl.training import trial
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.distributed import Processes
+from histossl.training.lock import alone_in
 from histossl.training.loop import Step
 from histossl.training.operation import Operation
 from histossl.training.prepared import Prepared
 from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretrain
+from histossl.training.signals import Stop
 from histossl.views.recipe import clean_view
 from histossl.workspace import PretrainDir, Workspace
 
@@ -832,6 +835,26 @@ def test_settings_of_a_run_that_saved_nothing_may_be_given_up(index: TileIndex, 
     run.backbone.unlink()
     with pytest.raises(MismatchError, match=r"batch_size was 8, now 16.*Nothing was saved in it yet"):
         pretrain(index, run, replace(TINY, batch_size=16), QUICK)
+    with alone_in(run), pytest.raises(MismatchError) as under_way:
+        pretrain(index, run, replace(TINY, batch_size=16), QUICK)
+    assert "Nothing was saved" not in str(under_way.value)
+
+
+def test_a_signal_that_comes_after_all_were_asked_is_for_the_next_step(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process would leave the loop while the other takes a step, and waits for it for ever."""
+    processes = Processes(1, 1, 2, torch.device("cpu"))
+    one = _Pretraining(Prepared(index, run_dir(tmp_path), TINY, QUICK, processes), None)
+    stop = Stop()
+
+    def asked(_: Processes, number: int, due: bool) -> tuple[int, bool]:
+        stop.ask(signal.SIGTERM)  # while the answer was on its way
+        return number, due
+
+    monkeypatch.setattr(pretraining, "agreed", asked)
+    assert one._agreed(stop, False, 5) == (False, False)
+    assert one._agreed(stop, False, 6) == (True, False)
 
 
 def test_auto_batch_halves_the_pass_when_memory_runs_out_and_goes_on(

@@ -127,8 +127,8 @@ def test_fused_steps_are_those_of_the_loop_also_in_channels_last(name: str) -> N
             optimizer.step()
         ends.append([each.detach().clone() for each in made.parameters()])
     for one, other in zip(*ends, strict=True):
-        # By the norm: where a gradient is nearly 0, AdamW makes a whole step of its rounding.
-        assert float((one - other).norm()) <= 1e-3 * float(other.norm()) + 1e-5
+        # By the norm: where a gradient is nearly 0, AdamW makes a whole step of its rounding, each processor another.
+        assert float((one - other).norm()) <= 0.01 * float(other.norm()) + 1e-5
 
 
 def test_what_is_let_go_later_takes_its_first_fused_step_beside_those_that_have_momentum() -> None:

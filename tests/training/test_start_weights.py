@@ -82,6 +82,9 @@ def test_other_weights_are_refused_also_under_the_same_path(
 def test_a_finished_run_needs_its_file_no_more(index: TileIndex, begun: PretrainDir, tmp_path: Path) -> None:
     (tmp_path / "data" / "w.safetensors").unlink()
     assert "finished before" in run_from(index, begun, tmp_path / "data" / "w.safetensors").text
+    assert "finished before" in run_from(index, begun, "/weights/w.safetensors").text  # as a container calls it
+    with pytest.raises(MismatchError, match=r"now '/weights/other\.safetensors'"):
+        run_from(index, begun, "/weights/other.safetensors")
 
 
 def test_a_run_of_an_older_version_kept_the_path_as_it_was_typed(
