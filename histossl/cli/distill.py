@@ -238,7 +238,7 @@ def _say_who(settings: DistillConfig, model: Model, taught: Teacher, tested: set
         console.warn(f"the teacher never saw {', '.join(missing)}; the student will not know it either")
     from histossl.evaluation.learnt import slides_learnt
 
-    known = slides_learnt(model, index).slides
+    known = slides_learnt(model.info.provenance, index).slides
     if tested:
         slides = console.count(len(tested), "slide")
         console.say(f"{slides} stay{'s' if len(tested) == 1 else ''} out: the teacher was tested on these patients")

@@ -534,7 +534,7 @@ def _facts(
             **_sites_drawn(table, splits),
             "notes": list(splits.notes),
         },
-        "leak": leak_statement(table, splits, starts.chosen, SlideNames.of(index)),
+        "leak": leak_statement(table, splits, starts.chosen, SlideNames.of(index), index),
         "skipped_starts": starts.skipped,
         "pool_notes": list(starts.notes),
         "input_px": starts.input_px,

@@ -7,12 +7,16 @@ from typing import Any
 
 from histossl.console import count
 from histossl.evaluation.labels import LabelTable
+from histossl.evaluation.learnt import slides_learnt
 from histossl.evaluation.slide_names import TCGA_CASE, SlideNames
 from histossl.evaluation.splits import Splits
 from histossl.evaluation.starts import Start
+from histossl.tiles.index import TileIndex
 
 
-def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start], here: SlideNames) -> dict[str, Any]:
+def leak_statement(
+    table: LabelTable, splits: Splits, starts: Sequence[Start], here: SlideNames, index: TileIndex
+) -> dict[str, Any]:
     """Whether tested patients were in the pretraining pool of any start: in tested items per start, and in words.
 
     A tested slide may have been left out while another of its patient was shown: that counts, and is told apart.
@@ -38,7 +42,7 @@ def leak_statement(table: LabelTable, splits: Splits, starts: Sequence[Start], h
         itself = sum(item.slide in shown for item in items)
         seen[name] = None if untold or strange else itself + only_beside[name]
         any_of = "" if len(pools) == 1 else f" of any of its {len(pools)} runs"
-        taught = tested & set().union(*(_slides_of(here, one.get("teacher", {}).get("slides", ())) for one in of_name))
+        taught = tested & set().union(*(slides_learnt(one.get("teacher", {}), index).slides for one in of_name))
         if taught:
             words[name] = (
                 f"its teacher had learnt the labels of {len(taught)} of {len(tested)} tested slides, so what "

@@ -6,10 +6,10 @@ A file may be copied under another name, and another slide may bear a training s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from histossl.evaluation.model import Model
 from histossl.evaluation.slide_names import SlideNames
 from histossl.tiles.index import TileIndex
 
@@ -28,13 +28,14 @@ def contents_of(index: TileIndex, slides: Iterable[str]) -> Contents:
     return {slide: [one.get("fingerprint") or "", one.get("spots") or ""] for slide, one in facts.items()}
 
 
-def slides_learnt(model: Model, index: TileIndex) -> Learnt:
-    """Slides here whose labels the model was trained with (a student: its teacher), by its own record.
+def slides_learnt(record: Mapping[str, Any], index: TileIndex) -> Learnt:
+    """Slides here whose labels a model was trained with (a student: its teacher), by its own record.
+
+    The record is a saved model's provenance, or what a distilled backbone keeps of its teacher.
 
     Fingerprints of an anonymous store are keyed, so that those of another store never equal them: there a name counts
     too, as it does where the model was made before models kept fingerprints.
     """
-    record = model.info.provenance
     contents: Contents = record.get("contents", {})
     known = defaultdict(list)
     for few, many in contents.values():

@@ -100,7 +100,7 @@ def predict(
             if heatmaps:
                 _draw(folder, model, index, one, tile_shares, attention)
             bar.advance()
-    learnt = slides_learnt(model, index)
+    learnt = slides_learnt(model.info.provenance, index)
     _write(folder.table, found, skipped, model.info.classes, learnt)
     _show(found, skipped, model.info.classes, learnt)
     console.say(f"{console.count(len(found), 'slide')} predicted: {folder.table}")

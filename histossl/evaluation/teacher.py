@@ -40,7 +40,10 @@ def teacher_of(model: Model, student: BackboneInfo) -> Teacher:
         "backbone": info.timm_name,
         "head": model.info.head,
         "classes": list(model.info.classes),
-        "slides": list(model.info.provenance.get("slides", ())),  # whose labels it knows
+        # Whose labels it knows.
+        "slides": list(model.info.provenance.get("slides", ())),
+        "contents": model.info.provenance.get("contents", {}),
+        "tiling": model.info.provenance.get("tiling", {}),
     }
     return taught
 

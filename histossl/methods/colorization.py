@@ -89,6 +89,7 @@ class Colorization(Pretext):
     open_Q: Tensor
     weight_Q: Tensor
     ceiling: Tensor
+    opened: Tensor
 
     def __init__(self, backbone: nn.Module, feature_dim: int, recipe: ViewRecipe, config: ColorizationConfig) -> None:
         bins = gamut_bins(config.bin_size)
@@ -110,6 +111,9 @@ class Colorization(Pretext):
         self.register_buffer("open_Q", torch.ones(len(bins), dtype=torch.bool))
         self.register_buffer("weight_Q", torch.ones(len(bins)))
         self.register_buffer("ceiling", torch.tensor(math.log(len(bins))))
+        # Places of the open bins, kept beside the mask: asked in each step, a GPU's answer would have to be waited for.
+        self.register_buffer("opened", torch.arange(len(bins)), persistent=False)
+        self.register_load_state_dict_post_hook(lambda *_: self._find_opened())  # type: ignore[no-untyped-call]
         self.num_counted = 0
         self.decoder = Decoder(_map_channels(backbone, side_px), feature_dim, config.decoder_dim, len(bins))
         globalise_batchnorms(self)
@@ -121,14 +125,13 @@ class Colorization(Pretext):
         backbone: Any = self.backbone
         features = backbone.forward_features((L_B1hw.expand(-1, 3, -1, -1) / 100 - self.mean) / self.std)
         pooled_BD = backbone.forward_head(features)
-        opened = self.open_Q.nonzero().flatten()
-        logits_BQhw = self.decoder(as_map(self.backbone, features), pooled_BD, ab_BAhw.shape[2:], opened)
+        logits_BQhw = self.decoder(as_map(self.backbone, features), pooled_BD, ab_BAhw.shape[2:], self.opened)
         asked_B = ~grey(ab_BAhw, self.config.grey_at_most)
         ab_MA = ab_BAhw.permute(0, 2, 3, 1).reshape(-1, 2)
         logits_MQ = logits_BQhw.permute(0, 2, 3, 1).flatten(0, 2)
-        nearest = soft_encode(ab_MA, self.centres_QA[opened], self.config.neighbours, self.config.sigma)
+        nearest = soft_encode(ab_MA, self.centres_QA[self.opened], self.config.neighbours, self.config.sigma)
         counted_M = asked_B.repeat_interleave(len(ab_MA) // len(asked_B)).float()
-        weight_M = self.weight_Q[opened][nearest.bins_MK[:, 0]] * counted_M
+        weight_M = self.weight_Q[self.opened][nearest.bins_MK[:, 0]] * counted_M
         loss = colour_loss(logits_MQ, nearest, counted_M, weight_M)
         right_M = logits_MQ.argmax(1) == nearest.bins_MK[:, 0]
         outcome = self.outcome(loss, (weight_M * right_M).sum(), weight_M.sum())
@@ -161,6 +164,10 @@ class Colorization(Pretext):
             prior = prior_of(self.counts_C.cpu(), self.centres_QA.cpu(), self.config)
             for buffer, value in zip((self.open_Q, self.weight_Q, self.chance, self.ceiling), prior, strict=True):
                 buffer.copy_(value)
+            self._find_opened()
+
+    def _find_opened(self) -> None:
+        self.opened = self.open_Q.nonzero().flatten()
 
     def loss_ceiling(self) -> float:
         return float(self.ceiling)

@@ -21,6 +21,7 @@ from histossl.evaluation.heads import HEADS, Fitted, head_named
 from histossl.evaluation.label_file import read_rows
 from histossl.evaluation.labels import match_labels
 from histossl.evaluation.leaks import leak_statement
+from histossl.evaluation.learnt import contents_of
 from histossl.evaluation.model import Model, load_model
 from histossl.evaluation.predict import Rows, predict_tiles
 from histossl.evaluation.slide_names import SlideNames
@@ -315,11 +316,17 @@ def test_a_student_that_says_one_class_alone_is_no_success_and_no_model(lab: Wor
 
 
 def test_a_curve_says_so_when_the_teacher_knew_the_labels_it_tests(lab: Workspace, index: TileIndex) -> None:
+    """By the slides' content: the teacher's workspace may have called them otherwise, or others by the same name."""
     labels = match_labels(read_rows(lab.root / "labels.csv"), index.slides)
     splits = make_splits(labels, num_draws=1)
-    student = Start("small", exported=Path("x"), provenance={"pretraining_slides": [], "teacher": {"slides": SLIDES}})
-    told = leak_statement(labels, splits, [student], SlideNames(SLIDES))["statement"]
-    assert told.startswith("small: its teacher had learnt the labels of 4 of 4 tested slides")
+    same = contents_of(index, SLIDES)
+    renamed = {f"other-{name}": content for name, content in same.items()}
+    strangers = {name: [f"{9000 + number:032x}", ""] for number, name in enumerate(SLIDES)}
+    for contents, taught in (({}, True), (same, True), (renamed, True), (strangers, False)):
+        teacher = {"slides": list(contents or SLIDES), "contents": contents}
+        student = Start("small", exported=Path("x"), provenance={"pretraining_slides": [], "teacher": teacher})
+        told = leak_statement(labels, splits, [student], SlideNames(SLIDES), index)["statement"]
+        assert told.startswith("small: its teacher had learnt the labels of 4 of 4 tested slides") == taught, told
 
 
 def test_a_tested_slide_is_found_in_a_pool_that_knew_it_by_its_twin_s_name(lab: Workspace, index: TileIndex) -> None:
@@ -327,7 +334,7 @@ def test_a_tested_slide_is_found_in_a_pool_that_knew_it_by_its_twin_s_name(lab: 
     splits = make_splits(labels, num_draws=1)
     names = SlideNames(SLIDES, {"twin": labels.items[splits.tested[0]].slide})
     student = Start("small", exported=Path("x"), provenance={"pretraining_slides": ["twin.svs"]})
-    told = leak_statement(labels, splits, [student], names)["statement"]
+    told = leak_statement(labels, splits, [student], names, index)["statement"]
     assert told.startswith("small: 1 of 4 tested slides were in its pretraining pool")
 
 

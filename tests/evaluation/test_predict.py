@@ -212,7 +212,7 @@ def test_slides_alike_in_few_samples_are_told_apart_by_many(workspace):
     for spots, expected in (("a", {"s03"}), ("b", set()), ("", {"s03"})):
         shutil.rmtree(workspace.tiles)
         stored(workspace, {"s03": 3, "s04": 904}, spots)
-        assert slides_learnt(model, TileIndex.open(workspace)).slides == expected, spots
+        assert slides_learnt(model.info.provenance, TileIndex.open(workspace)).slides == expected, spots
 
 
 def test_the_models_tiling_is_the_one_it_was_trained_on(workspace):
