@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Before numpy or torch are imported. Two cores: every process keeps to one thread, or they fight.
+# Before numpy or torch are imported. Every process keeps to one thread, or they fight for the cores.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 # The suite's truths (the same bits, two processes on no GPU) are of a CPU; `-m gpu` is for what only a GPU can show.
@@ -34,13 +34,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
+import torch
 
 from histossl.cli import main
 from histossl.demo.paint import PaintedSlide, paint_archive, paint_slide
 from histossl.workspace import Workspace
 
 DATA = Path(os.environ.get("HISTOSSL_TEST_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
+GIB_A_WORKER = 4
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite on all cores that memory allows; chosen files, and what is about one GPU, in this process."""
+    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or "not gpu" not in config.option.markexpr
+    workers = min(len(psutil.Process().cpu_affinity()), psutil.virtual_memory().available // (GIB_A_WORKER << 30))
+    return 0 if chosen or workers < 2 else workers
 
 
 @dataclass(frozen=True)
