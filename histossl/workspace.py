@@ -56,6 +56,10 @@ class PretrainDir:
         return self.root / "checkpoint.previous.pt"
 
     @property
+    def damaged_checkpoint(self) -> Path:
+        return self.root / "checkpoint.damaged.pt"
+
+    @property
     def backbone(self) -> Path:
         """Its presence means that the run is finished."""
         return self.root / "backbone.safetensors"

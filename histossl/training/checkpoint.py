@@ -6,6 +6,7 @@ import errno
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ def _write(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
-    """The newest whole checkpoint, or None when there is none. A damaged one is passed over and named."""
+    """The newest whole checkpoint, or None when there is none. A damaged one is passed over, named, and put aside.
+
+    Aside, or the next save would make it the previous one, in the place of the only whole one.
+    """
     broken: list[str] = []
+    unreadable = False
     for path in (run.checkpoint, run.previous_checkpoint):
         if not path.exists():
             continue
@@ -48,19 +53,16 @@ def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
             if damaged:
                 raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
+        except DAMAGED as error:
             broken.append(f"{path.name} ({error})")
+            unreadable = isinstance(error, OSError)  # perhaps for a moment only
             if path == run.checkpoint and run.previous_checkpoint.exists():
                 console.warn(f"{path}: damaged ({error}); falling back to the checkpoint before it")
+            continue
+        if broken and not unreadable:
+            with suppress(OSError):  # another process of the run was first
+                run.checkpoint.replace(run.damaged_checkpoint)
+        return state
     if broken:
         raise TrainingError(
             f"{run.root}: no whole checkpoint to go on from: {', '.join(broken)}. Restore one from a backup, or "
@@ -70,5 +72,5 @@ def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
 
 
 def remove_checkpoints(run: PretrainDir) -> None:
-    for path in (run.checkpoint, run.previous_checkpoint):
+    for path in (run.checkpoint, run.previous_checkpoint, run.damaged_checkpoint):
         path.unlink(missing_ok=True)

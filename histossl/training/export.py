@@ -63,13 +63,13 @@ def adapted_info(prepared: Prepared, done: int) -> BackboneInfo:
 
 
 @torch.no_grad()
-def _reestimate_batchnorm(backbone: nn.Module, batches: Iterator[Tensor]) -> None:
+def _reestimate_batchnorm(backbone: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     """Running statistics from clean tiles: training saw them through crops, colour and blur ('precise BN')."""
     norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # plain average over the batches
         norm.train()
-    for batch in batches:
+    for batch, _ in batches:
         backbone(batch)
     backbone.eval()

@@ -78,9 +78,9 @@ class Looks:
         prepared, run = self.prepared, self.prepared.run
         method = prepared.method
         began_s = time.monotonic()
-        features_ND = monitor_features(prepared, method.backbone)
+        features_ND, places_N = monitor_features(prepared, method.backbone)
         self.tile_s = (time.monotonic() - began_s) / len(features_ND)
-        health = self.watch.look(features_ND, method.judges_rank)
+        health = self.watch.look(features_ND, places_N, method.judges_rank)
         change = weight_change(method.backbone, prepared.start_weights)
         row = {
             "step": done,
@@ -136,12 +136,14 @@ class Looks:
         """How far the keys of fixed tiles move while one is kept, of a method that keeps any."""
         prepared = self.prepared
         keys: list[Tensor] = []
+        places: list[Tensor] = []
         with still_as_in_training(prepared.method), prepared.precision.autocast(prepared.device):
-            for batch in prepared.clean_batches(MONITOR, KEY_TILES):
+            for batch, places_B in prepared.clean_batches(MONITOR, KEY_TILES):
                 if (key_BD := prepared.method.keys_of(batch)) is None:
                     return {}
                 keys.append(key_BD)
-        drift = self.key_drift.look(done, torch.cat(keys))
+                places.append(places_B)
+        drift = self.key_drift.look(done, torch.cat(keys), torch.cat(places))
         if prepared.processes.writes and (stale := self.key_drift.verdict(drift)):
             self._warn(done, stale)
         return {"key_drift": drift}
@@ -151,7 +153,7 @@ class Looks:
         learner = self.prepared.method.learner()
         if learner is self.prepared.method.backbone:
             return {}
-        health = self.watch.beside(monitor_features(self.prepared, learner))
+        health = self.watch.beside(*monitor_features(self.prepared, learner))
         if health.verdict and done and self.prepared.processes.writes:
             self._warn(done, f"the student, whom the exported teacher follows: {health.verdict}")
         return {"student_feature_std": health.spread, "student_effective_rank_share": health.rank_share}
@@ -182,13 +184,23 @@ class Looks:
 
     def state_dict(self) -> dict[str, Any]:
         """Under the names that a checkpoint has them."""
-        watch, keys = self.watch.state_dict(), self.key_drift.keys_of_step
-        return {"watch": watch, "keys_of_step": keys, "best": asdict(self.best)}
+        return {
+            "watch": self.watch.state_dict(),
+            "keys_of_step": self.key_drift.state_dict(),
+            "best": asdict(self.best),
+            "noticed": {
+                "ceiling": {name: getattr(self.ceiling, name) for name in ("lowest", "told", "lines_above")},
+                "probe_trend": dict(vars(self.probe_trend)),
+                "shortcut": {"lines": self.shortcut.lines},
+            },
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.watch.load_state_dict(state["watch"])
-        self.key_drift.keys_of_step = state["keys_of_step"]
+        self.key_drift.load_state_dict(state["keys_of_step"])
         self.best = Best(**state["best"])
+        for name, noticed in state.get("noticed", {}).items():  # absent from older checkpoints
+            vars(getattr(self, name)).update(noticed)
 
 
 def _collapse(health: Health, done: int, run: PretrainDir) -> TrainingError:
@@ -201,12 +213,13 @@ def _collapse(health: Health, done: int, run: PretrainDir) -> TrainingError:
 
 
 @torch.no_grad()
-def monitor_features(prepared: Prepared, backbone: nn.Module, num_tiles: int = MONITOR_TILES) -> Tensor:
+def monitor_features(prepared: Prepared, backbone: nn.Module, num_tiles: int = MONITOR_TILES) -> tuple[Tensor, Tensor]:
+    """(N, D) of the tiles that can be read, and their places (N,) among `num_tiles`."""
     backbone.eval()
     with prepared.precision.autocast(prepared.device):
-        features = [backbone(batch).float() for batch in prepared.clean_batches(MONITOR, num_tiles)]
+        seen = [(backbone(batch).float(), places) for batch, places in prepared.clean_batches(MONITOR, num_tiles)]
     prepared.method.train()
-    return torch.cat(features)
+    return torch.cat([features for features, _ in seen]), torch.cat([places for _, places in seen])
 
 
 def probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:

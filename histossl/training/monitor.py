@@ -2,6 +2,7 @@
 
 A fixed set of clean tiles is embedded now and then. From the features (N, D): their spread, their effective rank,
 how far they moved since the last look and since the start. Thresholds and causes: algorithms.md section 6.
+A tile that can no longer be read is missing from then on: what was and what is are compared where both are there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +62,28 @@ def weight_change(now: nn.Module, start: Mapping[str, Tensor]) -> dict[str, floa
     return {block: (moved / max(size, 1e-24)) ** 0.5 for block, (moved, size) in change.items()}
 
 
+class Seen(NamedTuple):
+    """Features of those of the fixed tiles that could be read, by their places among all of them, in order."""
+
+    x_ND: Tensor
+    places_N: Tensor
+
+    @classmethod
+    def of(cls, x_ND: Tensor, places_N: Tensor | None = None) -> Seen:
+        x_ND = x_ND.detach().float().cpu()
+        return cls(x_ND, torch.arange(len(x_ND)) if places_N is None else places_N.cpu())
+
+    @classmethod
+    def saved(cls, state: Any) -> Seen:
+        """From a checkpoint; older ones kept the features alone."""
+        return cls.of(state) if isinstance(state, Tensor) else cls(*state)
+
+    def cosine(self, other: Seen) -> float:
+        """Mean over the tiles that both have; NaN where there are none."""
+        here, there = torch.isin(self.places_N, other.places_N), torch.isin(other.places_N, self.places_N)
+        return float(F.cosine_similarity(self.x_ND[here], other.x_ND[there]).mean())
+
+
 @dataclass(frozen=True)
 class Health:
     """One look at the features. `verdict` is '' when all is well."""
@@ -77,37 +101,35 @@ class Watch:
     """Remembers the features at step 0 and at the last look."""
 
     def __init__(self) -> None:
-        self.first_ND: Tensor | None = None
-        self.last_ND: Tensor | None = None
+        self.first: Seen | None = None
+        self.last: Seen | None = None
         self.first_rank = self.first_spread = 0.0
 
-    def look(self, x_ND: Tensor, judges_rank: bool = True) -> Health:
-        x_ND = x_ND.detach().float().cpu()
-        if self.first_ND is None or self.last_ND is None:
-            self.first_ND = self.last_ND = x_ND
-            self.first_rank, self.first_spread = effective_rank(x_ND), feature_spread(x_ND)
-        health = self.beside(x_ND, judges_rank)
-        self.last_ND = x_ND
+    def look(self, x_ND: Tensor, places_N: Tensor | None = None, judges_rank: bool = True) -> Health:
+        seen = Seen.of(x_ND, places_N)
+        if self.first is None or self.last is None:
+            self.first = self.last = seen
+            self.first_rank, self.first_spread = effective_rank(seen.x_ND), feature_spread(seen.x_ND)
+        health = self.beside(*seen, judges_rank=judges_rank)
+        self.last = seen
         return health
 
-    def beside(self, x_ND: Tensor, judges_rank: bool = True) -> Health:
+    def beside(self, x_ND: Tensor, places_N: Tensor | None = None, judges_rank: bool = True) -> Health:
         """A look that is not remembered, at another network that began as this one."""
-        x_ND = x_ND.detach().float().cpu()
-        assert self.first_ND is not None
-        assert self.last_ND is not None
-        spread, rank = feature_spread(x_ND), effective_rank(x_ND)
+        seen = Seen.of(x_ND, places_N)
+        assert self.first is not None
+        assert self.last is not None
+        spread, rank = feature_spread(seen.x_ND), effective_rank(seen.x_ND)
         rank_share = rank / max(self.first_rank, 1e-12)
-        drift = 1 - float(F.cosine_similarity(x_ND, self.last_ND).mean())
-        moved = 1 - float(F.cosine_similarity(x_ND, self.first_ND).mean())
         verdict = diagnosis(spread, rank_share if judges_rank else 1.0, self.first_spread)
-        return Health(spread, rank, rank_share, drift, moved, *verdict)
+        return Health(spread, rank, rank_share, 1 - seen.cosine(self.last), 1 - seen.cosine(self.first), *verdict)
 
     def state_dict(self) -> dict[str, object]:
-        return {"first_ND": self.first_ND, "last_ND": self.last_ND}
+        return {"first_ND": self.first and tuple(self.first), "last_ND": self.last and tuple(self.last)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.look(state["first_ND"])
-        self.last_ND = state["last_ND"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.look(*Seen.saved(state["first_ND"]))
+        self.last = Seen.saved(state["last_ND"])
 
 
 def diagnosis(spread: float, rank_share: float, first_spread: float) -> tuple[str, bool]:
@@ -142,24 +164,30 @@ class KeyDrift:
 
     def __init__(self, age_steps: float) -> None:
         self.age_steps = age_steps
-        self.keys_of_step: dict[int, Tensor] = {}  # (N, D) each, unit length
+        self.keys_of_step: dict[int, Seen] = {}
 
-    def look(self, step: int, keys_ND: Tensor) -> float:
-        keys_ND = F.normalize(keys_ND.detach().float().cpu(), dim=1)
+    def look(self, step: int, keys_ND: Tensor, places_N: Tensor | None = None) -> float:
+        keys = Seen.of(keys_ND, places_N)
         ages, drifts = [0.0], [0.0]
-        for before, past_ND in sorted(self.keys_of_step.items(), reverse=True):
+        for before, past in sorted(self.keys_of_step.items(), reverse=True):
             ages.append(float(step - before))
-            drifts.append(max(0.0, 1 - float((keys_ND * past_ND).sum(1).mean())))
-        self._keep(step, keys_ND)
+            drifts.append(max(0.0, 1 - keys.cosine(past)))
+        self._keep(step, keys)
         return float(np.interp(min(self.age_steps, ages[-1]), ages, drifts))
 
-    def _keep(self, step: int, keys_ND: Tensor) -> None:
+    def _keep(self, step: int, keys: Seen) -> None:
         """A dozen looks over the age at most, and one that is older."""
         if not self.keys_of_step or step - max(self.keys_of_step) >= self.age_steps / 12:
-            self.keys_of_step[step] = keys_ND
+            self.keys_of_step[step] = keys
         old = sorted(before for before in self.keys_of_step if step - before >= self.age_steps)
         for before in old[:-1]:
             del self.keys_of_step[before]
+
+    def state_dict(self) -> dict[int, tuple[Tensor, ...]]:
+        return {step: tuple(keys) for step, keys in self.keys_of_step.items()}
+
+    def load_state_dict(self, state: Mapping[int, Any]) -> None:
+        self.keys_of_step = {step: Seen.saved(keys) for step, keys in state.items()}
 
     def verdict(self, drift: float) -> str:
         if round(drift, 2) <= KEY_DRIFT_WARN:  # as it is told
@@ -176,14 +204,14 @@ class ProbeTrend:
 
     def __init__(self) -> None:
         self.looks: list[tuple[float, float]] = []  # score, loss
-        self.told: set[str] = set()
+        self.told: list[str] = []
 
     def look(self, score: float, loss: float, at_start: float, best: float, share_done: float) -> str:
         """'' while all is well. `best` is the highest score of the run so far, the start's included."""
         self.looks.append((score, loss))
         below = share_done >= 0.2 and score < at_start and best <= at_start
         if below and "below" not in self.told:
-            self.told.add("below")
+            self.told.append("below")
             return (
                 f"the probe is below the start ({score:.3f}, start {at_start:.3f}) and no look was above it in the "
                 f"first {share_done:.0%} of the run; a dip is usual, but a shorter one. Lower --lr, or --layer-decay"
@@ -192,7 +220,7 @@ class ProbeTrend:
         scores, losses = ([look[place] for look in last] for place in (0, 1))
         falling = len(last) == FALLING and all(a > b for a, b in itertools.pairwise(scores)) and losses[-1] < losses[0]
         if falling and "falling" not in self.told:
-            self.told.add("falling")
+            self.told.append("falling")
             return (
                 f"the probe falls ({', '.join(f'{each:.3f}' for each in scores)}) while the loss falls too: the "
                 "run may be too long for these tiles; fewer --steps, or the best look's backbone"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from histossl.backbones import create_backbone, recorded_with
 from histossl.config import PretrainConfig, with_overrides
-from histossl.errors import UsageError
+from histossl.errors import StoreError, UsageError
 from histossl.methods import TAUGHT, classes_of, entry_of, self_supervised
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.method import Method, Views
@@ -144,14 +144,23 @@ class Prepared:
             tiles_B, slides_B = owners.to(self.device, non_blocking=True)
             yield Views(images, tiles_B, slides_B, step=0, positions_B=positions, seed=self.config.seed)
 
-    def clean_batches(self, purpose: int, num_tiles: int, size: int = 64) -> Iterator[Tensor]:
-        """Tiles as they are, at the size of the views, normalised: the same ones whenever asked."""
+    def clean_batches(self, purpose: int, num_tiles: int, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tiles as they are, at the size of the views, normalised: the same ones whenever asked, in the same places.
+
+        A damaged one is left out. Raises StoreError where none can be read.
+        """
         order = self.order_of(purpose)
         numbers = order.tile_numbers(0, min(num_tiles, order.num_tiles))
-        for some in np.array_split(numbers, math.ceil(len(numbers) / size)):  # alike: BatchNorm weighs them alike
-            pixels, good = decode_good_tiles(self.index, some)
+        places = np.arange(len(numbers))
+        any_good = False
+        for some in np.array_split(places, math.ceil(len(numbers) / size)):  # alike: BatchNorm weighs them alike
+            pixels, good = decode_good_tiles(self.index, numbers[some])
             if len(good):
-                yield clean_view(pixels.to(self.device), self.config.view_px, (self.info.mean, self.info.std))
+                any_good = True
+                view = clean_view(pixels.to(self.device), self.config.view_px, (self.info.mean, self.info.std))
+                yield view, torch.from_numpy(some[np.isin(numbers[some], good)])
+        if not any_good:
+            raise StoreError(f"{self.index.path}: none of {len(numbers):,} tiles can be read; is the disk still there?")
 
 
 @torch.no_grad()

@@ -284,7 +284,7 @@ class _Pretraining:
                     self.looks.logged(row, done)
                 if self.pace.is_look(done):
                     with self.pace.look():
-                        self.looks.look(done)
+                        self._look(done)
                 if (expected := self.pace.expected(done)) and self.processes.writes:
                     self._tell_time(replace(expected, rest_s=self._finish_s()))
                 bar.advance()
@@ -298,6 +298,13 @@ class _Pretraining:
                     break
                 self.pace.resumed()
         return done
+
+    def _look(self, done: int) -> None:
+        try:
+            self.looks.look(done)
+        except StoreError:  # none of the tiles that it looks at can be read
+            self._save(done)
+            raise
 
     def _finds_its_scale(self) -> bool:
         """fp16 does so by steps that are not finite: no fault of the run, while there is room below."""

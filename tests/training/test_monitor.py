@@ -148,6 +148,24 @@ def test_a_probe_that_falls_while_the_loss_falls_is_told_once() -> None:
     assert not any(rising_loss.look(0.9 - number / 100, 5.0 + number, 0.5, 0.9, 0.5) for number in range(6))
 
 
+def test_tiles_that_can_no_longer_be_read_are_missing_from_what_is_compared() -> None:
+    watch, keys = Watch(), KeyDrift(age_steps=1)
+    x = gaussian(64, 16)
+    watch.look(x)
+    keys.look(0, x)
+    rest = torch.arange(64)[torch.arange(64) % 7 != 3]
+    again, keys_again = Watch(), KeyDrift(age_steps=1)
+    again.load_state_dict(watch.state_dict())
+    keys_again.load_state_dict(keys.state_dict())
+    for one in (watch, again):
+        health = one.look(x[rest], rest)
+        assert (health.drift, health.moved) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+        assert one.look(x).drift == pytest.approx(0, abs=1e-6)  # a disk that came back
+        assert one.look(-x[rest], rest).moved == pytest.approx(2)
+    assert keys.look(1, x[rest], rest) == pytest.approx(0, abs=1e-6)
+    assert keys_again.look(1, -x[rest], rest) == pytest.approx(2)
+
+
 def turned(degrees: float) -> torch.Tensor:
     angle = torch.deg2rad(torch.tensor(degrees))
     return torch.stack([angle.cos(), angle.sin()]).expand(5, 2)

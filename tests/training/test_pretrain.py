@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -38,6 +39,7 @@ from histossl.training import trial
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.distributed import Processes
 from histossl.training.lock import alone_in
+from histossl.training.looks import Looks
 from histossl.training.loop import Step
 from histossl.training.operation import Operation
 from histossl.training.prepared import Prepared
@@ -373,6 +375,10 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path: Path, capsys: pytest.Cap
     assert state is not None
     assert state["step"] == 1
     assert "damaged" in capsys.readouterr().err
+    assert run.damaged_checkpoint.exists()
+    save_checkpoint(run, {"step": 3})
+    state = torch.load(run.previous_checkpoint, weights_only=True)  # the whole one, were the newest to break again
+    assert state["step"] == 1
     run.checkpoint.write_bytes(b"")
     run.previous_checkpoint.write_bytes(b"no zip")
     with pytest.raises(TrainingError, match=r"no whole checkpoint to go on from: checkpoint.pt .*previous"):
@@ -415,13 +421,32 @@ def test_learning_starts_at_the_ceiling_of_its_queue(index: TileIndex, tmp_path:
     assert 0 < first["loss"] < first["loss_ceiling"] + 1
 
 
+def test_what_a_run_has_noticed_it_remembers_when_it_goes_on(index: TileIndex, tmp_path: Path) -> None:
+    """A loss that has left its ceiling, and what was said already: else both are told again after each resume."""
+    prepared = Prepared(index, run_dir(tmp_path), TINY, QUICK, Processes(0, 0, 1, CPU))
+    before, after = Looks(prepared, None), Looks(prepared, None)
+    before.look(0)
+    before.ceiling.stuck(6.0, 8.0, 10, 1000)
+    for step in range(4):
+        before.probe_trend.look(0.4 - step / 100, 1.0, 0.5, 0.5, 0.5)
+    after.load_state_dict(before.state_dict())
+    assert after.ceiling.stuck(7.9, 8.0, 500, 1000) == ""
+    assert after.probe_trend.look(0.3, 1.0, 0.5, 0.5, 0.6) == ""
+    assert after.state_dict()["noticed"]["probe_trend"]["looks"][0] == (0.4, 1.0)
+
+
+def damage(workspace: Workspace, rows: Iterable[Any]) -> None:
+    """Tiles of slide A1: their bytes become zeros."""
+    with workspace.zip_of("A1").open("r+b") as file:
+        for row in rows:
+            file.seek(int(row["offset"]) + 20)
+            file.write(bytes(int(row["length"]) - 20))
+
+
 def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = Workspace(tmp_path / "damaged")
     index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=16, tile_px=40)
-    row = index.table[5]
-    with workspace.zip_of("A1").open("r+b") as file:
-        file.seek(int(row["offset"]) + 20)
-        file.write(bytes(int(row["length"]) - 20))
+    damage(workspace, index.table[5:6])
     result = pretrain(TileIndex.open(workspace), run_dir(tmp_path), replace(TINY, set=("queue_size=8",)), QUICK)
     assert result.finished
     said = capsys.readouterr().err
@@ -429,15 +454,56 @@ def test_a_damaged_tile_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
     assert "tile 5 of A1 was left out" in said
 
 
+def test_a_tile_that_goes_bad_in_the_middle_of_a_run_is_missing_from_its_looks(tmp_path: Path) -> None:
+    """Of those that each look embeds, by which the run is judged; so it is when the run goes on from a checkpoint."""
+    workspace, run = Workspace(tmp_path / "damaged"), run_dir(tmp_path)
+    index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=16, tile_px=40)
+    config = replace(TINY, set=("queue_size=8",))
+    looks = 0
+
+    def goes_bad(*_: object) -> float:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            damage(workspace, index.table[5:6])
+        if looks == 4:
+            raise Killed
+        return 0.5
+
+    operation = replace(QUICK, monitor_every=2, checkpoint_every_steps=1)
+    with pytest.raises(Killed):
+        pretrain(TileIndex.open(workspace), run, config, operation, probe=goes_bad)
+    assert pretrain(TileIndex.open(workspace), run, config, operation, probe=goes_bad).finished
+    seen = [row for row in rows(run) if "effective_rank" in row]
+    assert [row["step"] for row in seen] == [0, 2, 4, 6, 8]
+    assert all(math.isfinite(row[name]) for row in seen for name in ("drift", "moved", "key_drift"))
+    assert seen[-1]["drift"] < 0.1
+
+
+def test_a_look_that_can_read_nothing_saves_before_it_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, run = Workspace(tmp_path / "damaged"), run_dir(tmp_path)
+    index = write_synthetic_store(workspace, slides=("A1",), tiles_per_slide=32, tile_px=40)
+    look = Looks.look
+
+    def goes_bad(self: Looks, done: int) -> None:
+        if done == 3:
+            damage(workspace, index.table)
+        look(self, done)
+
+    monkeypatch.setattr(Looks, "look", goes_bad)
+    with pytest.raises(StoreError, match="none of 32 tiles can be read"):
+        pretrain(TileIndex.open(workspace), run, replace(TINY, set=("queue_size=8",)), QUICK)
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["step"] == 3
+
+
 def test_more_than_one_per_cent_of_damaged_tiles_stops_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = Workspace(tmp_path / "damaged")
     index = write_synthetic_store(workspace, slides=("A1", "A2"), tiles_per_slide=600, tile_px=32)
-    with workspace.zip_of("A1").open("r+b") as file:
-        for row in index.table[:30]:
-            file.seek(int(row["offset"]) + 20)
-            file.write(bytes(int(row["length"]) - 20))
+    damage(workspace, index.table[:30])
     config = replace(TINY, batch_size=64, steps=20, set=("queue_size=64",))
     run = run_dir(tmp_path)
     with pytest.raises(StoreError, match=r"of the .* tiles read so far are damaged \(more than 1%\)"):
