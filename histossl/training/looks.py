@@ -30,6 +30,7 @@ from histossl.training.monitor import (
     weight_change,
 )
 from histossl.training.operation import Probe
+from histossl.training.planner import keys_of_a_tile
 from histossl.training.prepared import MONITOR, Prepared
 from histossl.workspace import PretrainDir
 
@@ -65,7 +66,8 @@ class Looks:
         self.watch = Watch()
         self.ceiling = Ceiling(prepared.method.stuck_by, prepared.method.above_by)
         self.probe_trend = ProbeTrend()
-        self.key_drift = KeyDrift(prepared.plan.knobs.get("queue_size", 0) / prepared.plan.batch_size)
+        keys_of_a_step = prepared.plan.batch_size * keys_of_a_tile(asdict(prepared.knobs))
+        self.key_drift = KeyDrift(prepared.plan.knobs.get("queue_size", 0) / keys_of_a_step)
         self.best = Best()
         self.shortcut = Shortcut(has_batchnorm(prepared.method.backbone))
         self.loss = math.nan  # of the last logged step

@@ -66,7 +66,7 @@ def plan(
     """`knobs` are the method's own settings as given by hand (--set); `batchnorm`: whether the backbone has any.
 
     `training` is how the method is optimized, `to_fit` which of its knobs follow from tiles, slides and steps,
-    `batchnorm_group` of how many tiles it takes one BatchNorm statistic (0: of all).
+    `batchnorm_group` of how many tiles it takes one BatchNorm statistic (0: of all); of a run that was begun, its own.
     `num_steps` is what --hours came to, once a step was timed; `company` how likely two draws are of one slide, and of
     one tile (all slides alike without it).
     """
@@ -98,13 +98,12 @@ def plan(
     warmup = config.warmup if config.warmup >= 0 else training.warmup
     final_lr = lr * (config.final_lr if config.final_lr >= 0 else training.final_lr)
     reasons[-1] += f"; the rate falls to {final_lr:.2g}"
-    group = batchnorm_group
     if training.of_the_pass and micro_batches > 1:
-        reasons.append(of_the_pass_reason(training, batch, micro_batches))
+        reasons.append(_of_the_pass_reason(training, batch, micro_batches))
     if training.in_batch:
-        reasons.append(in_batch_reason(batch, micro_batches))
-    elif batchnorm and group:
-        reasons += _groups(batch // pieces, group, num_processes)
+        reasons.append(_in_batch_reason(batch, micro_batches))
+    elif batchnorm and batchnorm_group:
+        fitted["batchnorm_group_tiles"] = _group(batch, batch // pieces, batchnorm_group, num_processes, reasons)
     return Plan(
         num_tiles=num_tiles,
         num_slides=num_slides,
@@ -141,12 +140,12 @@ def batch_bounds(num_tiles: int, num_processes: int) -> tuple[int, int]:
     return max(2, shared(min(fitting, BATCH_USUAL))), max(2, shared(min(fitting, BATCH_MOST)))
 
 
-def of_the_pass_reason(training: Training, batch: int, micro_batches: int) -> str:
+def _of_the_pass_reason(training: Training, batch: int, micro_batches: int) -> str:
     seen = batch // micro_batches
     return f"warning: only the {seen:,} tiles of a pass, not the batch of {batch:,}, are seen by {training.of_the_pass}"
 
 
-def in_batch_reason(batch: int, micro_batches: int) -> str:
+def _in_batch_reason(batch: int, micro_batches: int) -> str:
     """What a method without a queue has to tell a tile from."""
     told = f"negatives: the {batch // micro_batches - 1:,} other tiles of a pass, of all processes together"
     if micro_batches == 1:
@@ -157,18 +156,29 @@ def in_batch_reason(batch: int, micro_batches: int) -> str:
     )
 
 
-def _groups(pass_tiles: int, asked: int, num_processes: int) -> list[str]:
-    """What becomes of the groups of `asked` tiles where a pass is no whole number of them, two at least."""
-    group = group_of(pass_tiles, asked, num_processes)
-    if group == asked:
-        return []
-    if group:
-        return [f"BatchNorm takes groups of {group} tiles: a pass of {pass_tiles} is not two or more of {asked}"]
-    leak = ", and query and key share them, by which MoCo knows a tile without learning" if num_processes == 1 else ""
-    return [
-        f"warning: BatchNorm takes one statistic of each pass: {pass_tiles} tiles are no groups of {asked} or fewer"
-        f"{leak}; use a --batch-size with more factors of two"
-    ]
+def _group(batch: int, pass_tiles: int, asked: int, num_processes: int, reasons: list[str]) -> int:
+    """What becomes of the groups of `asked` tiles where a pass is no whole number of them, two at least.
+
+    Whoever computes the whole batch at once may take larger ones: then this run is not what one process computes.
+    """
+    group, at_once = group_of(pass_tiles, asked, num_processes), group_of(batch, asked, 1)
+    if not group:
+        leak = (
+            ", and query and key share them, by which MoCo knows a tile without learning" if num_processes == 1 else ""
+        )
+        reasons.append(
+            f"warning: BatchNorm takes one statistic of each pass: {pass_tiles} tiles are no groups of {asked} or fewer"
+            f"{leak}; use a --batch-size with more factors of two"
+        )
+    elif group != at_once:
+        reasons.append(
+            f"warning: BatchNorm takes groups of {group} tiles, not {at_once} as one pass of the whole batch would: a "
+            f"pass of {pass_tiles} holds no whole number of those{', two at least' if num_processes == 1 else ''}. A "
+            f"run begun with --set batchnorm_group_tiles={group} is the same in however many parts"
+        )
+    elif group != asked:
+        reasons.append(f"BatchNorm takes groups of {group} tiles: a batch of {batch} is not two or more of {asked}")
+    return group or asked
 
 
 def _steps(config: PretrainConfig, num_tiles: int, reasons: list[str], fitted: int = 0) -> int:
@@ -201,7 +211,7 @@ def _queue(
     knobs: Mapping[str, Any],
     reasons: list[str],
 ) -> int:
-    batch = config.batch_size
+    batch, of_a_tile = config.batch_size, keys_of_a_tile(knobs)
     if "queue_size" in knobs:
         queue, why = int(knobs["queue_size"]), "--set queue_size"
     else:
@@ -216,14 +226,20 @@ def _queue(
             f"use --set queue_size={max(1, num_tiles // 12)}"
         )
     share = queue / num_tiles
+    held = queue / of_a_tile  # tiles
     reasons.append(
-        f"queue {queue:,} keys ({why}): a key is at most {queue / batch:.1f} steps old; "
-        f"{min(1, queue * same_tile):.1%} of the tiles shown are in it (their own keys are never negatives); about "
+        f"queue {queue:,} keys ({why}): a key is at most {held / batch:.1f} steps old; {min(1, held * same_tile):.1%} "
+        "of the tiles shown are in it (their own keys are never negatives); about "
         f"{same_slide:.1%} of it is of the query's own slide"
     )
     if share > QUEUE_SHARE_WARN:
         reasons.append(f"warning: the queue holds {share:.0%} of the tiles, {num_tiles // 12} is usual")
     return queue
+
+
+def keys_of_a_tile(knobs: Mapping[str, Any]) -> int:
+    """How many keys of a tile join the queue in a step."""
+    return 2 if knobs.get("symmetric") else 1
 
 
 def _momentum(
@@ -238,7 +254,8 @@ def _momentum(
         horizon = max(50.0, num_steps / 20)
         if momentum > 1 - 1 / horizon:
             momentum, why = round(1 - 1 / horizon, 4), f"a memory of {horizon:.0f} steps in a run of {num_steps:,}"
-    aged = f"; over the queue's age the key encoder moves {queue / batch * (1 - momentum):.2f} of its way"
+    age_steps = queue / batch / keys_of_a_tile(knobs)
+    aged = f"; over the queue's age the key encoder moves {age_steps * (1 - momentum):.2f} of its way"
     reasons.append(f"momentum {momentum:g} ({why}){aged if queue else ''}")
     return momentum
 

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histossl.backbones import create_backbone, recorded_with
-from histossl.config import PretrainConfig, with_overrides
+from histossl.config import PretrainConfig, read_run, with_overrides
 from histossl.errors import StoreError, UsageError
 from histossl.methods import TAUGHT, classes_of, entry_of, self_supervised
 from histossl.methods.batchnorm import has_batchnorm
@@ -20,7 +22,7 @@ from histossl.methods.method import Method, Views
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
-from histossl.tiles.subset import open_subset
+from histossl.tiles.subset import Subset, open_subset
 from histossl.training.distributed import Processes
 from histossl.training.operation import Operation
 from histossl.training.planner import plan
@@ -32,6 +34,21 @@ from histossl.workspace import PretrainDir
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
 
 RECOMPUTED = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
+
+
+def pool_of(index: TileIndex, config: PretrainConfig) -> tuple[Subset | None, NDArray[np.bool_]]:
+    """What is pretrained on: the subset of tiles, if any, and whether each slide of the index takes part."""
+    subset = open_subset(index, config.subset) if config.subset else None
+    excluded = set(config.excluded_slides)
+    keep = np.array([slide not in excluded for slide in index.slides])
+    if subset is not None:
+        keep &= subset.counts(index) > 0
+    return subset, keep
+
+
+def _begun_with(run: PretrainDir) -> dict[str, Any]:
+    """What the planner had fitted when the run was begun; nothing of one that was not."""
+    return dict(read_run(run.run_json)["plan"]["knobs"]) if run.run_json.exists() else {}
 
 
 class Prepared:
@@ -51,11 +68,7 @@ class Prepared:
         if operation.decode_on_gpu and self.device.type != "cuda":
             raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
         self.precision = precision_for(operation.precision, self.device)
-        excluded = set(config.excluded_slides)
-        self.subset = open_subset(index, config.subset) if config.subset else None
-        self.keep = np.array([slide not in excluded for slide in index.slides])
-        if self.subset is not None:
-            self.keep &= self.subset.counts(index) > 0
+        self.subset, self.keep = pool_of(index, config)
         self.order = self.order_of(0)
         if teacher is None:
             self_supervised(config.method)
@@ -78,7 +91,7 @@ class Prepared:
             batchnorm=has_batchnorm(backbone),
             training=method_class.trained_with(knobs),
             to_fit=method_class.planned,
-            batchnorm_group=getattr(knobs, "batchnorm_group_tiles", 0),
+            batchnorm_group=_begun_with(run).get("batchnorm_group_tiles", getattr(knobs, "batchnorm_group_tiles", 0)),
             company=self.order.company(),
         )
         self.plan = self.plan_of(micro_batches=operation.micro_batches or 1)
@@ -96,6 +109,13 @@ class Prepared:
         self.scaler = self.precision.scaler(self.device)
         if operation.recompute:
             self.recompute(asked=True)
+
+    def replan(self, micro_batches: int, num_steps: int = 0) -> None:
+        """With a batch in other pieces; `num_steps` is what --hours came to."""
+        recompute = self.plan.recompute
+        self.plan = self.plan_of(micro_batches=micro_batches, num_steps=num_steps)
+        if recompute:
+            self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, RECOMPUTED))
 
     def recompute(self, asked: bool = False) -> None:
         """Before a batch is cut, which some methods pay for: what is cheap of a ViT's activations is not kept."""

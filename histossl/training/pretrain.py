@@ -17,11 +17,12 @@ from torch import nn
 from histossl import console
 from histossl.backbones import save_backbone, save_tensors
 from histossl.config import PretrainConfig, read_run, write_run
-from histossl.errors import StoreError, TrainingError, UsageError
+from histossl.errors import MismatchError, StoreError, TrainingError, UsageError
 from histossl.methods.batchnorm import has_batchnorm
 from histossl.methods.gather import max_over_processes, mean_over_processes
 from histossl.methods.ramps import half_cosine
 from histossl.tiles.index import TileIndex
+from histossl.tiles.sampling import TileOrder
 from histossl.training.belongs import digest_of_weights, findable, refuse_other_run
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from histossl.training.distributed import Processes, agreed, is_lost_process, joined, others_wait
@@ -34,7 +35,7 @@ from histossl.training.memory import is_out_of_memory
 from histossl.training.operation import Operation, Probe
 from histossl.training.pace import Expected, Pace, clock
 from histossl.training.planner import Plan, batch_bounds
-from histossl.training.prepared import PREFILL, Prepared
+from histossl.training.prepared import PREFILL, Prepared, pool_of
 from histossl.training.schedules import warmup_cosine
 from histossl.training.setup import in_parallel, name_of
 from histossl.training.signals import Stop, stop_on_signal
@@ -113,6 +114,11 @@ def show_plan(
     teacher: nn.Module | None = None,
 ) -> None:
     """What `pretrain` would do, how long it would take, and why. Timed on one process with its share of the batch."""
+    try:
+        refuse_other_run(index, run, config)
+    except MismatchError as error:
+        console.warn(f"{error}. Planned as a new run")
+        run = PretrainDir(run.root / "new")  # where nothing is that the plan would be taken from
     with joined() as processes:
         shared = replace(processes, count=num_processes)
         settled = settle_batch(index, run, config, operation, shared, teacher)
@@ -137,7 +143,8 @@ def settle_batch(
         return config
     if run.run_json.exists():
         return replace(config, batch_size=int(read_run(run.run_json)["plan"]["batch_size"]))
-    num_tiles = sum(len(index.tiles_of(slide)) for slide in set(index.slides) - set(config.excluded_slides))
+    subset, keep = pool_of(index, config)
+    num_tiles = TileOrder(index, 0, keep=keep, tiles=subset.tiles if subset else None).num_tiles
     usual, most = batch_bounds(num_tiles, processes.count)
     if processes.device.type != "cuda":
         return replace(config, batch_size=usual)
@@ -223,12 +230,15 @@ class _Pretraining:
                 f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass, which cannot be halved"
                 f"{self._whether_saved()}. Use a smaller --view-px or --backbone under another --name"
             )
-        self.prepared.plan = replace(planned, micro_batches=pieces, tiles_per_pass=planned.tiles_per_pass // 2)
+        self.prepared.replan(pieces, planned.num_steps if self.prepared.config.hours else 0)
         self._write_run()
         console.warn(
             f"step {done}: out of GPU memory with {planned.tiles_per_pass} tiles a pass; on with "
             f"{self.prepared.plan.tiles_per_pass}, and the same batch of {planned.batch_size}"
         )
+        for reason in self.prepared.plan.reasons:
+            if reason.startswith("warning: ") and reason not in planned.reasons:
+                console.warn(reason.removeprefix("warning: "))
         if self.processes.count > 1:
             raise SystemExit(RESTART)
         gc.collect()

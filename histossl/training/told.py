@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from collections.abc import Iterable
+
+from torch import Tensor
 
 from histossl import console
 from histossl.backbones import BackboneInfo
@@ -61,11 +65,24 @@ def _weights_told(info: BackboneInfo, masks: bool) -> str:
 
 
 def _disk(prepared: Prepared) -> str:
-    state = prepared.method.state_dict().values()
-    trained = sum(value.numel() * value.element_size() for value in prepared.method.parameters() if value.requires_grad)
-    held = sum(value.numel() * value.element_size() for value in state)
-    held += trained * (2 if prepared.plan.optimizer == "adamw" else 1)
-    return f"disk: two checkpoints of {held / 2**20:,.0f} MB"
+    trained = _bytes(value for value in prepared.method.parameters() if value.requires_grad)
+    held = _bytes(prepared.method.state_dict().values()) + trained * (2 if prepared.plan.optimizer == "adamw" else 1)
+    backbone = _bytes(prepared.method.backbone.state_dict().values())
+    told = (
+        f"disk: two checkpoints of {_mb(held)} and a third while it is written, three backbones of {_mb(backbone)} "
+        "(last, healthy, best)"
+    )
+    there = next(path for path in (prepared.run.root, *prepared.run.root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    return told if free > 3 * (held + backbone) else f"warning: {told}, and {there} has {_mb(free)} free"
+
+
+def _bytes(values: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in values)
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MB"
 
 
 def note(row: dict[str, float]) -> str:

@@ -30,8 +30,7 @@ from histossl.training.looks import MONITOR_TILES, monitor_features
 from histossl.training.memory import free_ram, is_out_of_memory, kept_for_backward
 from histossl.training.operation import Probe
 from histossl.training.pace import Expected, steps_within
-from histossl.training.planner import in_batch_reason, of_the_pass_reason
-from histossl.training.prepared import PREFILL, RECOMPUTED, Prepared
+from histossl.training.prepared import PREFILL, Prepared
 from histossl.views.recipe import make_views
 
 SURELY_FITS_PX = 2 << 20  # of all views of a pass on a CPU: two gigabytes with a ResNet-50
@@ -61,20 +60,7 @@ def fit_memory(prepared: Prepared) -> None:
         pieces = _pieces_for(prepared, free - _fixed_bytes(prepared))
     else:
         return
-    reasons = prepared.plan.reasons
-    training = prepared.method.trained_with(prepared.knobs)
-    if training.of_the_pass and pieces > 1:
-        told = of_the_pass_reason(training, prepared.plan.batch_size, pieces)
-        reasons = (*(each for each in reasons if "tiles of a pass, not" not in each), told)
-    if training.in_batch and pieces > 1:
-        before_cut, cut = (in_batch_reason(prepared.plan.batch_size, each) for each in (1, pieces))
-        reasons = tuple(cut if reason == before_cut else reason for reason in reasons)
-    prepared.plan = replace(
-        prepared.plan,
-        micro_batches=pieces,
-        tiles_per_pass=prepared.plan.batch_size // pieces // prepared.processes.count,
-        reasons=reasons,
-    )
+    prepared.replan(pieces)
 
 
 def fewest_pieces(fits_in_memory: Callable[[int], bool], batch_size: int, num_processes: int) -> int:
@@ -185,10 +171,7 @@ def fit_hours(prepared: Prepared, probe: Probe | None, step_s: float | None = No
             beside_s = beside_steps(prepared, probe)
         look_s, rest_s = (_slowest(prepared, each) for each in beside_s)
         num_steps = steps_within(prepared.config.hours * 3600, step_s, look_s, prepared.operation.monitor_every, rest_s)
-    before = prepared.plan
-    prepared.plan = prepared.plan_of(micro_batches=before.micro_batches, num_steps=num_steps)
-    if before.recompute:
-        prepared.plan = replace(prepared.plan, recompute=True, reasons=(*prepared.plan.reasons, RECOMPUTED))
+    prepared.replan(prepared.plan.micro_batches, num_steps)
     prepared.knobs = replace(prepared.knobs, **prepared.plan.knobs)
     vars(prepared.method).update(config=prepared.knobs)  # the momentum follows the length
 

@@ -74,6 +74,7 @@ def test_on_a_cpu_a_batch_is_cut_until_a_pass_fits_and_stays_so(
     assert pretrain(index, run, config, Operation(num_workers=0)).finished
     planned = json.loads(run.run_json.read_text())["plan"]
     assert (planned["micro_batches"], planned["tiles_per_pass"]) == (4, 4)
+    assert "BatchNorm takes one statistic of each pass: 4 tiles" in " ".join(capsys.readouterr().err.split())
     free(None)
     whole = PretrainDir(tmp_path / "whole")
     assert pretrain(index, whole, config, Operation(num_workers=0)).finished

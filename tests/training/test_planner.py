@@ -1,6 +1,7 @@
 """The queue rule, its reasons, and what is refused."""
 
 import itertools
+from functools import partial
 
 import pytest
 
@@ -99,13 +100,41 @@ def test_one_process_always_has_two_batchnorm_groups_and_the_plan_says_of_how_ma
     assert group_of(batch, 32, 1) == group
     told = [line for line in planned(20_000, batch).reasons if "BatchNorm takes" in line]
     assert told == (
-        [] if group == 32 else [f"BatchNorm takes groups of {group} tiles: a pass of {batch} is not two or more of 32"]
+        [] if group == 32 else [f"BatchNorm takes groups of {group} tiles: a batch of {batch} is not two or more of 32"]
     )
 
 
 def test_groups_fall_alike_on_one_process_and_on_two() -> None:
     for batch in (16, 32, 48, 64, 100, 256):
         assert group_of(batch, 32, 1) == group_of(batch // 2, 32, 2), batch
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "pieces", "group"), [(96, 2, 1, 24), (64, 4, 1, 16), (256, 1, 8, 16), (256, 4, 2, 32)]
+)
+def test_groups_that_parts_of_a_batch_make_smaller_are_a_warning_with_a_way_out(
+    batch: int, processes: int, pieces: int, group: int
+) -> None:
+    parts = partial(plan, PretrainConfig(batch_size=batch), 20_000, 50, {}, processes, pieces)
+    told = [line for line in parts().reasons if "BatchNorm" in line]
+    assert parts().knobs["batchnorm_group_tiles"] == group
+    if group == 32:
+        assert told == []
+        return
+    (line,) = told
+    assert line.startswith(f"warning: BatchNorm takes groups of {group} tiles, not 32")
+    assert f"--set batchnorm_group_tiles={group}" in line
+    assert not any("BatchNorm" in line for line in parts(batchnorm_group=group).reasons)
+    assert group_of(batch, group, 1) == group  # so a pass of the whole batch takes them, too
+
+
+def test_keys_of_both_views_make_the_queue_half_as_old() -> None:
+    (one,), (both,) = (
+        [line for line in planned(20_000, knobs={"symmetric": way}).reasons if line.startswith("queue")]
+        for way in (False, True)
+    )
+    assert "8.0 steps old; 10.2% of the tiles" in one
+    assert "4.0 steps old; 5.1% of the tiles" in both
 
 
 def test_a_pass_that_no_group_divides_is_a_warning() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,17 @@ from synthetic_store import write_synthetic_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones import create_backbone, load_backbone, save_backbone
-from histossl.config import PretrainConfig
+from histossl.config import PretrainConfig, write_run
 from histossl.errors import MismatchError, StoreError, TrainingError
 from histossl.evaluation.labels import Item, LabelTable
 from histossl.evaluation.probe import probe_of
+from histossl.methods.batchnorm import GroupedBatchNorm2d
 from histossl.methods.dinov2 import DINOv2
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import decode_tiles
+from histossl.tiles.subset import write_subset
 from histossl.training import pretrain as pretraining
 from histossl.training import trial
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
@@ -975,6 +978,55 @@ def test_plan_prints_and_writes_nothing(index: TileIndex, cli) -> None:
     assert "disk: two checkpoints of" in told.err
     assert "queue 16 keys" in told.err
     assert not (workspace / "pretrain" / "planned").exists()
+
+
+def test_a_disk_too_full_for_the_checkpoints_is_told_beforehand(
+    index: TileIndex, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = index.path.parents[1]
+    for free_mb, warned in ((100, True), (1000, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, mb=free_mb: SimpleNamespace(free=mb << 20))
+        told = " ".join(cli("plan", *command(workspace, "--name", "planned")[1:]).err.split())
+        assert ("warning: disk: two checkpoints of" in told) == warned, told
+        assert ("has 100 MB free" in told) == warned
+
+
+def test_plan_under_a_name_that_is_taken_is_that_of_a_new_run(index: TileIndex, tmp_path: Path, capsys) -> None:
+    """Not of the run that has the name: its steps and its batch were fitted to other settings."""
+    run = run_dir(tmp_path)
+    assert pretrain(index, run, replace(TINY, steps=1), QUICK).finished
+    capsys.readouterr()
+    pretraining.show_plan(index, run, replace(TINY, steps=0, epochs=1.0, batch_size=0), QUICK)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was made with other settings: steps was 1" in said
+    assert "Planned as a new run" in said
+    assert "steps 8 (--epochs 1" in said
+    pretraining.show_plan(index, run, replace(TINY, steps=1), QUICK)
+    assert "new run" not in capsys.readouterr().err
+
+
+def test_an_automatic_batch_follows_the_tiles_of_the_subset(index: TileIndex, tmp_path: Path) -> None:
+    place = Workspace.holding(index.path).subset("few")
+    place.root.mkdir(parents=True)
+    write_subset(place, np.arange(0, 64, 4), {})
+    write_run(place.run_json, TINY, tiles={"digest": index.digest})
+    few = replace(TINY, batch_size=0, steps=1, subset="few")
+    one = Processes(0, 0, 1, CPU)
+    assert pretraining.settle_batch(index, run_dir(tmp_path), few, QUICK, one).batch_size == 2  # an eighth of 16
+    without = replace(few, subset="", excluded_slides=("A1", "A2"))
+    assert pretraining.settle_batch(index, run_dir(tmp_path), without, QUICK, one).batch_size == 4
+
+
+def test_a_run_keeps_its_batchnorm_groups_on_another_number_of_processes(index: TileIndex, tmp_path: Path) -> None:
+    run, config = run_dir(tmp_path), replace(TINY, batch_size=64, set=("queue_size=8", "batchnorm_group_tiles=32"))
+    on = [Processes(0, 0, count, CPU) for count in (1, 4)]
+    assert Prepared(index, run, config, QUICK, on[0]).knobs.batchnorm_group_tiles == 32
+    begun = Prepared(index, run, config, QUICK, on[1])
+    _Pretraining(begun, None)._write_run()
+    assert begun.knobs.batchnorm_group_tiles == 16
+    on_one = Prepared(index, run, config, QUICK, on[0])
+    assert on_one.knobs.batchnorm_group_tiles == 16
+    assert {module.group_tiles for module in on_one.method.modules() if isinstance(module, GroupedBatchNorm2d)} == {16}
 
 
 def test_a_last_phase_with_larger_views_counts_in_the_time_planned(
