@@ -120,9 +120,10 @@ def train(
         loss = torch.stack([outcome.loss for outcome in outcomes]).mean()
 
         # Before the step: after it the weights, and after the next the teacher, would have swallowed the NaN.
-        # Gradients are averaged over processes, so all of them decide alike. The host waits for the answer only when
-        # the next views stand in the device's line behind it, so that the device has work while the host is told.
-        finite = Answer(torch.isfinite(grad_norm))
+        # All processes decide alike: gradients are averaged over them, losses are not. The host waits for the answer
+        # only when the next views stand in the device's line behind it, so that the device has work while it is told.
+        broken = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
+        finite = Answer(gather.max_over_processes(broken.float()) == 0)
         with put_back_if_broken(statistics, before, scaler):
             views = next(batches, None)
         skipped = not finite.get()
@@ -135,8 +136,8 @@ def train(
                 scaler.update(scaler.get_scale() / 2)
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise TrainingError(
-                    f"step {number}: loss or gradient was not finite {skipped_in_a_row} times in a row "
-                    f"(loss {float(loss):.4g}). The weights of step {number - skipped_in_a_row} are kept. "
+                    f"step {number + 1}: loss or gradient was not finite {skipped_in_a_row} times in a row "
+                    f"(loss {float(loss):.4g}). The weights of step {number + 1 - skipped_in_a_row} are kept. "
                     "Likely causes: --lr too high, or tiles with no content"
                 )
         else:

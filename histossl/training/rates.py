@@ -80,7 +80,7 @@ def measure(index: TileIndex, config: PretrainConfig, operation: Operation, num_
     return Rates(
         seen,
         figure("step, views at hand", at_hand, f"the network alone: {where}"),
-        figure("step, as it runs", as_it_runs, "tiles, views and network: what `pretrain` does"),
+        figure("step, as it runs", as_it_runs, "tiles, views, network, optimizer: the loop of `pretrain`"),
         kind == "cuda",
     )
 

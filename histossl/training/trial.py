@@ -5,6 +5,7 @@ Real passes through the real method; what they change is put back.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -27,6 +28,7 @@ from histossl.methods.method import Views
 from histossl.training.distributed import others_wait
 from histossl.training.export import BATCHNORM_TILES, plain_backbone
 from histossl.training.looks import MONITOR_TILES, monitor_features
+from histossl.training.loop import train
 from histossl.training.memory import free_ram, is_out_of_memory, kept_for_backward
 from histossl.training.operation import Probe
 from histossl.training.pace import Expected, steps_within
@@ -210,10 +212,10 @@ def beside_steps(prepared: Prepared, probe: Probe | None) -> tuple[float, float]
 
 
 def timed_step_s(prepared: Prepared, num_steps: int = 20, at_most_s: float = 20.0, resident: bool = False) -> float:
-    """Seconds per step: tiles, views, forward, backward; of a last phase with larger views its share of the steps.
+    """Seconds per step of the training loop itself; of a last phase with larger views its share of the steps.
 
-    Nothing of the run is changed by it. `resident`: with the same views again and again, which never leave the
-    device: what loading costs is the rest.
+    Nothing of the run is changed by it. What processes exchange is not in it. `resident`: with the same views again and
+    again, which never leave the device: what loading costs is the rest.
     """
     step_s, share = _step_s(prepared, num_steps, at_most_s, resident), larger_share(prepared)
     if share:
@@ -234,12 +236,21 @@ def _step_s(prepared: Prepared, num_steps: int, at_most_s: float, resident: bool
         views = prepared.views(tiles, first)
         if resident:
             views = itertools.repeat(next(views))
+        steps = train(
+            prepared.method,
+            prepared.optimizer,
+            views,
+            lambda _: 0.0,
+            first,
+            first + num_steps + 1,
+            prepared.device,
+            prepared.precision,
+            prepared.precision.scaler(prepared.device),
+            prepared.config.clip_norm,
+            prepared.plan.micro_batches,
+        )
         began_s = time.perf_counter()
-        for _ in range(num_steps + 1):
-            for _ in range(prepared.plan.micro_batches):
-                _pass(prepared, next(views))
-            if prepared.device.type == "cuda":
-                torch.cuda.synchronize(prepared.device)
+        for _ in steps:  # each waits for the device's answer on the one before
             now_s = time.perf_counter()
             taken.append(now_s - began_s)
             began_s = now_s
@@ -257,8 +268,11 @@ def _pass(prepared: Prepared, views: Views) -> None:
 @contextmanager
 def _unchanged(prepared: Prepared) -> Iterator[None]:
     before = {name: value.detach().clone() for name, value in prepared.method.state_dict().items()}
-    try:
-        yield
-    finally:
-        prepared.method.load_state_dict(before)
-        prepared.optimizer.zero_grad(set_to_none=True)
+    optimizer = copy.deepcopy(prepared.optimizer.state_dict())
+    with torch.random.fork_rng([prepared.device] if prepared.device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            prepared.method.load_state_dict(before)
+            prepared.optimizer.load_state_dict(optimizer)
+            prepared.optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """The loop on a method of two numbers: what it checks, when it steps, when it gives up."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -91,9 +92,20 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     torch.testing.assert_close(method.weight, clean.weight)
 
 
+def test_an_infinite_loss_is_a_reason_though_its_gradient_is_finite() -> None:
+    class Shifted(Parabola):
+        def forward(self, views: Views) -> Outcome:
+            outcome = super().forward(views)
+            return outcome._replace(loss=outcome.loss + (math.inf if views.step == 1 else 0))
+
+    method = Shifted()
+    assert [step.skipped for step in run(method, [1.0, 1.0, 1.0], 3)] == [False, True, False]
+    assert len(method.log) == 2
+
+
 def test_five_in_a_row_stop_the_run() -> None:
     method = Parabola()
-    with pytest.raises(TrainingError, match=r"step 5: .* 5 times in a row.*lr too high"):
+    with pytest.raises(TrainingError, match=r"step 6: .* 5 times in a row.*weights of step 1 are.*lr too high"):
         run(method, [1.0] + [float("inf")] * 9, 10)
     assert torch.isfinite(method.weight).all()
 

@@ -826,12 +826,21 @@ def test_hours_become_steps_once_and_a_resumed_run_keeps_them(
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, planned + 1))
 
 
-def test_trying_out_changes_nothing_of_the_run(index: TileIndex, tmp_path: Path) -> None:
-    """`--hours` times real passes first; the weights it leaves are those of the same number of --steps."""
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        replace(TINY, optimizer="adamw"),
+        replace(TINY, method="dinov2", backbone="test_vit", set=("drop_path=0.3",)),
+    ],
+    ids=["sgd", "adamw", "drop-path"],
+)
+def test_trying_out_changes_nothing_of_the_run(index: TileIndex, tmp_path: Path, config: PretrainConfig) -> None:
+    """`--hours` takes real steps first; the weights it leaves are those of the same number of --steps."""
     timed, plain = run_dir(tmp_path, "timed"), run_dir(tmp_path, "plain")
-    pretrain(index, timed, replace(TINY, steps=0, hours=0.0004), QUICK)
+    pretrain(index, timed, replace(config, steps=0, hours=0.0004), QUICK)
     num_steps = json.loads(timed.run_json.read_text())["plan"]["num_steps"]
-    pretrain(index, plain, replace(TINY, steps=num_steps), QUICK)
+    pretrain(index, plain, replace(config, steps=num_steps), QUICK)
     assert timed.backbone.read_bytes() == plain.backbone.read_bytes()
 
 
