@@ -32,20 +32,20 @@ def knn_score(
 ) -> float:
     """Balanced accuracy of a vote of the nearest tiles (cosine) of *other* patients.
 
-    A vote counts 1 / the class's number of tiles, so that a frequent class does not win by being frequent.
+    A vote counts 1 / the number of that class's tiles that could have voted, so that a frequent class does not win by
+    being frequent. At most half of the tiles that could vote do, or all would be near.
     """
     x_ND = F.normalize(x_ND.float(), dim=1)
-    similarity_NN = x_ND @ x_ND.T
-    same_patient = torch.from_numpy(patients_N[:, None] == patients_N[None, :])
-    similarity_NN = similarity_NN.masked_fill(same_patient, -torch.inf)
-    nearest_NK = similarity_NN.topk(min(neighbours, len(x_ND) - 1), dim=1).indices.numpy()
+    other_NN = patients_N[:, None] != patients_N[None, :]
     classes, label_N = np.unique(labels_N, return_inverse=True)
-    weight_C = 1 / np.bincount(label_N)
-    votes_NC = np.zeros((len(x_ND), len(classes)))
+    could_NC = other_NN @ np.eye(len(classes))[label_N]
+    similarity_NN = (x_ND @ x_ND.T).masked_fill(torch.from_numpy(~other_NN), -torch.inf)
+    nearest_NK = similarity_NN.topk(max(1, min(neighbours, int(could_NC.sum(1).min()) // 2)), dim=1).indices.numpy()
+    votes_NC = np.zeros(could_NC.shape)
     rows = np.arange(len(x_ND))
     for column in nearest_NK.T:
-        votes_NC[rows, label_N[column]] += weight_C[label_N[column]]
-    return float(balanced_accuracy_score(label_N, votes_NC.argmax(1)))
+        votes_NC[rows, label_N[column]] += 1
+    return float(balanced_accuracy_score(label_N, (votes_NC / np.maximum(could_NC, 1)).argmax(1)))
 
 
 def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn.Module, BackboneInfo], float] | None:
@@ -82,9 +82,11 @@ def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn
         features, seen = [], []
         for first in range(0, len(numbers), 64):
             pixels, good = decode_good_tiles(index, numbers[first : first + 64])
+            seen.append(np.isin(numbers[first : first + 64], good))
+            if not len(good):
+                continue
             view = clean_view(pixels.to(device), input_px, (info.mean, info.std))
             features.append(backbone(view).float().cpu())
-            seen.append(np.isin(numbers[first : first + 64], good))
         whole = np.concatenate(seen)
         return knn_score(torch.cat(features), np.array(labels)[whole], np.array(owners)[whole])
 

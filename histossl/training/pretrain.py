@@ -53,6 +53,7 @@ from histossl.workspace import PretrainDir
 
 DAMAGED_NAMED = 20  # of the damaged tiles, at the end
 CHECKPOINT_FORMAT = 1  # another one for each change that makes an older checkpoint useless
+ASK_EVERY_S = 10.0
 RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 
 
@@ -177,6 +178,8 @@ class _Pretraining:
         self.met_damaged: list[dict[int, str]] = []  # of each loader, which goes on filling it
         self.pace = Pace(0, prepared.plan.num_steps, prepared.operation.monitor_every)
         self.log: RunLog | None = None
+        self.ask_at = self.asked_at = 0  # steps, on several GPUs
+        self.asked_s = time.monotonic()
 
     # ---- the recipe
 
@@ -479,10 +482,15 @@ class _Pretraining:
     def _agreed(self, stop: Stop, due: bool, done: int) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, after `done` steps: at the same one on all processes.
 
-        GPUs are asked at every tenth step, for the answer makes the host wait for them.
+        GPUs are asked at every tenth step, for the answer makes the host wait for them; sooner where steps are slow,
+        or a cluster's warning would be heard too late.
         """
-        if self.device.type == "cuda" and self.processes.count > 1 and done % 10:
-            return False, False
+        if self.device.type == "cuda" and self.processes.count > 1:
+            if 0 < done < self.ask_at:
+                return False, False
+            waited_s = max_over_processes(torch.tensor(time.monotonic() - self.asked_s, device=self.device))
+            self.ask_at = done + steps_within_reach(float(waited_s) / max(1, done - self.asked_at))
+            self.asked_at, self.asked_s = done, time.monotonic()
         number, due = agreed(self.processes, stop.number, due)
         if number:
             stop.ask(number)
@@ -527,6 +535,11 @@ class _Pretraining:
 
 
 # ---- pieces
+
+
+def steps_within_reach(step_s: float) -> int:
+    """How many steps go by before processes on GPUs ask each other again whether to stop: ten, or about ASK_EVERY_S."""
+    return max(1, min(10, int(ASK_EVERY_S / max(step_s, 1e-9))))
 
 
 class _OutOfMemoryError(Exception):

@@ -46,7 +46,7 @@ from histossl.training.looks import Looks
 from histossl.training.loop import Step
 from histossl.training.operation import Operation
 from histossl.training.prepared import Prepared
-from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretrain
+from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretrain, steps_within_reach
 from histossl.training.signals import Stop
 from histossl.views.recipe import clean_view
 from histossl.workspace import PretrainDir, Workspace
@@ -994,6 +994,24 @@ def test_a_disk_too_full_for_the_checkpoints_is_told_beforehand(
         told = " ".join(cli("plan", *command(workspace, "--name", "planned")[1:]).err.split())
         assert ("warning: disk: two checkpoints of" in told) == warned, told
         assert ("has 100 MB free" in told) == warned
+
+
+def test_processes_whose_steps_are_slow_ask_each_other_sooner_whether_to_stop(
+    index: TileIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [steps_within_reach(step_s) for step_s in (0, 0.1, 2, 12, 300)] == [10, 10, 5, 1, 1]
+    prepared = Prepared(index, run_dir(tmp_path), TINY, QUICK, Processes(0, 0, 2, torch.device("cpu")))
+    run = _Pretraining(prepared, None)
+    run.device = SimpleNamespace(type="cuda")
+    clock = itertools.count(30, 15)  # seconds: it is read twice each time they ask
+    run.asked_s = 0.0
+    asked = []
+    monkeypatch.setattr(pretraining.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(torch, "tensor", lambda value, device: value)
+    monkeypatch.setattr(pretraining, "agreed", lambda *_: (asked.append(done), (0, False))[1])
+    for done in range(12):
+        run._agreed(Stop(), False, done)
+    assert asked[:3] == [0, 1, 2]
 
 
 def test_plan_under_a_name_that_is_taken_is_that_of_a_new_run(index: TileIndex, tmp_path: Path, capsys) -> None:
