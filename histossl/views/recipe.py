@@ -41,7 +41,7 @@ class ViewSpec:
     size_px: int = 224
     scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area that the crop covers
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
-    interpolation: str = "bilinear"
+    interpolation: str = "bilinear"  # or bicubic; rotated freely, a view is bilinear all the same
     mirror_p: float = 0.5  # left and right
     flip_p: float = 0.0  # top and bottom
     quarter_turns: bool = False  # each of 0, 90, 180, 270 degrees as often
