@@ -1,4 +1,4 @@
-"""A view's colours: stain jitter in optical density, all linear colour work as one 3x4 matrix a tile, solarize, JPEG.
+"""A view's colours: stain jitter in optical density, all linear colour work as one 3x4 matrix a tile, solarize.
 
 Everything linear in RGB (brightness, contrast, saturation, hue, greyscale) is x -> M x + t, and is applied once. Two
 things differ from a chain of torchvision's transforms, on purpose:
@@ -15,7 +15,6 @@ Shapes: B tiles; matrices are (B, 3, 3), offsets (B, 3).
 from __future__ import annotations
 
 import numpy as np
-import simplejpeg
 import torch
 from torch import Tensor
 
@@ -98,16 +97,3 @@ def restained(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
 def solarized(x: Tensor, threshold: float) -> Tensor:
     """Pixels at or above the threshold are inverted (torchvision and Pillow: 128 of 255)."""
     return torch.where(x >= threshold, 1 - x, x)
-
-
-def recompressed(tiles: Tensor, quality: Ints) -> Tensor:
-    """tiles (B, 3, H, W) uint8, each once more through JPEG of its own quality, with halved chroma as scanners do.
-
-    On the CPU, a tile at a time (0.7 ms for 256 px): the price of asking for this op.
-    """
-    pixels = tiles.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    out = np.empty_like(pixels)
-    for place, q in enumerate(quality):
-        jpeg = simplejpeg.encode_jpeg(pixels[place], int(q), colorsubsampling="420")
-        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out[place])
-    return torch.from_numpy(out).permute(0, 3, 1, 2).to(tiles.device)

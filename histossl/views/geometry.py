@@ -1,10 +1,11 @@
 """Where a view looks on its tile, and one resampling that brings it there.
 
 A view's geometry is a box on the tile, mirrored, turned by quarters, and perhaps rotated freely: one 2x3 matrix a tile
-(`matrices`). There are two ways along it. Views that shrink, and all bicubic ones, are resampled by rows and then by
-columns with the weights of an antialiasing triangle or cubic filter; the others bilinearly, where the matrix points.
-Both are what Pillow, and torchvision's `resized_crop(antialias=True)`, make of the same box, to a hundredth of a grey
-level; only views that are both rotated and smaller use a Gaussian in place of the triangle.
+(`matrices`). There are two ways along it. Views along the axes that shrink, or are bicubic, are resampled by rows and
+then by columns with the weights of an antialiasing triangle or cubic filter; all others, and so all that are rotated
+freely, bilinearly, where the matrix points. Both are what Pillow, and torchvision's `resized_crop(antialias=True)`,
+make of the same box, to a hundredth of a grey level; only views that are both rotated and smaller use a Gaussian in
+place of the triangle.
 
 Shapes: B tiles, H W tile pixels, O output pixels, T taps of a filter.
 """
@@ -93,7 +94,10 @@ def matrices(where: Placement, size_px: int) -> Floats:
 
 
 def resampled(tiles: Tensor, where: Placement, size_px: int, interpolation: str = "bilinear") -> Tensor:
-    """tiles (B, 3, H, W) float -> views (B, 3, O, O) float. Bicubic overshoots: the caller clamps."""
+    """tiles (B, 3, H, W) float -> views (B, 3, O, O) float. Bicubic overshoots: the caller clamps.
+
+    A freely rotated view is bilinear, whatever the interpolation: no recipe has both.
+    """
     by_grid = where.angle != 0
     if interpolation == "bilinear":
         by_grid |= (where.height <= size_px) & (where.width <= size_px)

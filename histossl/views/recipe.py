@@ -28,7 +28,7 @@ from torch import Tensor
 
 from histossl.config import nearest
 from histossl.errors import UsageError
-from histossl.views import colour, geometry
+from histossl.views import colour, geometry, jpeg
 from histossl.views.draws import Draws, Floats
 
 CPU_PIXELS = 2**18  # of a view at a time on the CPU (5 tiles at 224 px): what they become stays in its caches
@@ -41,7 +41,7 @@ class ViewSpec:
     size_px: int = 224
     scale: tuple[float, float] = (0.2, 1.0)  # share of the tile's area that the crop covers
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop
-    interpolation: str = "bilinear"
+    interpolation: str = "bilinear"  # or bicubic; rotated freely, a view is bilinear all the same
     mirror_p: float = 0.5  # left and right
     flip_p: float = 0.0  # top and bottom
     quarter_turns: bool = False  # each of 0, 90, 180, 270 degrees as often
@@ -250,9 +250,9 @@ def histology(view: ViewSpec) -> ViewSpec:
 def pretext_histology(method: str, view: ViewSpec) -> ViewSpec:
     """What tissue wants of a pretext task, as far as the answer stays in the picture.
 
-    Crops of several sizes and JPEG once more (a quarter of the tiles, as it is done on the CPU) hide the tile's own
-    compression grid. A rotation is told by nothing that turned or flipped before it. Patches keep their places in a
-    tile that turns as a whole, which takes away the direction of shading. Colours that are asked for stay as they are.
+    Crops of several sizes, and JPEG once more for a quarter of the tiles, hide the tile's own compression grid. A
+    rotation is told by nothing that turned or flipped before it. Patches keep their places in a tile that turns as a
+    whole, which takes away the direction of shading. Colours that are asked for stay as they are.
     """
     view = replace(histology(replace(view, jitter_p=0.8, blur_p=0.3)), scale=(0.5, 1.0), jpeg_p=0.25)
     if method == "rotation":
@@ -463,7 +463,7 @@ def _make(tiles: Tensor, pixels: Tensor, plan: Plan, out: Tensor) -> None:
     view, device = plan.view, tiles.device
     if (again := np.flatnonzero(plan.jpeg_quality)).size:
         part = geometry.on(device, again)
-        pixels = pixels.index_copy(0, part, _as_float(colour.recompressed(tiles[part], plan.jpeg_quality[again])))
+        pixels = pixels.index_copy(0, part, _as_float(jpeg.recompressed(tiles[part], plan.jpeg_quality[again])))
     x = geometry.resampled(pixels, plan.where, view.size_px, view.interpolation)
     if view.interpolation == "bicubic":
         x.clamp_(0, 1)  # it overshoots at edges

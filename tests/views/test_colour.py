@@ -1,12 +1,10 @@
 """Colour as one matrix, stain in optical density, against torchvision's ops and closed forms."""
 
 import itertools
-from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import functional as TF
 
 from histossl.views import colour
@@ -142,17 +140,3 @@ def test_solarize_is_torchvisions():
     levels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
     theirs = TF.solarize(levels, 128).float() / 255
     assert (colour.solarized(levels.float() / 255, 128 / 255) - theirs).abs().max() < 1e-6
-
-
-def test_recompression_is_a_jpeg_of_each_tiles_quality():
-    smooth = torch.nn.functional.interpolate(tissue(2, 8, 0, 1), size=(64, 64), mode="bicubic").clamp(0, 1)
-    tiles = (smooth * 255).round().to(torch.uint8)
-    ours = colour.recompressed(tiles, np.array([95, 20]))
-    for number, quality in enumerate((95, 20)):
-        file = BytesIO()
-        picture = Image.fromarray(tiles[number].permute(1, 2, 0).numpy())
-        picture.save(file, "JPEG", quality=quality, subsampling="4:2:0")
-        theirs = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-        assert (ours[number].int() - theirs.int()).abs().float().mean() < 1.5  # the two libraries halve chroma unlike
-    error = (ours.int() - tiles.int()).abs().float().mean((1, 2, 3))
-    assert error[1] > 1.5 * error[0] > 0
