@@ -39,6 +39,7 @@ TILE_PX, MPP, VIEW_PX = 96, 1.0, 64
 BACKBONE = "test_resnet"  # timm's smallest ResNet, 0.4 million weights
 BATCH_SIZE = 64
 OPTIMIZER, LR = "adamw", 2e-3  # much for weights that already know something, right for random ones
+QUEUE_SIZE = 6 * BATCH_SIZE  # the planned 8 batches are old before they leave, while random weights still run
 DRAWS = 10
 
 
@@ -112,7 +113,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
     console.say(f"{len(index):,} tiles of {TILE_PX * MPP:g} um in {workspace.tiles}")
 
     # ---- without labels
-    settings = pretraining(config)
+    settings = pretraining(config, len(index))
     _heading(4, "pretrain", f"pretrain --name {NAME} {_options(settings)} {where}")
     if config.weights == "random":
         console.say(
@@ -135,7 +136,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
     return report
 
 
-def pretraining(config: DemoConfig) -> PretrainConfig:
+def pretraining(config: DemoConfig, num_tiles: int) -> PretrainConfig:
     """How the demo pretrains on its tiles of TILE_PX."""
     random = config.weights == "random"
     return PretrainConfig(
@@ -146,6 +147,7 @@ def pretraining(config: DemoConfig) -> PretrainConfig:
         view_px=VIEW_PX,
         optimizer=OPTIMIZER if random else "",
         lr=LR if random else 0.0,
+        set=(f"queue_size={QUEUE_SIZE}",) if random and num_tiles > 4 * QUEUE_SIZE else (),
         seed=config.seed,
     )
 
@@ -161,7 +163,7 @@ def _options(settings: PretrainConfig) -> str:
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value != getattr(default, field.name):
-            given.append(f"--{field.name.replace('_', '-')} {value}")
+            given += [f"--{field.name.replace('_', '-')} {one}" for one in (value if field.name == "set" else [value])]
     return " ".join(given)
 
 
