@@ -571,6 +571,29 @@ def test_a_file_that_is_no_weights_gets_one_line(index: TileIndex, tmp_path: Pat
     assert "Error" not in told.err  # what Python calls it
 
 
+@pytest.mark.parametrize("kept", [0.001, 0.5, 0.999], ids=["in-the-header", "half", "all-but-the-end"])
+@pytest.mark.parametrize("name", ["backbone.safetensors", "weights.pth", "legacy.pth"])
+def test_a_weights_file_that_is_cut_short_gets_one_line(
+    index: TileIndex, tmp_path: Path, cli, name: str, kept: float
+) -> None:
+    """As a download or a copy that broke off leaves it."""
+    path = tmp_path / name
+    backbone, info = create_backbone("resnet10t", "random")
+    if name == "backbone.safetensors":
+        save_backbone(path, backbone, info)
+    else:
+        torch.save(backbone.state_dict(), path, _use_new_zipfile_serialization=name != "legacy.pth")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    told = cli(*command(index.path.parents[1], "--weights", str(path), "--name", "cut-short"))
+    assert told.code == 1
+    assert told.err.startswith("error:")
+    assert f"{name}: is no weights file, or is truncated" in told.err
+    assert told.err.count("error:") == 1
+    assert "Error" not in told.err  # what Python calls it
+    assert not (index.path.parents[1] / "pretrain" / "cut-short").exists()
+
+
 def test_how_many_keys_were_loaded_is_told(index: TileIndex, tmp_path: Path, cli) -> None:
     save_backbone(tmp_path / "start.safetensors", *create_backbone("resnet10t", "random", seed=5))
     told = cli("plan", *command(index.path.parents[1], "--weights", str(tmp_path / "start.safetensors"))[1:])
