@@ -1,13 +1,21 @@
-"""SLURM without SLURM: a stand-in for `srun` starts tasks, which find each other by what SLURM tells them."""
+"""SLURM without SLURM: tasks that find each other by its variables, and the jobs of examples/slurm.md as printed.
+
+A stand-in for `srun` starts the tasks and tells them what SLURM would; signals go to whom SLURM would send them.
+"""
 
 import os
+import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,15 +23,18 @@ from synthetic_store import write_synthetic_store
 
 from histossl.cli.pretrain import _loader_threads
 from histossl.tiles.index import TileIndex
+from histossl.training.checkpoint import load_checkpoint
 from histossl.training.distributed import is_worker, tasks_on_node
 from histossl.training.pretrain import pretrain
 from histossl.workspace import PretrainDir, Workspace
-from tests.training.test_pretrain import QUICK, TINY, command
+from tests.training.test_pretrain import QUICK, TINY, command, rows
 
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "examples" / "slurm.md").read_text(encoding="utf-8")
+JOBS = [job for job in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) if "#SBATCH --signal" in job]
 
 SRUN = """
-import itertools, os, subprocess, sys
+import itertools, os, pathlib, subprocess, sys
 options = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
 count = os.environ["SLURM_NTASKS"]
 step = {"SLURM_STEP_NUM_TASKS": count, "SLURM_STEP_TASKS_PER_NODE": count, "SLURM_NODEID": "0"}
@@ -37,7 +48,15 @@ tasks = [
 ]
 codes = [task.wait() for task in tasks]
 highest = max(code if code >= 0 else 128 - code for code in codes)
+pathlib.Path(os.environ.get("SRUN_ENDED", os.devnull)).write_text(str(highest))
 sys.exit(highest)
+"""
+SCONTROL = """
+import os, pathlib, sys
+if sys.argv[1] == "requeue":
+    pathlib.Path(os.environ["REQUEUED"]).write_text(sys.argv[2])
+else:
+    print("localhost")
 """
 
 
@@ -132,3 +151,68 @@ def test_where_no_scontrol_is_tasks_meet_at_the_node_that_launched_them(
     step_of_slurm.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.2")
     assert is_worker()
     assert os.environ["MASTER_ADDR"] == "127.0.0.2"
+
+
+# ---- the jobs of examples/slurm.md
+
+
+def small(job: str, name: str, pretraining: list[str], count: int, port: int) -> str:
+    """The job as printed, but for the run's name and size, the number of processes, and a port that is free."""
+    job = re.sub(r"histossl pretrain --name vits.*? --epochs 50", f"histossl {shlex.join(pretraining)}", job)
+    job = job.replace("pretrain/vits/", f"pretrain/{name}/").replace(":29500", f":{port}")
+    return re.sub(r"--nproc-per-node=\d+", f"--nproc-per-node={count}", job)
+
+
+@pytest.mark.parametrize(
+    ("number", "num_tasks"),
+    [(0, 1), (1, 2), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)],
+    ids=["histossl", "srun", "torchrun", "two-torchruns"],
+)
+def test_a_job_as_printed_saves_when_slurm_warns_it(
+    index: TileIndex, tmp_path: Path, free_port: int, number: int, num_tasks: int
+) -> None:
+    """The script ends with 0 and is put back in the queue. Two torchruns stand for two nodes."""
+    assert len(JOBS) == 3
+    job, workspace, name = JOBS[number], index.path.parents[1], f"job-{number}-{num_tasks}"
+    text = small(job, name, command(workspace, "--name", name, steps=4000), 2 // num_tasks, free_port)
+    (tmp_path / "job.sh").write_text(text)
+    stand_in(tmp_path, "srun", SRUN)
+    stand_in(tmp_path, "scontrol", SCONTROL)
+    of_job = {"NTASKS": num_tasks, "NNODES": num_tasks, "CPUS_PER_TASK": 8, "JOB_ID": 7}
+    variables = environment(
+        tmp_path,
+        **{f"SLURM_{key}": str(value) for key, value in of_job.items()},
+        SLURM_JOB_NODELIST="node[1-2]",
+        MASTER_PORT=str(free_port),
+        HISTOSSL_WORKSPACE=str(workspace),
+        REQUEUED=str(tmp_path / "requeued"),
+        SRUN_ENDED=str(tmp_path / "srun-ended"),
+    )
+    run, log = PretrainDir(workspace / "pretrain" / name), tmp_path / "said.txt"
+    with log.open("w") as errors:
+        script = subprocess.Popen(["bash", tmp_path / "job.sh"], env=variables, stderr=errors)
+    shell = psutil.Process(script.pid)
+    deadline_s = time.monotonic() + 200
+    while not (run.log.exists() and len(rows(run)) > 3) and script.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    started = shell.children(recursive=True)
+    assert started, log.read_text()
+    batch, how = re.search(r"#SBATCH --signal=(B:)?(\w+)@\d+", job).groups()  # type: ignore[union-attr]
+    try:
+        for process in [shell] if batch else started[0].children():  # what srun started, and not what those started
+            process.send_signal(signal.Signals[f"SIG{how}"])
+        script.wait(timeout=200)
+    finally:
+        _, left = psutil.wait_procs(started, timeout=5)
+        for process in [script, *left]:
+            process.kill()
+    said = log.read_text()
+    assert not left, said
+    assert script.returncode == 0, said
+    if not batch:  # of a signal that it handed on torchrun makes a failure
+        assert (tmp_path / "srun-ended").read_text() == ("1" if "torchrun" in job else "0"), said
+    assert said.count("the same command goes on from there") == 1
+    state = load_checkpoint(run)
+    assert state is not None
+    assert state["step"] == max(row["step"] for row in rows(run))
+    assert (tmp_path / "requeued").read_text() == "7"
