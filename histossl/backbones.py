@@ -363,7 +363,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             "save its state_dict alone, or convert it to safetensors"
         ) from error
     except UNREADABLE as error:
-        if isinstance(error, OSError) and error.strerror:
+        # EINVAL is torch's, which looks for more of a short zip than there is.
+        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
             raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
         raise WeightsError(
             f"{path}: is no weights file, or is truncated; give a .safetensors file, or what torch.save wrote of a "

@@ -426,7 +426,9 @@ def _loader_threads(num_processes: int) -> int:
     """Every core that this process may use, but one, shared among the processes of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    return max(1, cores // here - 1)
+    # SLURM mostly binds each task to cores of its own, and a task that sees no others shares them with nobody.
+    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", cores))
+    return max(1, min(cores, on_node // here) - 1)
 
 
 def _batch(text: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,8 +73,18 @@ def _speak_as_torchrun() -> None:
         first = slurm.get("SLURM_LAUNCH_NODE_IPADDR", "localhost")
     slurm["RANK"], slurm["WORLD_SIZE"] = slurm["SLURM_PROCID"], slurm["SLURM_STEP_NUM_TASKS"]
     slurm["LOCAL_RANK"] = slurm.get("SLURM_LOCALID", "0")
+    per_node = slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm.get("SLURM_NTASKS_PER_NODE") or slurm["WORLD_SIZE"]
+    slurm["LOCAL_WORLD_SIZE"] = str(tasks_on_node(per_node, int(slurm.get("SLURM_NODEID", "0"))))
     slurm.setdefault("MASTER_ADDR", first)
     slurm.setdefault("MASTER_PORT", str(20_000 + int(slurm.get("SLURM_JOB_ID", "0")) % 20_000))
+
+
+def tasks_on_node(per_node: str, node: int) -> int:
+    """SLURM's `2(x3),1`: two tasks on each of nodes 0 to 2, one on node 3. A number alone holds for every node."""
+    counts = [
+        int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node) for _ in range(int(times or 1))
+    ]
+    return counts[min(node, len(counts) - 1)]
 
 
 def num_processes_for(gpus: str) -> int:

@@ -121,7 +121,8 @@ def test_a_signal_that_ends_processes_before_they_saved_is_no_success_and_no_ctr
 
 
 def test_a_batch_script_is_no_worker_before_srun_has_started_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*ours, "SLURM_STEP_NUM_TASKS"):
         monkeypatch.setenv(name, "")  # so that what is_worker sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "4")

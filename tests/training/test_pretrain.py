@@ -253,11 +253,12 @@ def test_the_best_look_is_kept_with_statistics_of_clean_tiles(index: TileIndex, 
 
 
 def test_forced_collapse_is_named(index: TileIndex, tmp_path: Path) -> None:
-    """Momentum 0 and a hundredfold learning rate without warm-up: the published way to fail."""
+    """Momentum 0 and a hundredfold learning rate without warm-up: the published way to fail, with finite numbers."""
     run = run_dir(tmp_path)
     config = replace(TINY, steps=60, lr=30.0, warmup=0.0, clip_norm=100.0, set=("momentum=0", *TINY.set))
-    with pytest.raises(TrainingError, match=r"collapse|not finite"):
+    with pytest.raises(TrainingError, match=r"step 5: complete collapse: all tiles get nearly the same .*spread 0\.0"):
         pretrain(index, run, config, replace(QUICK, monitor_every=5))
+    assert [math.isfinite(row["loss"]) for row in rows(run) if "loss" in row] == [True] * 5
     assert not run.backbone.exists()
 
 
@@ -637,6 +638,29 @@ def test_a_file_that_is_no_weights_gets_one_line(index: TileIndex, tmp_path: Pat
     assert told.err.startswith("error:")
     assert "weights.pth: " in told.err
     assert "Error" not in told.err  # what Python calls it
+
+
+@pytest.mark.parametrize("kept", [0.001, 0.5, 0.999], ids=["in-the-header", "half", "all-but-the-end"])
+@pytest.mark.parametrize("name", ["backbone.safetensors", "weights.pth", "legacy.pth"])
+def test_a_weights_file_that_is_cut_short_gets_one_line(
+    index: TileIndex, tmp_path: Path, cli, name: str, kept: float
+) -> None:
+    """As a download or a copy that broke off leaves it."""
+    path = tmp_path / name
+    backbone, info = create_backbone("resnet10t", "random")
+    if name == "backbone.safetensors":
+        save_backbone(path, backbone, info)
+    else:
+        torch.save(backbone.state_dict(), path, _use_new_zipfile_serialization=name != "legacy.pth")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    told = cli(*command(index.path.parents[1], "--weights", str(path), "--name", "cut-short"))
+    assert told.code == 1
+    assert told.err.startswith("error:")
+    assert f"{name}: is no weights file, or is truncated" in told.err
+    assert told.err.count("error:") == 1
+    assert "Error" not in told.err  # what Python calls it
+    assert not (index.path.parents[1] / "pretrain" / "cut-short").exists()
 
 
 def test_how_many_keys_were_loaded_is_told(index: TileIndex, tmp_path: Path, cli) -> None:
