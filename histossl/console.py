@@ -42,6 +42,16 @@ def say(text: str, to: Console | None = None) -> None:
     to.print(escape(text), soft_wrap=not to.is_terminal)
 
 
+@contextmanager
+def muted(wanted: bool) -> Iterator[None]:
+    """Within it nothing is said but errors of the command line: another process has said it, or will."""
+    before, console.quiet = console.quiet, console.quiet or wanted
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def count(number: int, thing: str) -> str:
     """As people write it: 1 file, 2,000 files, 1 batch, 2 batches."""
     plural = "" if number == 1 else "es" if thing.endswith(("s", "ch")) else "s"

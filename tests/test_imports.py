@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from histossl.__main__ import start
+
 PACKAGE = Path(__file__).parents[1] / "histossl"
 
 # From the top of the house to its cellar. A file may import from its own floor and from floors below it.
@@ -91,3 +95,16 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_while_the_commands_are_loading_is_no_traceback(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "histossl.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "histossl.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert ended.value.code == 130

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -290,6 +291,7 @@ def pretrain(
     from histossl.tiles.index import TileIndex
     from histossl.training.distributed import is_worker, launch, num_processes_for
     from histossl.training.operation import Operation
+    from histossl.training.prepared import refuse_unknown
     from histossl.training.pretrain import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
     from histossl.workspace import Workspace, refuse_while_tiling
@@ -322,6 +324,7 @@ def pretrain(
     )
     self_supervised(method)
     num_processes = 1 if is_worker() else num_processes_for(gpus)
+    told_already = is_launched() or os.environ.get("RANK", "0") != "0"  # by the launcher, or by the first process
     if slides is not None and not slides.exists():
         raise UsageError(f"--slides {slides}: no such folder")
     if slides is not None and only_plan and not at.tiles.exists():
@@ -330,6 +333,7 @@ def pretrain(
             f"(histossl scan {slides} says how many there will be)"
         )
     if slides is not None and not only_plan and not is_worker():
+        refuse_unknown(settings)  # tiling takes hours
         tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv)
     refuse_while_tiling(at)
     index = TileIndex.open(at)
@@ -338,8 +342,9 @@ def pretrain(
     elif only_plan or (is_worker() and not is_launched()):
         by = "histossl plan" if only_plan else "a process of torchrun or SLURM"
         console.warn(f"--slides {slides}: {by} cuts no tiles; with the {len(index):,} that are in {at.root}")
-    table = labelled_slides(labels, index) if labels else None
-    left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
+    with console.muted(told_already):
+        table = labelled_slides(labels, index) if labels else None
+        left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
     settings = replace(settings, excluded_slides=tuple(left_out))
     operation = Operation(
         num_workers=workers if workers >= 0 else _loader_threads(num_processes),
@@ -356,7 +361,8 @@ def pretrain(
         stop_on_collapse=stop_on_collapse,
     )
     run = at.pretrain(name or method)
-    judge = probe_of(index, without(table, left_out), view_px) if table else None
+    with console.muted(told_already):
+        judge = probe_of(index, without(table, left_out), view_px) if table else None
     if only_plan:
         show_plan(index, run, settings, operation, num_processes, judge)
         return 0
@@ -367,9 +373,9 @@ def pretrain(
     if int(os.environ.get("RANK", "0")) == 0:
         console.panel("finished" if result.finished else "stopped", result.text)
         if result.finished:
-            here = f" -w {workspace}" if workspace else ""
-            named = f" --adapted {name}" if name else ""
-            console.say(f"next: histossl finetune --labels {labels or 'labels.csv'}{named}{here}")
+            said = ["histossl", "finetune", "--labels", str(labels or "labels.csv")]
+            said += [*(["--adapted", name] if name else []), *(["-w", str(workspace)] if workspace else [])]
+            console.say(f"next: {shlex.join(said)}")
     return exit_code_of(result)
 
 

@@ -10,6 +10,7 @@ patients) take no part: they are not looked at, so nothing of them decides about
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -308,7 +309,8 @@ def _show(ledger: dict[str, Any], place: SubsetDir, how: str) -> None:
         )
     console.table(f"subset {place.root.name} ({how})", ("what", "how many"), rows)
     console.say(f"look at {place.sheet}")
-    console.say(f"next: histossl pretrain --subset {place.root.name} -w {place.root.parents[1]}")
+    said = ["histossl", "pretrain", "--subset", place.root.name, "-w", str(place.root.parents[1])]
+    console.say(f"next: {shlex.join(said)}")
 
 
 def _ratio_told(sizes: dict[str, list[int]]) -> str:

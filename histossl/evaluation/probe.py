@@ -76,6 +76,12 @@ def probe_of(index: TileIndex, table: LabelTable, input_px: int) -> Callable[[nn
         some = np.sort(np.random.default_rng(0).permutation(len(numbers))[:TILES_MOST])
         numbers, labels, owners = ([each[place] for place in some] for each in (numbers, labels, owners))
 
+    console.say(
+        f"probe during the run: balanced accuracy of {console.count(len(numbers), 'tile')} of "
+        f"{console.count(len(patients), 'training patient')}, each told by the nearest tiles of other patients; "
+        f"guessing scores {1 / len(classes):.2f}"
+    )
+
     @torch.no_grad()
     def probe(backbone: nn.Module, info: BackboneInfo) -> float:
         device = next(backbone.parameters()).device

@@ -39,6 +39,8 @@ SIGN_EVERY_S = 10.0
 SIGNS_END_S = 3600.0  # whoever works alone for longer hangs, too
 # What processes have to end their step, look and save in when they are asked to stop. torch's own is half a minute.
 STOP_S = 600
+RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
+_PARENT = os.getppid()
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,12 @@ def joined() -> Iterator[Processes]:
     try:
         signs = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield Processes(dist.get_rank(), local_rank, dist.get_world_size(), device, signs)
-    except BaseException:
+    except BaseException as error:
         # nccl would wait here for the others, who wait for this one in an exchange. It ends, and all are told by that.
         if device.type != "cuda":
             dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and is_lost_process(error):  # the one that is lost says why
+            raise SystemExit(RESTART) from error
         raise
     dist.destroy_process_group()
 
@@ -192,6 +196,11 @@ def agreed(processes: Processes, signal_number: int, due: bool) -> tuple[int, bo
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     number, due_there = asked.tolist()
     return number, bool(due_there)
+
+
+def launcher_is_gone() -> bool:
+    """Whether our own launcher was killed: nobody would hear of this process any more, nor end it."""
+    return launched.is_launched() and os.getppid() != _PARENT
 
 
 def is_lost_process(error: RuntimeError) -> bool:

@@ -19,6 +19,18 @@ def held(run: PretrainDir | FinetuneDir) -> bool:
         return False
 
 
+def refuse_held(run: PretrainDir | FinetuneDir) -> None:
+    if held(run):
+        raise _at_work(run)
+
+
+def _at_work(run: PretrainDir | FinetuneDir) -> TrainingError:
+    who = (run.root / ".lock").read_text(encoding="utf-8").strip()
+    return TrainingError(
+        f"{run.root}: another process is at work on this run ({who}); wait for it, or use another --name"
+    )
+
+
 @contextmanager
 def alone_in(run: PretrainDir | FinetuneDir) -> Iterator[None]:
     """Hold the run's directory, and remove what killed ones left half-written in it.
@@ -35,11 +47,7 @@ def alone_in(run: PretrainDir | FinetuneDir) -> Iterator[None]:
         raise HistosslError(f"{run.root}: cannot be written ({error.strerror}); use another --workspace") from error
     with lock:
         if not locked(lock.fileno()):
-            lock.seek(0)
-            raise TrainingError(
-                f"{run.root}: another process is at work on this run ({lock.read().strip()}); wait for it, or use "
-                "another --name"
-            )
+            raise _at_work(run)
         lock.truncate(0)
         lock.write(f"process {os.getpid()}\n")
         lock.flush()

@@ -228,20 +228,21 @@ def probe_verdict(best: Best, num_steps: int, run: PretrainDir) -> str:
     """What the labelled training slides say of the last look, whose backbone is left, and of the best one."""
     if best.num_looks == 0:
         return "The probe was never asked: the labels came after the last look"
+    probe = "the probe (balanced accuracy by the nearest tiles of other patients)"
     last = f"the last look, whose backbone is what finetune takes, has {best.last:.3f}"
     if math.isnan(best.at_start):
         return f"The labels came when the run had begun, so there is no score of the start to compare with; {last}"
     if best.step == 0:
         return (
-            f"Adaptation did not help on the labelled training slides: no look scored above the start "
+            f"Adaptation did not help on the labelled training slides: no look of {probe} scored above the start "
             f"({best.at_start:.3f}); {last}"
         )
     if f"{best.score:.3f}" == f"{best.at_start:.3f}":
-        return f"On the labelled training slides the probe stayed at {best.at_start:.3f}; {last}"
+        return f"On the labelled training slides {probe} stayed at {best.at_start:.3f}; {last}"
     kept = "" if best.step == num_steps else f"; the best look's backbone is {run.best_backbone}"
     worse = "" if best.last > best.at_start else ", no more than the start"
     chance = f". The highest of {best.num_looks:,} looks is partly luck: a small rise is no evidence"
     return (
-        f"On the labelled training slides the probe rose from {best.at_start:.3f} to {best.score:.3f} "
+        f"On the labelled training slides {probe} rose from {best.at_start:.3f} to {best.score:.3f} "
         f"(step {best.step} of {num_steps}){kept}; {last}{worse}{chance if best.num_looks > 1 else ''}"
     )

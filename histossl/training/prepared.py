@@ -46,6 +46,16 @@ def pool_of(index: TileIndex, config: PretrainConfig) -> tuple[Subset | None, ND
     return subset, keep
 
 
+def refuse_unknown(config: PretrainConfig) -> None:
+    """What can be refused without a tile: weights that are not there or do not fit, knobs, recipe, view size."""
+    method_class, knobs_class = classes_of(config.method)
+    knobs = with_overrides(knobs_class(), config.set)
+    backbone, info = create_backbone(config.backbone, config.weights, config.seed)
+    _refuse_view_size(backbone, config, config.view_px, "--view-px")
+    recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
+    method_class(backbone, info.feature_dim, with_settings(recipe, config.view_set), knobs)
+
+
 def _begun_with(run: PretrainDir) -> dict[str, Any]:
     """What the planner had fitted when the run was begun; nothing of one that was not."""
     return dict(read_run(run.run_json)["plan"]["knobs"]) if run.run_json.exists() else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -25,9 +26,17 @@ from histossl.tiles.index import TileIndex
 from histossl.tiles.sampling import TileOrder
 from histossl.training.belongs import digest_of_weights, findable, refuse_other_run
 from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from histossl.training.distributed import Processes, agreed, is_lost_process, joined, others_wait
+from histossl.training.distributed import (
+    RESTART,
+    Processes,
+    agreed,
+    is_lost_process,
+    joined,
+    launcher_is_gone,
+    others_wait,
+)
 from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
-from histossl.training.lock import alone_in
+from histossl.training.lock import alone_in, refuse_held
 from histossl.training.log import RunLog
 from histossl.training.looks import Looks, probe_verdict
 from histossl.training.loop import HalfDoneError, Step, train
@@ -54,7 +63,6 @@ from histossl.workspace import PretrainDir
 DAMAGED_NAMED = 20  # of the damaged tiles, at the end
 CHECKPOINT_FORMAT = 1  # another one for each change that makes an older checkpoint useless
 ASK_EVERY_S = 10.0
-RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def check(
 ) -> None:
     """Refuse what no process could carry out, before any is started."""
     refuse_other_run(index, run, config)
+    refuse_held(run)
     if torch.cuda.is_available():  # this process stays on the CPU; its workers will not
         operation = replace(operation, precision="auto", decode_on_gpu=False)
     processes = Processes(0, 0, num_processes, torch.device("cpu"))
@@ -491,6 +500,8 @@ class _Pretraining:
             waited_s = max_over_processes(torch.tensor(time.monotonic() - self.asked_s, device=self.device))
             self.ask_at = done + steps_within_reach(float(waited_s) / max(1, done - self.asked_at))
             self.asked_at, self.asked_s = done, time.monotonic()
+        if launcher_is_gone() and not stop.is_set():
+            stop.ask(signal.SIGTERM)
         number, due = agreed(self.processes, stop.number, due)
         if number:
             stop.ask(number)

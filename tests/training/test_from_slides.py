@@ -33,6 +33,25 @@ def test_pretrain_tells_what_tiling_found_wrong_as_tile_does(paint, cli, tmp_pat
     assert set(warnings(tiled.err)) <= set(warnings(told.err))
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--weights nowhere.pth", "no such file"),
+        ("--set quue_size=5", "did you mean 'queue_size'"),
+        ("--method dinov2", "take a ViT"),
+        ("--view-set blur=0.5", "view-set"),
+    ],
+)
+def test_a_mistake_that_needs_no_tiles_is_told_before_hours_of_tiling(
+    paint, cli, tmp_path: Path, more: str, said: str
+) -> None:
+    slides = paint("A1.tif", label="normal").path.parent
+    told = cli("pretrain", "--slides", slides, "-w", tmp_path / "lab", *SMALL.split(), *more.split())
+    assert told.code in (1, 2)
+    assert said in told.err
+    assert not (tmp_path / "lab").exists()
+
+
 def test_where_no_slide_gave_a_tile_pretrain_says_why_and_never_to_tile(cli, tmp_path: Path, real_data) -> None:
     told = cli("pretrain", "--slides", real_data / "damaged", "-w", tmp_path / "lab", *SMALL.split())
     assert told.code == 1

@@ -610,9 +610,9 @@ def test_a_workspace_without_tiles_says_how_to_make_them(cli, tmp_path: Path) ->
 
 
 def test_what_comes_next_names_the_run_and_the_batch_gives_its_reason(index: TileIndex, cli) -> None:
-    told = cli(*command(index.path.parents[1], "--name", "called", "--batch-size", "auto", steps=1))
+    told = cli(*command(index.path.parents[1], "--name", "so called", "--batch-size", "auto", steps=1))
     assert told.code == 0
-    assert "--adapted called" in told.err
+    assert "--adapted 'so called'" in told.err
     assert "--batch-size auto: 1% of the tiles" in told.err
 
 
@@ -715,6 +715,38 @@ def test_a_signal_to_any_process_saves_the_run(index: TileIndex, how: signal.Sig
     state = load_checkpoint(run)
     assert state is not None
     assert state["step"] == max(row["step"] for row in rows(run))
+
+
+def test_processes_whose_launcher_is_killed_save_and_end(index: TileIndex, tmp_path: Path) -> None:
+    """Nobody could end them any more: they would hold their GPUs, and the run's lock. (And what the labels file lacks
+    is told once, not by the launcher and each process.)"""
+    workspace, labels = index.path.parents[1], tmp_path / "labels.csv"
+    labels.write_text("slide,label,patient\nA1,a,1\nA2,a,2\nB1,b,3\nB2,b,4\n")
+    options = command(workspace, "--gpus", "2", "--name", "orphans", "--labels", str(labels), steps=4000)
+    process = subprocess.Popen([sys.executable, "-m", "histossl", *options], stderr=subprocess.PIPE, text=True)
+    run = PretrainDir(workspace / "pretrain" / "orphans")
+    deadline_s = time.monotonic() + 200
+    while not (run.log.exists() and len(rows(run)) > 3) and process.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    workers = workers_of(psutil.Process(process.pid))
+    assert len(workers) == 2
+    process.kill()
+    _, said = process.communicate(timeout=200)  # until the last of them has let go of it
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert said.count("no split column") == 1, said
+    assert said.count("guessing scores 0.50") == 1
+    state = load_checkpoint(run)
+    assert state is not None
+    assert 3 < state["step"] < 4000
+
+
+def test_a_run_that_somebody_is_at_is_refused_before_processes_are_started(index: TileIndex, cli) -> None:
+    workspace = index.path.parents[1]
+    with alone_in(PretrainDir(workspace / "pretrain" / "busy")):
+        told = cli(*command(workspace, "--gpus", "2", "--name", "busy"))
+    assert told.code == 1
+    assert "another process is at work on this run (process " in told.err
+    assert "a first look" not in told.err
 
 
 def test_two_processes_compute_the_run_of_one(index: TileIndex) -> None:
