@@ -193,8 +193,8 @@ def train(
 
     from histossl.config import PretrainConfig
     from histossl.tiles.index import TileIndex
+    from histossl.training.beforehand import step_times_s
     from histossl.training.operation import Operation
-    from histossl.training.pretrain import step_times_s
 
     at = Workspace.at(workspace)
     index = TileIndex.open(at)

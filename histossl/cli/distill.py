@@ -111,8 +111,8 @@ def distill(
     from histossl.evaluation.teacher import teacher_of
     from histossl.methods.distillation import DistillationConfig
     from histossl.tiles.index import TileIndex
+    from histossl.training.beforehand import check, show_plan
     from histossl.training.distributed import is_worker, launch, num_processes_for
-    from histossl.training.pretrain import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
     at = Workspace.at(shared["workspace"])

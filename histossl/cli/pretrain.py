@@ -289,10 +289,10 @@ def pretrain(
     from histossl.evaluation.probe import probe_of
     from histossl.launched import is_launched
     from histossl.tiles.index import TileIndex
+    from histossl.training.beforehand import check, show_plan
     from histossl.training.distributed import is_worker, launch, num_processes_for
     from histossl.training.operation import Operation
     from histossl.training.prepared import refuse_unknown
-    from histossl.training.pretrain import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
     from histossl.workspace import Workspace, refuse_while_tiling
 

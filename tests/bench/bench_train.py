@@ -30,8 +30,9 @@ from histossl.config import PretrainConfig
 from histossl.methods.method import Views
 from histossl.methods.mocov2 import MoCoV2, MoCoV2Config
 from histossl.tiles.index import TileIndex
+from histossl.training.beforehand import step_times_s
 from histossl.training.operation import Operation
-from histossl.training.pretrain import pretrain, step_times_s
+from histossl.training.pretrain import pretrain
 from histossl.training.setup import tune
 from histossl.views.recipe import recipe_named
 from histossl.workspace import Workspace

@@ -39,6 +39,7 @@ from histossl.tiles.loading import decode_tiles
 from histossl.tiles.subset import write_subset
 from histossl.training import pretrain as pretraining
 from histossl.training import trial
+from histossl.training.beforehand import settle_batch, show_plan
 from histossl.training.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.distributed import Processes
 from histossl.training.lock import alone_in
@@ -204,7 +205,7 @@ def test_one_tile_more_than_a_batch_weighs_no_more_than_the_others(tmp_path: Pat
     """65 tiles, 64 at a time: the last one by itself would be half of the statistics, and too few for a BatchNorm."""
     index = write_synthetic_store(Workspace(tmp_path / "odd"), slides=("A1",), tiles_per_slide=65, tile_px=40)
     stage = Prepared(index, run_dir(tmp_path), TINY, QUICK, Processes(0, 0, 1, CPU))
-    assert [len(batch) for batch in stage.clean_batches(2, 1000)] == [33, 32]
+    assert [len(batch) for batch, _ in stage.clean_batches(2, 1000)] == [33, 32]
 
 
 def test_micro_batches_give_the_losses_of_one_batch(index: TileIndex, tmp_path: Path) -> None:
@@ -1075,12 +1076,12 @@ def test_plan_under_a_name_that_is_taken_is_that_of_a_new_run(index: TileIndex, 
     run = run_dir(tmp_path)
     assert pretrain(index, run, replace(TINY, steps=1), QUICK).finished
     capsys.readouterr()
-    pretraining.show_plan(index, run, replace(TINY, steps=0, epochs=1.0, batch_size=0), QUICK)
+    show_plan(index, run, replace(TINY, steps=0, epochs=1.0, batch_size=0), QUICK)
     said = " ".join(capsys.readouterr().err.split())
     assert "was made with other settings: steps was 1" in said
     assert "Planned as a new run" in said
     assert "steps 8 (--epochs 1" in said
-    pretraining.show_plan(index, run, replace(TINY, steps=1), QUICK)
+    show_plan(index, run, replace(TINY, steps=1), QUICK)
     assert "new run" not in capsys.readouterr().err
 
 
@@ -1091,9 +1092,9 @@ def test_an_automatic_batch_follows_the_tiles_of_the_subset(index: TileIndex, tm
     write_run(place.run_json, TINY, tiles={"digest": index.digest})
     few = replace(TINY, batch_size=0, steps=1, subset="few")
     one = Processes(0, 0, 1, CPU)
-    assert pretraining.settle_batch(index, run_dir(tmp_path), few, QUICK, one).batch_size == 2  # an eighth of 16
+    assert settle_batch(index, run_dir(tmp_path), few, QUICK, one).batch_size == 2  # an eighth of 16
     without = replace(few, subset="", excluded_slides=("A1", "A2"))
-    assert pretraining.settle_batch(index, run_dir(tmp_path), without, QUICK, one).batch_size == 4
+    assert settle_batch(index, run_dir(tmp_path), without, QUICK, one).batch_size == 4
 
 
 def test_a_run_keeps_its_batchnorm_groups_on_another_number_of_processes(index: TileIndex, tmp_path: Path) -> None:
