@@ -17,8 +17,9 @@ Shapes: B tiles, V views.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -325,7 +326,7 @@ def make_views(
                 shift, scale = _statistics(*(tuple(each) for each in statistics), tiles.device)
                 views[rows].mul_(scale).add_(shift)
 
-    with torch.autocast(tiles.device.type, enabled=False):  # colours want float32, whoever calls
+    with _in_float32(tiles.device):
         chunks = [slice(first, first + chunk) for first in range(0, len(tiles), chunk)]
         if on_cpu and len(chunks) > 1 and torch.get_num_threads() > 1:
             _side_by_side(make, chunks)
@@ -333,6 +334,18 @@ def make_views(
             for rows in chunks:
                 make(rows)
     return made
+
+
+@contextmanager
+def _in_float32(device: torch.device) -> Iterator[None]:
+    """Whoever calls: colours want neither autocast nor TF32, which would move them by about a level."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _side_by_side(make: Callable[[slice], None], chunks: Sequence[slice]) -> None:

@@ -12,6 +12,7 @@ from torchvision.transforms import functional as TF
 
 from histossl.errors import UsageError
 from histossl.tiles.loading import decode_tiles
+from histossl.views import colour
 from histossl.views.bench import MEAN, STD, SyntheticStore, reference_pipeline
 from histossl.views.draws import Draws
 from histossl.views.recipe import (
@@ -290,6 +291,26 @@ def test_a_clean_view_is_pillows_resize_whatever_the_memory(size_px, memory):
 def test_tiles_that_are_no_tiles_are_our_own_mistake():
     with pytest.raises(ValueError, match="must be uint8"):
         make_views(torch.rand(2, 3, 8, 8), recipe_named("mocov2"), 0, torch.arange(2))
+
+
+def test_views_are_made_in_whole_float32_whatever_the_run_computes_in(monkeypatch):
+    seen = []
+    recoloured = colour.recoloured
+
+    def watched(*given):
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return recoloured(*given)
+
+    monkeypatch.setattr(colour, "recoloured", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            make_views(tissue(2, 32), recipe_named("mocov2", 32), 0, torch.arange(2))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {("highest", False)}
 
 
 @pytest.mark.gpu
