@@ -3,10 +3,11 @@
 `histossl pretrain --gpus 4` starts itself four times through torch's elastic launcher and joins what it started.
 
 A process that dies is noticed at once on CPUs (gloo). One that hangs, or whose machine is gone, is noticed when for
-TIMEOUT it has not come to an exchange, and so is any on GPUs, where the others' hosts stand in a wait of nccl's that no
-signal ends; then all are started again from the last checkpoint. So it is short; what one process does alone (asking the
-probe, writing a checkpoint) may take longer, for there the others wait in `others_wait` and are given signs of life. What TIMEOUT must outlast is one process loading tiles or compiling more slowly than the others: where a disk
-stalls for minutes, or tasks start further apart, set HISTOSSL_TIMEOUT_S (seconds).
+TIMEOUT it has not come to an exchange, and so is any on GPUs, where the others stand in a wait of nccl's that no signal
+ends; then all are started again from the last checkpoint. So it is short; what one process does alone (asking the
+probe, writing a checkpoint) may take longer, for there the others wait in `others_wait` and are given signs of life.
+What TIMEOUT must outlast is one process loading tiles or compiling more slowly than the others: where a disk stalls for
+minutes, or tasks start further apart, set HISTOSSL_TIMEOUT_S (seconds).
 """
 
 from __future__ import annotations
