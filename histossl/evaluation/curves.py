@@ -313,10 +313,17 @@ def _floors(measured: Measured, adapted: str, reference: str, metric: str, head:
             )
     number = measured.number(adapted, head)
     last = int(np.flatnonzero(has_budget(measured, metric, number))[-1])
-    low, _ = interval(measured, metric, estimate(measured, metric, one_cell(measured, number, last)))
+    found = estimate(measured, metric, one_cell(measured, number, last))
+    score, (low, high) = found.value, interval(measured, metric, found)
     chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
     if chance is not None and metric in BOUNDED and low <= chance:
-        said.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing.")
+        why = ""
+        if too_few(measured):
+            why = (
+                f": {num_drawn(measured)} tested {measured.drawn}s say so little of others that its score of "
+                f"{score:.2f} has a 95 % interval of {low:.2f} to {high:.2f}"
+            )
+        said.append(f"Even with the largest budget {named(adapted)} is not clearly better than guessing{why}.")
     return said
 
 
@@ -355,7 +362,7 @@ def _limits(
         others, each = (f"another {measured.drawn}", "") if len(rare) == 1 else (f"other {measured.drawn}s", "each ")
         limits.append(
             f"Every interval here leaves out how {_classes(rare)} would score with {others}: with one {each}there is "
-            "nothing to tell it by, so the intervals are too narrow."
+            "nothing to tell it by, so an interval may be too narrow even where it looks wide."
         )
     if len(measured.draws) == 1:
         limits.append(

@@ -140,6 +140,12 @@ class Comparison:
     area: Difference
     detectable: float  # the smallest difference of areas that would be found four times in five
     errors: dict[str, float]  # standard errors of the area's difference, by where they come from
+    df: float  # Student's, of the area's difference
+
+    @property
+    def standard_errors(self) -> float:
+        """How many the interval of the area's difference goes to either side."""
+        return student(self.df)
 
 
 def compare(
@@ -154,33 +160,30 @@ def compare(
     a, b = measured.number(start, head), measured.number(reference, reference_head or head)
     both = has_budget(measured, metric, a) & has_budget(measured, metric, b)
 
-    def contrast(weights_B: Floats) -> Estimate:
+    def paired(weights_B: Floats) -> Estimate:
         weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
         weights_SB[a] += weights_B
         weights_SB[b] -= weights_B
-        # Scores move in steps of about one slide: half a step is never called a difference, however alike the draws.
-        slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
-        return estimate(measured, metric, weights_SB, (0.5 / slides) ** 2 if metric in BOUNDED else 0.0)
+        return contrast(measured, metric, weights_SB)
 
     def tested(budget: Budget | None, found: Estimate) -> tuple[Difference, float]:
-        se = math.sqrt(found.variance)
-        t = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
+        se, half = math.sqrt(found.variance), half_width(found)
         p = float(2 * stats.t.sf(abs(found.value) / se, found.df)) if se > 0 else float(found.value == 0)
         needed = float(stats.t.ppf(1 - VERDICT_P / 2, found.df) + stats.t.ppf(POWER, found.df)) * se
         most = 1.0 if metric in (*BOUNDED, "calibration_error") else math.inf  # two scores are no further apart
-        low, high = max(-most, found.value - t * se), min(most, found.value + t * se)
+        low, high = max(-most, found.value - half), min(most, found.value + half)
         return Difference(budget, found.value, low, high, p, p), needed
 
     rows = []
     for number in np.flatnonzero(both):
         weights_B = np.zeros(len(measured.budgets))
         weights_B[number] = 1
-        rows.append(tested(measured.budgets[number], contrast(weights_B))[0])
+        rows.append(tested(measured.budgets[number], paired(weights_B))[0])
     adjusted = holm([row.p for row in rows])
     rows = [
         Difference(row.budget, row.value, row.low, row.high, row.p, p) for row, p in zip(rows, adjusted, strict=True)
     ]
-    of_area = contrast(area_weights(measured.slides, both))
+    of_area = paired(area_weights(measured.slides, both))
     whole, detectable = tested(None, of_area)
     parts = {
         f"which {measured.drawn}s were tested": of_area.patients_variance,
@@ -189,7 +192,23 @@ def compare(
         "how coarsely so few can be scored": of_area.least_variance,
     }
     errors = {name: math.sqrt(variance) for name, variance in parts.items() if variance > 0}
-    return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable, errors)
+    return Comparison(measured.series[a], measured.series[b], metric, rows, whole, detectable, errors, of_area.df)
+
+
+def contrast(measured: Measured, metric: str, weights_SB: Floats) -> Estimate:
+    """A difference of scores. Scores move in steps of about one slide: half a step is never called a difference,
+    however alike the draws."""
+    slides = full_patients(measured, metric) * measured.num_tested / measured.num_patients
+    return estimate(measured, metric, weights_SB, (0.5 / slides) ** 2 if metric in BOUNDED else 0.0)
+
+
+def student(df: float) -> float:
+    """How many standard errors a 95 % interval goes to either side: 1.96 for many patients, 4.3 for 2 degrees."""
+    return float(stats.t.ppf(0.5 + LEVEL / 2, df))
+
+
+def half_width(found: Estimate) -> float:
+    return student(found.df) * math.sqrt(found.variance)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -431,16 +431,6 @@ def _patients_variance(measured: Measured, metric: str, weights_SB: Floats) -> f
     return max(0.0, whole - with_uses) + once
 
 
-def _patients_deviation(measured: Measured, metric: str, s: int, b: int) -> Floats:
-    """(R,) how far the draws' mean moves with other patients, in both of their uses."""
-    mean_R = _nanmean(measured.resampled_RSBD[metric][:, s, b], -1)
-    deviation_R: Floats = mean_R - mean_R.mean()
-    weights_SB = np.zeros((len(measured.series), len(measured.budgets)))
-    weights_SB[s, b] = 1
-    seen = float(mean_R.var(ddof=1))
-    return deviation_R * np.sqrt(_patients_variance(measured, metric, weights_SB) / seen) if seen > 0 else deviation_R
-
-
 def labelling_source(measured: Measured, metric: str, s: int, b: int) -> tuple[int | None, float]:
     """Which budget's draws tell how much budget b varies with the labelled slides, and the factor on their deviations.
 
@@ -460,51 +450,6 @@ def labelling_source(measured: Measured, metric: str, s: int, b: int) -> tuple[i
         return b, float(draws_B[b]) ** -0.5
     here = floor + spread_B[b] / max(1, draws_B[b])
     return int(fit[-1]), float(np.sqrt(here / spread_B[fit[-1]]))
-
-
-def resampled_curves(measured: Measured, metric: str, seed: int = 1) -> Floats:
-    """(R, S, B) curves as they might have come out, with other patients and other labelled slides at once."""
-    values_SBD, resampled_RSBD = measured.values_SBD[metric], measured.resampled_RSBD[metric]
-    num_resamples = len(resampled_RSBD)
-    curves_RSB = np.tile(_nanmean(values_SBD, -1), (num_resamples, 1, 1))
-    luck_RD = np.random.default_rng(seed).standard_normal((num_resamples, len(measured.draws)))
-    for s in range(len(measured.series)):
-        for b in range(len(measured.budgets)):
-            # Around the estimate: the bootstrap's own bias is not the estimate's.
-            curves_RSB[:, s, b] += _patients_deviation(measured, metric, s, b)
-            by_pool = labelling_source(measured, metric, s, b)
-            own = b, len(measured.draws) ** -0.5
-            owed_at_least = _mean_alone(values_SBD[s, b]) - float(curves_RSB[:, s, b].var(ddof=1))
-            sizes = [(max(0.0, owed_at_least), b)]
-            for source, scale in (by_pool, own):
-                if source is not None:
-                    variance, _ = _between_draws(values_SBD[s, source], resampled_RSBD[:, s, source].astype(np.float64))
-                    sizes.append((scale**2 * variance, source))
-            variance, source = max(sizes)
-            seen = np.isfinite(values_SBD[s, source])
-            deviation_D = values_SBD[s, source, seen] - values_SBD[s, source, seen].mean()
-            between = float(deviation_D @ deviation_D)
-            if between > 0:
-                curves_RSB[:, s, b] += np.sqrt(variance / between) * (luck_RD[:, seen] @ deviation_D)
-        curves_RSB[:, s] += _seeds_deviation(measured, metric, s, seed)
-    return curves_RSB
-
-
-def _seeds_deviation(measured: Measured, metric: str, s: int, seed: int) -> Floats:
-    """(R, B): how far the curve moves with other pretraining seeds; Student's tails, since there are few."""
-    seeds_MB = measured.seed_curves_MB(metric, s)
-    resampled_RMB = measured.resampled_seeds_SRMB[metric][s]
-    num = len(seeds_MB)
-    if num < 2:
-        return np.zeros((len(resampled_RMB), seeds_MB.shape[1]))
-    generator = np.random.default_rng([seed, s, 5])
-    luck_RM = generator.standard_normal((len(resampled_RMB), num))
-    luck_RM /= np.sqrt(generator.chisquare(num - 1, (len(luck_RM), 1)) / (num - 1))
-    between_B = seeds_MB.var(0, ddof=1)
-    overlap_B = np.array([_overlap(resampled_RMB[:, :, b]) for b in range(seeds_MB.shape[1])])
-    kept_B = np.sqrt(np.maximum(0, between_B - overlap_B) / np.where(between_B > 0, between_B, 1))
-    deviation: Floats = np.nan_to_num(luck_RM @ (seeds_MB - seeds_MB.mean(0)) * kept_B / np.sqrt(num * (num - 1)))
-    return deviation
 
 
 def _nanmean(values: NDArray[np.floating], axis: int) -> Floats:

@@ -321,7 +321,7 @@ def _as_planned(run: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("epochs", "hours", "warmup", "final_lr", "set"):  # told by steps, warm-up steps, rates, knobs
             asked.pop(name, None)
         asked |= {name: plan[name] for name in PLANNED if name in plan}
-        asked |= {"steps": plan.get("num_steps"), "knobs": run.get("knobs", {})}
+        asked |= {"steps": plan.get("num_steps"), "knobs": run.get("knobs", {}) | plan.get("knobs", {})}
     return asked
 
 

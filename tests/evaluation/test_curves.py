@@ -142,6 +142,21 @@ def test_a_score_that_is_never_reached_is_said_so():
     assert all(row.high is None for row in saved[1:])
 
 
+@pytest.mark.parametrize("per_class", [2, 5, 40])
+def test_labels_saved_are_no_surer_than_the_scores(per_class):
+    """Every draw of both starts scores the same: resamples would say "4 to 4" of any number of patients."""
+    scores = (0.5, 0.8, 1.0, 1.0)
+    measured = measure(fixed_scores(scores, scores, per_class=per_class), ["a", "b"], 30)
+    by_budget = compare(measured, "balanced_accuracy", "adapted", "imagenet").budgets
+    saved = labels_saved(measured, "balanced_accuracy", "adapted", "imagenet")
+    for difference, row in zip(by_budget, saved, strict=True):
+        assert difference.low < 0 < difference.high
+        assert row.low <= row.reference_slides
+        assert row.high is None or row.high > row.slides
+    assert saved[-1].high is None  # with all there are the adapted start may still be lower
+    assert (saved[-1].low <= 2) == (per_class < 40)  # of five patients a class 0.8 and 1.0 are not told apart
+
+
 def test_nothing_is_saved_against_a_reference_at_chance():
     rows = fixed_scores((0.8, 0.8, 0.8, 0.8), (0.5, 0.5, 0.5, 0.9))
     saved = labels_saved(measure(rows, ["a", "b"], 30), "balanced_accuracy", "adapted", "imagenet")
@@ -494,8 +509,6 @@ def test_no_variance_is_less_than_the_draws_seen_vary_by_themselves():
     found = resampling.estimate(measured, "auroc", weights_SB)
     assert found.variance >= draws.var(ddof=1) / len(draws) * (1 - 1e-9)
     assert found.labelling_variance > 0
-    spread_B = resampling.resampled_curves(measured, "auroc")[:, 0].std(0)
-    assert (spread_B[1:] >= 0.9 * measured.values_SBD["auroc"][0, 1:].std(-1, ddof=1) / 2).all()
 
 
 def test_a_start_level_with_the_colour_floor_is_said_to_be():
@@ -755,9 +768,8 @@ def test_intervals_that_are_wider_than_they_need_be_hold_the_truth_at_least_at_t
     assert alarms <= 0.05
 
 
-@pytest.mark.slow
-def test_intervals_of_labels_saved_hold_the_true_number():
-    archive = Archive(separation={"imagenet": 1.5, "adapted": 2.1})
+def coverage_of_labels_saved(archive: Archive, num_runs: int) -> tuple[list[float], np.ndarray]:
+    """With how many slides the adapted start truly does what ImageNet does, and how often intervals hold that."""
     metric = "balanced_accuracy"
     height = {
         start: np.array([true_balanced_accuracy(archive, start, budget) for budget in archive.budgets])
@@ -767,14 +779,28 @@ def test_intervals_of_labels_saved_hold_the_true_number():
     truth = [2 ** reached(x, height["adapted"][None], height["imagenet"][[b]])[0] for b in range(len(x))]
     rng = np.random.default_rng(5)
     held = np.zeros(len(x))
-    for run in range(100):
+    for run in range(num_runs):
         measured = measured_quickly(predictions_of(archive, rng), archive, metric, run)
         for b, row in enumerate(labels_saved(measured, metric, "adapted", "imagenet")):
             low, high = (math.inf if end is None else end for end in (row.low, row.high))
             held[b] += low <= truth[b] + 1e-9 and truth[b] <= high + 1e-9
+    return truth, held / num_runs
+
+
+def test_intervals_of_labels_saved_hold_the_true_number_with_two_tested_patients_a_class():
+    """Too few for a verdict, and many of the tested are right whatever the budget: no reason to be surer."""
+    archive = Archive(test_patients_per_class=2, separation={"imagenet": 2.2, "adapted": 2.6}, num_draws=4)
+    truth, held = coverage_of_labels_saved(archive, 60)
+    assert 2 < truth[-1] < 4
+    assert held.min() >= 0.92
+
+
+@pytest.mark.slow
+def test_intervals_of_labels_saved_hold_the_true_number():
+    truth, held = coverage_of_labels_saved(Archive(separation={"imagenet": 1.5, "adapted": 2.1}), 100)
     assert truth[0] == 1
     assert 1 < truth[-1] < 3
-    assert held.min() >= 92
+    assert held.min() >= 0.92
 
 
 @pytest.mark.slow

@@ -179,6 +179,23 @@ def test_without_a_verdict_nothing_on_the_page_reads_like_one(tmp_path):
     assert "leaves out how class carcinoma would score with another patient" in shown
 
 
+def test_a_perfect_score_of_a_few_patients_says_why_it_is_not_clear_of_guessing(tmp_path):
+    """Two tested patients in one class and one in each other, all right: the interval is wide, and by how much."""
+    workspace = Workspace(tmp_path)
+    archive = Archive(
+        separation={"imagenet": 9.0, "adapted": 9.0}, budgets=(2, 4), num_draws=3, num_folds=0,
+        test_patients_per_class=2,
+    )  # fmt: skip
+    run = write_finetuning(workspace, "perfect", archive)
+    predictions, classes = read_predictions(run.predictions)
+    seconds = {max(one.patient for one in predictions if one.label == label) for label in archive.classes[1:]}
+    write_predictions(run.predictions, [one for one in predictions if one.patient not in seconds], classes)
+    write_report(run, workspace)
+    shown = words(page_of(run))
+    assert "not clearly better than guessing: 4 tested patients say so little of others that its score of 1.00" in shown
+    assert "the interval goes 12.7 times the root of their sum to either side (Student's, degrees of freedom 1" in shown
+
+
 def test_the_page_says_which_cases_were_simulated_and_whether_this_is_one(tmp_path):
     workspace = Workspace(tmp_path)
     archive = Archive(patients_per_class=6, slides_per_patient=3, budgets=(1, 6), num_draws=2, num_folds=2)
@@ -334,7 +351,9 @@ def test_the_page_tells_what_pretraining_said_of_itself(reported, tmp_path):
         '{"step": 9, "loss": 1.0}\n{"step": 10, "loss": 0.9}\n'
     )
     asked = {"config": {"lr": 0.0, "weight_decay": -1.0, "warmup": -1.0, "steps": 0, "method": "mocov2"}}
-    plan = {"plan": {"num_steps": 10, "lr": 0.03, "weight_decay": 1e-4, "warmup_steps": 2}, "knobs": {"momentum": 0.99}}
+    plan = {"plan": {"num_steps": 10, "lr": 0.03, "weight_decay": 1e-4, "warmup_steps": 2}}
+    plan["plan"]["knobs"] = {"batchnorm_group_tiles": 16}  # what was in effect
+    plan["knobs"] = {"momentum": 0.99, "batchnorm_group_tiles": 32}
     run.run_json.write_text(json.dumps(asked | plan))
     told = words(Page(render(read_content(moved, copied))))
     assert "Adaptation did not help on the labelled training slides: no look scored above the start (0.600)" in told
@@ -342,6 +361,7 @@ def test_the_page_tells_what_pretraining_said_of_itself(reported, tmp_path):
     settings = told[told.index("Settings of this run") :]
     for one in ("lr 0.03", "weight-decay 0.0001", "warmup-steps 2", "steps 10", "knobs momentum 0.99"):
         assert one in settings
+    assert "batchnorm-group-tiles 16" in settings
     assert "-1" not in settings[: settings.index("Labels, split")]
 
 
