@@ -26,7 +26,7 @@ from histossl.cli.options import (
     archive_of,
 )
 from histossl.config import GRIDS, TileConfig, TissueConfig, note_command
-from histossl.errors import HistosslError, UsageError
+from histossl.errors import HistosslError, StoreError, UsageError
 from histossl.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _scale_obtained(rows: Sequence[LedgerRow], mpps: Sequence[float]) -> str:
 def tell_tiled(rows: Sequence[LedgerRow], at: Workspace, mpps: Sequence[float] = ()) -> None:
     """What every command says that has tiled. HistosslError where no slide gave a tile."""
     tell(rows, mpps)
-    if not any(row.num_tiles for row in rows):
+    if not any(row.num_tiles or _twin_tiles(row, at) for row in rows):
         raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")
 
 
@@ -252,6 +252,16 @@ def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:
     console.say(
         f"{console.count(tiles, 'tile')} of {len(tiled):,} of {console.count(len(rows), 'slide')}"
         + (f" ({told})" if told else "")
+def _twin_tiles(row: LedgerRow, at: Workspace) -> int:
+    """How many tiles the slide holds that has this one's content."""
+    from histossl.tiles.store import read_tiling
+
+    try:
+        return int(read_tiling(at.zip_of(row.tile_twin))["counts"]["tiles"]) if row.tile_twin else 0
+    except StoreError:
+        return 0
+
+
     )
     if obtained := _scale_obtained(tiled, mpps):
         console.say(f"the slides' own tiles are at {obtained}; --grid physical cuts at exactly that")

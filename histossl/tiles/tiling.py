@@ -226,7 +226,7 @@ def _plan(
         files_of = {path: file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
         new = [file for file, state in states.items() if state.outcome is None]
         replaced = [file for file, state in states.items() if state.replaced]
-        twins = find_twins(directory, workspace.tiles, jobs, new, replaced, stored, files_of, pool)
+        twins = find_twins(resolved(directory), workspace.tiles, known, jobs, new, replaced, stored, files_of, pool)
     moved = 0
     for file, old in twins.moved.items():
         outcome = moved_store(old, jobs[file])

@@ -759,6 +759,49 @@ def test_a_subfolder_of_a_tiled_archive_is_not_tiled_again(workspace, paint, cap
 
 
 @pytest.mark.parametrize("anonymize", [False, True])
+def test_a_copy_elsewhere_leaves_the_tiles_their_name_while_the_first_file_may_be_there(
+    workspace, paint, tmp_path, cli, anonymize
+):
+    """A finished curve names its slides: tiles that went over to the copy's name would end it."""
+    first = paint("A.tif", width_px=512, height_px=512).path
+    paint("other.tif", width_px=512, height_px=512)
+    tile_archive(first.parent, workspace, everything(anonymize=anonymize), 0)
+    before, digest = stamps(workspace), TileIndex.open(workspace).digest
+    new = tmp_path / "elsewhere"
+    new.mkdir()
+    shutil.copy(first, new / "neu.tif")
+    away = tmp_path / "away"
+
+    def tiled():
+        return only_row(tile_archive(new, workspace, everything(anonymize=anonymize), 0))
+
+    row = tiled()
+    assert row.tile_reason.startswith("same content as A.tif, which is tiled as ")
+    holder = next(path.stem for path in find_zips(workspace.tiles) if row.tile_twin == path.stem)
+    assert SlideNames.of(TileIndex.open(workspace)).find("neu.tif") == (holder,)
+    first.parent.rename(away)  # a disk that is not connected
+    assert tiled() == row
+    first.parent.mkdir()  # and where it would be, an empty folder
+    assert tiled() == row
+    assert (stamps(workspace), TileIndex.open(workspace).digest) == (before, digest)
+    assert {row.file: row.num_tiles for row in read_ledger(workspace.archive_csv)}["A.tif"] == 4
+    first.parent.rmdir()
+    away.rename(first.parent)
+    first.unlink()
+    assert (tiled().num_tiles, workspace.zip_of("neu").exists()) == (4, not anonymize)
+
+
+def test_an_archive_of_copies_is_not_one_without_tiles(workspace, paint, tmp_path, cli):
+    first = paint("A.tif", width_px=512, height_px=512, mpp=0.5).path
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(first, tmp_path / "elsewhere" / "neu.tif")
+    assert cli("tile", "--slides", first.parent, "-w", workspace.root).code == 0
+    told = cli("tile", "--slides", tmp_path / "elsewhere", "-w", workspace.root)
+    assert told.code == 0, told.err
+    assert "neu.tif: same content as A.tif, which is tiled as A.zip" in " ".join(told.err.split())
+
+
+@pytest.mark.parametrize("anonymize", [False, True])
 def test_copies_and_links_are_tiled_once(workspace, paint, anonymize):
     config = everything(anonymize=anonymize)
     first = paint("B.tif", width_px=512, height_px=512).path
