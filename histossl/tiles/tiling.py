@@ -13,9 +13,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,17 @@ def _config_from(stored: Mapping[str, Any]) -> TileConfig:
     values = dict(stored)
     older = {"max_ink": 1.0}  # a store from before this filter has tiles with ink
     return TileConfig(**{**values, "tissue": TissueConfig(**{**older, **values["tissue"]})})
+
+
+def as_tiled(before: TileConfig, asked: TileConfig, given: Collection[str]) -> TileConfig:
+    """The settings of the tiles that a workspace holds, but for those of `asked` that are among the options `given`.
+
+    What is given and differs stays, to be refused.
+    """
+    scales = {"mpp": asked.mpp, "coarser_mpp": asked.coarser_mpp} if "mpp" in given else {}
+    own = {name: getattr(asked, name) for name in ("tile_px", "grid", "jpeg_quality", "anonymize") if name in given}
+    tissue = {one.name: getattr(asked.tissue, one.name) for one in fields(TissueConfig) if one.name in given}
+    return replace(before, **scales, **own, tissue=replace(before.tissue, **tissue))
 
 
 def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:

@@ -1046,6 +1046,37 @@ def test_settings_may_come_from_a_file(cli, workspace, painted_slide, tmp_path):
     assert (config.tile_px, config.mpps, config.tissue.min_tissue) == (128, (0.5, 1.0), 0.25)
 
 
+def test_what_is_not_given_is_as_the_workspace_was_tiled(cli, workspace, paint, tmp_path):
+    """As pretrain --slides does; what is given, in a file too, and differs is refused by itself."""
+    first = paint("A1.tif", width_px=512, height_px=512, mpp=0.5).path
+
+    def tile(*options):
+        return cli("tile", "--slides", first.parent, "-w", workspace.root, "--workers", 1, *options)
+
+    scales = ("--mpp", "0.5,1")
+    settings = ("--tile-px", 128, "--grid", "physical", "--jpeg-quality", 80, "--min-tissue", 0.2, "--no-reject-pen")
+    assert tile(*scales, *settings, "--anonymize").code == 0
+    before = stored_config(workspace)
+    paint("B1.tif", width_px=512, height_px=512, mpp=0.5)
+    assert tile().code == 0
+    assert len(find_zips(workspace.tiles)) == 2
+    for options in (("--tile-px", 128), ("--mpp", "0.5,1"), ("--no-reject-pen", "--anonymize")):
+        assert tile(*options).code == 0
+    (tmp_path / "tile.toml").write_text("tile-px = 256\n")
+    for options, differ in (
+        (("--tile-px", 256), "tile-px was 128, now 256."),
+        (("--config", tmp_path / "tile.toml"), "tile-px was 128, now 256."),
+        (("--mpp", 0.5, "--grid", "native"), "mpp was '0.5,1', now '0.5'; grid was 'physical', now 'native'."),
+        (("--min-tissue", 0.5), "min-tissue was 0.2, now 0.5."),
+        (("--reject-pen",), "reject-pen was False, now True."),
+    ):
+        told = tile(*options)
+        assert told.code == 2
+        said = " ".join(told.err.split()).split("with other settings: ")[1].split(" Use the same")[0]
+        assert sorted(said.strip(".").split("; ")) == sorted(differ.strip(".").split("; "))
+    assert stored_config(workspace) == before
+
+
 # ---- killed
 
 
