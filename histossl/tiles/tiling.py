@@ -124,10 +124,10 @@ def as_tiled(before: TileConfig, asked: TileConfig, given: Collection[str]) -> T
 
     What is given and differs stays, to be refused.
     """
-    scales = {"mpp": asked.mpp, "coarser_mpp": asked.coarser_mpp} if "mpp" in given else {}
-    own = {name: getattr(asked, name) for name in ("tile_px", "grid", "jpeg_quality", "anonymize") if name in given}
-    tissue = {one.name: getattr(asked.tissue, one.name) for one in fields(TissueConfig) if one.name in given}
-    return replace(before, **scales, **own, tissue=replace(before.tissue, **tissue))
+    told = {*given, *(("coarser_mpp",) if "mpp" in given else ())}  # --mpp names all scales
+    own: dict[str, Any] = {one.name: getattr(asked, one.name) for one in fields(TileConfig) if one.name in told}
+    tissue = {one.name: getattr(asked.tissue, one.name) for one in fields(TissueConfig) if one.name in told}
+    return replace(before, **{**own, "tissue": replace(before.tissue, **tissue)})
 
 
 def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
