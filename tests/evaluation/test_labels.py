@@ -1,5 +1,6 @@
 """labels.csv is read as written, finds its slides, and refuses what would make a curve lie."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +171,12 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
     [
         ("", "is empty"),
         ("slide,label\n", "no slides below"),
-        ("slide;label\nA1;x\n", "separated by semicolons"),
+        ("slide|label\nA1|x\n", "separated by bars"),
+        ("slide;lable\nA1;x\n", "separated by semicolons"),
+        ("slide;label;x\tlabel\nA1;x;y\n", "separated by semicolons"),
+        ("slide;label\nA1;x;y\n", "line 2: 3 columns .* put text that holds a semicolon in double quotes"),
         ("slide;label,x\nA1;x,y\n", "separated by semicolons"),
-        ("slide\tlabel\nA1\tx\n", "separated by tabs"),
+        ("slide\tlable\nA1\tx\n", "separated by tabs"),
         ("slide,lable\nA1,x\n", "no column 'label' among 'slide', 'lable'; rename 'lable' to 'label'$"),
         (
             "Slide_ID,Diagnosis,patient\nA1,x,P\n",
@@ -240,6 +244,26 @@ def test_what_is_not_read_as_it_may_be_meant_is_told(tmp_path):
     ]
     path.write_text("slide,label,patient,site,split,x,y,width,height\nA1,x,P,K,train,0,0,9,9\n", encoding="utf-8")
     assert read_labels(path).notes == []
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_as_german_spreadsheets_save_it_is_read_and_told(tmp_path, mark, name):
+    path = tmp_path / "labels.csv"
+    lines = ["\ufeffSlide,label,patient", f'A1,"grade 1{mark} mild",P1', '"A, 2",y,P2']
+    parted = "\r\n".join(mark.join(next(csv.reader([line]))) for line in lines)
+    parted = parted.replace(f"grade 1{mark} mild", f'"grade 1{mark} mild"')
+    path.write_text(parted + "\r\n", encoding="utf-8", newline="")
+    file = read_labels(path)
+    assert [(row.slide, row.label, row.patient) for row in file.rows] == [
+        ("A1", f"grade 1{mark} mild", "P1"),
+        ("A, 2", "y", "P2"),
+    ]
+    assert file.notes == [f"its columns are separated by {name}, and read so"]
+    assert [row.slide for row in read_rows(path, needs_label=False)] == ["A1", "A, 2"]
+    path.write_text("slide;label\rA1;x\rA2;y\r", encoding="utf-8", newline="")  # an old Mac's line ends
+    assert [row.label for row in read_rows(path)] == ["x", "y"]
+    path.write_text("slide,label,a;b\nA1,x,1;2\nA2,y,\n", encoding="utf-8")  # commas part what is needed
+    assert [row.label for row in read_rows(path)] == ["x", "y"]
 
 
 def test_slides_whose_names_end_alike_are_told_apart():
