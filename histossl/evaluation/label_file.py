@@ -110,7 +110,7 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
     for what in ("label", "patient", "site"):
         words = ((getattr(row, what), f"line {row.line}") for row in rows if getattr(row, what))
         refuse_alike(str(path), what, words)
-    notes = [f"its columns are separated by {SEPARATORS[separator]}s, and read so"] if separator != "," else []
+    notes = [f"the columns are separated by {SEPARATORS[separator]}s, and read so"] if separator != "," else []
     notes += unread_columns(columns, OPTIONAL_COLUMNS, KNOWN_COLUMNS)
     if unlabelled := sum(not row.label for row in rows) if needs_label else 0:
         notes.append(

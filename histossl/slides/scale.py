@@ -160,7 +160,7 @@ def read_mpp_csv(path: Path) -> MppTable:
             separator = separator_of(file.readline(), _has_columns)
             file.seek(0)
             if separator != ",":
-                console.say(f"--mpp-csv {path}: its columns are separated by {SEPARATORS[separator]}s, and read so")
+                console.say(f"--mpp-csv {path}: the columns are separated by {SEPARATORS[separator]}s, and read so")
             table = csv.DictReader(file, delimiter=separator)
             names = [name.strip().lower() for name in table.fieldnames or []]
             if not _has_columns({*names}):

@@ -258,7 +258,7 @@ def test_a_table_as_german_spreadsheets_save_it_is_read_and_told(tmp_path, mark,
         ("A1", f"grade 1{mark} mild", "P1"),
         ("A, 2", "y", "P2"),
     ]
-    assert file.notes == [f"its columns are separated by {name}, and read so"]
+    assert file.notes == [f"the columns are separated by {name}, and read so"]
     assert [row.slide for row in read_rows(path, needs_label=False)] == ["A1", "A, 2"]
     path.write_text("slide;label\rA1;x\rA2;y\r", encoding="utf-8", newline="")  # an old Mac's line ends
     assert [row.label for row in read_rows(path)] == ["x", "y"]

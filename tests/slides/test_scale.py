@@ -97,7 +97,7 @@ def test_csv_that_cannot_be_used(tmp_path: Path, content: str, told: str) -> Non
 def test_csv_of_a_german_spreadsheet_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mpp.csv").write_bytes('\ufeffslide;mpp\r\n"A;1";0,25\r\nB2;0,5\r\n'.encode())
     assert read_mpp_csv(tmp_path / "mpp.csv").mpp == {"A;1": 0.25, "B2": 0.5}
-    assert "mpp.csv: its columns are separated by semicolons, and read so" in " ".join(capsys.readouterr().err.split())
+    assert "mpp.csv: the columns are separated by semicolons, and read so" in " ".join(capsys.readouterr().err.split())
 
 
 def test_csv_that_is_not_there(tmp_path: Path) -> None:
