@@ -5,6 +5,7 @@ A config refuses what no run could use (UsageError, exit 2) when it is made, bef
 
 from __future__ import annotations
 
+import csv
 import difflib
 import itertools
 import json
@@ -13,7 +14,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,11 +40,30 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {spelt[close[0]]!r}?" if close else ""
 
 
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+
+
+def separator_of(first_line: str, fits: Callable[[set[str]], bool]) -> str:
+    """What parts the columns of a table: a comma, else a semicolon or a tab, as spreadsheets save in many languages.
+
+    `fits` says of the columns' names, in small letters, whether they are the table's. Another mark than the comma is
+    taken only where no name holds any mark, so that nothing else can be meant.
+    """
+
+    def names(mark: str) -> set[str]:
+        return {name.strip().lower() for name in next(csv.reader([first_line], delimiter=mark), [])}
+
+    if fits(names(",")):
+        return ","
+    others = [mark for mark in ";\t" if fits(names(mark)) and not any({*name} & {*SEPARATORS} for name in names(mark))]
+    return others[0] if len(others) == 1 else ","
+
+
 def refuse_separator(path: Path | str, header: Iterable[str], error: type[UsageError] = UsageError) -> None:
-    """Of a table whose columns were not found: spreadsheets in many languages save CSV with semicolons."""
-    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if any(mark in column for column in header):
-            raise error(f"{path}: columns are separated by {name}; save it with commas")
+    """Of a table whose columns were not found, for all `separator_of` could do."""
+    for mark, name in SEPARATORS.items():
+        if mark != "," and any(mark in column for column in header):
+            raise error(f"{path}: columns are separated by {name}s; save it with commas")
 
 
 # ---- scan and tile

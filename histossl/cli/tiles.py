@@ -26,7 +26,7 @@ from histossl.cli.options import (
     archive_of,
 )
 from histossl.config import GRIDS, TileConfig, TissueConfig, note_command
-from histossl.errors import HistosslError, UsageError
+from histossl.errors import HistosslError, StoreError, UsageError
 from histossl.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
 
 
 def tile(
+    context: typer.Context,
     directory: DirectoryArgument = None,
     slides: SlidesOption = None,
     workspace: WorkspaceOption = None,
@@ -54,7 +55,8 @@ def tile(
     tile_px: Annotated[
         int | None,
         typer.Option(
-            help=f"Side of a tile in pixels. Default: {DEFAULTS.tile_px}, or the slides' own with --grid native.",
+            help=f"Side of a tile in pixels. Default: as tiled, else {DEFAULTS.tile_px}, or the slides' own with "
+            "--grid native.",
             show_default=False,
         ),
     ] = None,
@@ -159,8 +161,9 @@ def tile(
     """Cut the tissue of an archive's slides into JPEG tiles: one zip per slide, in WORKSPACE/tiles.
 
     The same command again goes on where it stopped. Each file's row in WORKSPACE/archive.csv says what became of it.
+    In a workspace that has tiles, options that are left out are as these were cut; what is given must be so, too.
     """
-    from histossl.tiles.tiling import common_native_px, stored_config, tile_archive
+    from histossl.tiles.tiling import as_tiled, common_native_px, stored_config, tile_archive
 
     slides = archive_of(directory, slides)
     if workers is not None and workers < 1:
@@ -176,11 +179,9 @@ def tile(
         raise UsageError(f"--regions {regions}: no such folder")
     at = Workspace.at(workspace)
     finest, *coarser = _scales(mpp)
-    if tile_px is None and grid == "native":
-        before = stored_config(at)
-        tile_px = (
-            before.tile_px if before else common_native_px(slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s)
-        )
+    before = stored_config(at)
+    if tile_px is None and grid == "native" and before is None:
+        tile_px = common_native_px(slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s)
     settings = TileConfig(
         tile_px=DEFAULTS.tile_px if tile_px is None else tile_px,
         mpp=finest,
@@ -201,6 +202,8 @@ def tile(
             min_saturation=min_saturation,
         ),
     )
+    if before is not None:
+        settings = as_tiled(before, settings, _given(context))
     rows = tile_archive(
         slides,
         at,
@@ -216,6 +219,12 @@ def tile(
     )
     note_command(at.tile_commands)
     tell_tiled(rows, at, settings.mpps)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The options that stand on the command line or in the file of --config."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
 
 
 def _scales(text: str) -> list[float]:
@@ -239,8 +248,18 @@ def _scale_obtained(rows: Sequence[LedgerRow], mpps: Sequence[float]) -> str:
 def tell_tiled(rows: Sequence[LedgerRow], at: Workspace, mpps: Sequence[float] = ()) -> None:
     """What every command says that has tiled. HistosslError where no slide gave a tile."""
     tell(rows, mpps)
-    if not any(row.num_tiles for row in rows):
+    if not any(row.num_tiles or _twin_tiles(row, at) for row in rows):
         raise HistosslError(f"no slide gave a tile; {at.archive_csv} has the reason of each")
+
+
+def _twin_tiles(row: LedgerRow, at: Workspace) -> int:
+    """How many tiles the slide holds that has this one's content."""
+    from histossl.tiles.store import read_tiling
+
+    try:
+        return int(read_tiling(at.zip_of(row.tile_twin))["counts"]["tiles"]) if row.tile_twin else 0
+    except StoreError:
+        return 0
 
 
 def tell(rows: Sequence[LedgerRow], mpps: Sequence[float] = ()) -> None:

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from histossl.config import nearest, refuse_separator
+from histossl.config import SEPARATORS, refuse_separator, separator_of
 from histossl.console import count
 from histossl.errors import LabelsError
-from histossl.evaluation.spelling import reads_unknown, refuse_alike, unread_columns
+from histossl.evaluation.spelling import looks_like, reads_unknown, refuse_alike, unread_columns
 
 BOX_COLUMNS = ("x", "y", "width", "height")
 OPTIONAL_COLUMNS = {"patient": "the patients", "site": "the sites", "split": "train and test"}
+KNOWN_COLUMNS = ("slide", "label", *OPTIONAL_COLUMNS, *BOX_COLUMNS)
 SURVIVAL_COLUMNS = ("time", "event", "survival", "censored")
 NO_SURVIVAL = (
     "looks like survival times or measurements; histossl learns classes only. Give a column 'label' of a few classes "
@@ -81,9 +82,12 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise LabelsError(f"{path}, line {line}: is not UTF-8 text; save it as 'CSV UTF-8'") from error
-    lines = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip().lower() for name in next(lines, [])]
-    _check_header(path, header, ("slide", "label") if needs_label else ("slide",))
+    needed = ("slide", "label") if needs_label else ("slide",)
+    separator = separator_of(io.StringIO(text, newline="").readline(), {*needed}.issubset)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    columns = next(lines, [])
+    header = [name.strip().lower() for name in columns]
+    _check_header(path, columns, needed)
     rows = []
     unknown_sites: Counter[str] = Counter()
     for cells in lines:
@@ -92,7 +96,7 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
         if len(cells) != len(header):
             raise LabelsError(
                 f"{path}, line {lines.line_num}: {len(cells)} columns where the first line has {len(header)}; "
-                "put text that holds a comma in double quotes"
+                f"put text that holds a {SEPARATORS[separator]} in double quotes"
             )
         if any(ends in cell.strip() for cell in cells for ends in "\r\n"):
             raise LabelsError(f"{path}, line {lines.line_num}: a cell holds a line break, or a quote is not closed")
@@ -106,7 +110,8 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
     for what in ("label", "patient", "site"):
         words = ((getattr(row, what), f"line {row.line}") for row in rows if getattr(row, what))
         refuse_alike(str(path), what, words)
-    notes = unread_columns(header, OPTIONAL_COLUMNS)
+    notes = [f"the columns are separated by {SEPARATORS[separator]}s, and read so"] if separator != "," else []
+    notes += unread_columns(columns, OPTIONAL_COLUMNS, KNOWN_COLUMNS)
     if unlabelled := sum(not row.label for row in rows) if needs_label else 0:
         notes.append(
             f"{count(unlabelled, 'line')} without a label: {'it counts' if unlabelled == 1 else 'they count'} "
@@ -122,18 +127,25 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
     return LabelFile(rows, notes)
 
 
-def _check_header(path: Path, header: Sequence[str], needed: Sequence[str]) -> None:
+def _check_header(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
+    header = [name.strip().lower() for name in columns]
     wanted = "the first line must name the columns, like: slide,label,patient"
     if not any(header):
         raise LabelsError(f"{path}: is empty; {wanted}")
     if not {*needed} <= {*header}:
         refuse_separator(path, header, LabelsError)
-    for column in needed:
-        if column not in header:
-            if column == "label" and {*SURVIVAL_COLUMNS} & {*header}:
-                raise LabelsError(f"{path}: {NO_SURVIVAL}")
-            named = ", ".join(repr(name) for name in header)
-            raise LabelsError(f"{path}: no column '{column}' among {named}{nearest(column, header)}; {wanted}")
+    lacking = [column for column in needed if column not in header]
+    if "label" in lacking and {*SURVIVAL_COLUMNS} & {*header}:
+        raise LabelsError(f"{path}: {NO_SURVIVAL}")
+    if lacking:
+        like = {column: looks_like(column, columns, KNOWN_COLUMNS) for column in lacking}
+        renamed = " and ".join(f"{one!r} to {column!r}" for column, one in like.items() if one)
+        named = ", ".join(repr(name.strip()) for name in columns)
+        raise LabelsError(
+            f"{path}: no column {' and none '.join(map(repr, lacking))} among {named}"
+            + (f"; rename {renamed}" if renamed else "")
+            + ("" if all(like.values()) else f"; {wanted}")
+        )
     twice = [name for name, count in Counter(name for name in header if name).items() if count > 1]
     if twice:
         raise LabelsError(f"{path}: column {twice[0]!r} stands twice in the first line")

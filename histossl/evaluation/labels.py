@@ -43,6 +43,11 @@ class Item:
     tiles: NDArray[np.int64] | None = field(default=None, compare=False)  # positions among the slide's tiles; None: all
     boxes: tuple[Box, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """Where on the slide, for a region's name is only its number; empty: all of it."""
+        return "" if self.tiles is None else repr((self.boxes, self.tiles.tolist()))
+
 
 @dataclass(frozen=True)
 class LabelTable:
@@ -76,8 +81,7 @@ class LabelTable:
         hashed = hashlib.sha256()
         for item in sorted(self.items, key=lambda item: item.name):
             hashed.update("\x1f".join((item.name, item.label, item.patient, item.site, item.split, "\n")).encode())
-            if item.tiles is not None:  # a region's name is only its number on the slide
-                hashed.update(repr((item.boxes, item.tiles.tolist())).encode())
+            hashed.update(item.place.encode())
         return hashed.hexdigest()[:16]
 
     def label_numbers(self) -> NDArray[np.int64]:

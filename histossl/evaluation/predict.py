@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from histossl.evaluation.heads import Floats
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
 from histossl.evaluation.learnt import Learnt, slides_learnt
 from histossl.evaluation.model import Model, distances, load_model
+from histossl.slides.ledger import LedgerRow
 from histossl.tiles.index import TileIndex
+from histossl.tiles.names import holders
 from histossl.tiles.tiling import tile_archive
 from histossl.workspace import PredictionDir, Workspace, refuse_while_tiling, written_aside
 
@@ -68,43 +70,65 @@ def predict(
     slide_mpp: float | None = None,
     mpp_csv: Path | None = None,
 ) -> Path:
-    """Predict every slide below `slides` (tiling what is not tiled yet), or without it every slide of the workspace."""
+    """Predict every slide below `slides` (tiling what is not tiled yet), or without it every slide of the workspace.
+
+    A file below `slides` whose content is tiled under another name is predicted from those tiles, under its own name.
+    """
     model = load_model(model_folder)
     folder = workspace.predictions(name)
     digest = _digest_of(model)
     _refuse_another_model(folder, digest)
-    skipped: list[tuple[str, str]] = []
-    wanted: list[str] | None = None
+    rows: list[LedgerRow] = []
     if slides is not None:
         rows = tile_archive(slides, workspace, tile_config(model), slide_mpp=slide_mpp, mpp_csv=mpp_csv)
-        wanted = [row.slide for row in rows if row.num_tiles]
-        skipped = [(row.slide or row.file, row.tile_reason or row.reason) for row in rows if not row.num_tiles]
-        if not wanted:
-            why = f", the first because: {skipped[0][1]}" if skipped else ""
-            raise StoreError(f"{slides}: none of {console.count(len(skipped), 'slide')} gave a tile{why}")
+        _refuse_none(slides, rows, [row for row in rows if row.num_tiles or row.tile_twin])
     refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     refuse_other_tiles(model, index)
-    if wanted is None:
-        wanted = [slide for slide in index.slides if len(slide_tiles(index, slide))]
+    tiles_of = {slide: slide for slide in index.slides if len(slide_tiles(index, slide))}
+    if slides is not None:
+        tiles_of = _tiles_of(workspace, rows, tiles_of)
+        _refuse_none(slides, rows, tiles_of)
+    skipped = [(row.slide or row.file, row.tile_reason or row.reason) for row in rows if row.slide not in tiles_of]
     embedder = model.embedder(device_of(embed.device))
-    files = embed_slides(workspace, index, wanted, embedder, embed)
+    files = embed_slides(workspace, index, sorted({*tiles_of.values()}), embedder, embed)
     config = PredictConfig(str(model_folder), str(slides or ""), slide_mpp, heatmaps)
     write_run(folder.run_json, config, model_digest=digest, model=asdict(replace(model.info, provenance={})))
     found = []
-    with console.progress("predicting", len(wanted), "slides") as bar:
-        for slide in wanted:
-            tiles = Bags([(files[slide], None)]).tiles(0)
+    with console.progress("predicting", len(tiles_of), "slides") as bar:
+        for slide, holder in tiles_of.items():
+            tiles = Bags([(files[holder], None)]).tiles(0)
             one, tile_shares, attention = predict_tiles(model, slide, tiles)
             found.append(one)
             if heatmaps:
-                _draw(folder, model, index, one, tile_shares, attention)
+                _draw(folder, model, index, holder, one, tile_shares, attention)
             bar.advance()
     learnt = slides_learnt(model.info.provenance, index)
+    learnt = replace(learnt, slides=frozenset(slide for slide, holder in tiles_of.items() if holder in learnt.slides))
     _write(folder.table, found, skipped, model.info.classes, learnt)
     _show(found, skipped, model.info.classes, learnt)
     console.say(f"{console.count(len(found), 'slide')} predicted: {folder.table}")
     return folder.table
+
+
+def _tiles_of(workspace: Workspace, rows: Sequence[LedgerRow], with_tiles: Iterable[str]) -> dict[str, str]:
+    """Each slide of `rows` with the slide that holds its tiles: itself, or one of the same content."""
+    own = {slide: slide for slide in with_tiles}
+    holder_of = {**own, **holders(workspace, own)}
+    found = {}
+    for row in rows:
+        if row.slide not in holder_of or not (row.num_tiles or row.tile_twin):
+            continue
+        found[row.slide] = holder = holder_of[row.slide]
+        if not row.num_tiles:
+            console.say(f"{row.slide} is predicted from the tiles of {holder}, which has the same content")
+    return found
+
+
+def _refuse_none(slides: Path, rows: Sequence[LedgerRow], with_tiles: Collection[object]) -> None:
+    if not with_tiles:
+        why = f", the first because: {rows[0].tile_reason or rows[0].reason}" if rows else ""
+        raise StoreError(f"{slides}: none of {console.count(len(rows), 'slide')} gave a tile{why}")
 
 
 def _digest_of(model: Model) -> str:
@@ -212,12 +236,13 @@ def _draw(
     folder: PredictionDir,
     model: Model,
     index: TileIndex,
+    holder: str,
     one: SlidePrediction,
     tile_shares: Floats,
     attention: Floats | None,
 ) -> None:
-    numbers = slide_tiles(index, one.slide)
-    side_l0 = float(index.facts(one.slide)["scales"][0]["side_l0"])
+    numbers = slide_tiles(index, holder)
+    side_l0 = float(index.facts(holder)["scales"][0]["side_l0"])
     best = int(one.shares.argmax())
     label = model.info.classes[best]
     values, low, high = tile_shares[:, best], 0.0, 1.0
@@ -225,7 +250,7 @@ def _draw(
     if attention is not None:
         values, high, caption = attention, float(attention.max()), f"attention (predicted: {label})"
     draw_heatmap(folder.heatmap(one.slide), index, numbers, side_l0, values, caption, low, high)
-    corners = qupath_corners(index, one.slide, numbers)
+    corners = qupath_corners(index, holder, numbers)
     write_qupath(folder.qupath(one.slide), corners, side_l0, tile_shares, model.info.classes, attention)
 
 

@@ -17,10 +17,24 @@ UNKNOWN = frozenset(
     ("?", "??", "-", "--", "na", "n/a", "n.a.", "nan", "none", "null", "unknown", "not known", "missing", "unspecified")
 )
 OFTEN_CALLED = {
+    "slide": (
+        "slides",
+        "slide_id",
+        "slide id",
+        "slideid",
+        "slide_name",
+        "file",
+        "filename",
+        "file_name",
+        "image",
+        "wsi",
+    ),
+    "label": ("labels", "diagnosis", "class", "category", "target", "type", "subtype", "grade"),
     "patient": ("patients", "patient_id", "patient id", "patientid", "case", "case_id", "subject", "subject_id", "pid"),
     "site": ("sites", "site_id", "center", "centre", "hospital", "institution", "lab"),
     "split": ("splits", "set", "fold", "partition", "train_test"),
 }
+MOST_NAMED = 5  # columns: a clinical table has dozens
 ALIKE = 0.8  # share of letters in order, of a column's name and the one that is wanted
 
 
@@ -61,15 +75,32 @@ def refuse_alike(source: str, what: str, words: Iterable[tuple[str, str]]) -> No
             )
 
 
-def unread_columns(header: Sequence[str], read: Mapping[str, str]) -> list[str]:
-    """`read` are the optional columns and what each holds; a line for each that is absent though one looks like it."""
-    said = []
-    for name, holds in read.items():
-        if name in header:
-            continue
-        others = [column for column in header if column]
-        close = [column for column in others if column in OFTEN_CALLED.get(name, ())]
-        close += difflib.get_close_matches(name, others, n=1, cutoff=ALIKE)
-        if close:
-            said.append(f"the column {close[0]!r} is not read; if it holds {holds}, call it {name!r}")
+def looks_like(name: str, columns: Sequence[str], known: Iterable[str]) -> str:
+    """The column that may be meant by `name`, as it is spelt, of those that are not `known`; empty: none."""
+    spelt = {column.strip().lower(): column.strip() for column in columns if column.strip()}
+    others = [column for column in spelt if column not in {*known}]
+    close = [column for column in others if column in OFTEN_CALLED.get(name, ())]
+    close += difflib.get_close_matches(name, others, n=1, cutoff=ALIKE)
+    return spelt[close[0]] if close else ""
+
+
+def unread_columns(columns: Sequence[str], read: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    """`read` are the optional columns and what each holds; a line for each that is absent though one looks like it.
+
+    One more for the rest that are not `known`.
+    """
+    known = {*known, *read}
+    header = {column.strip().lower() for column in columns}
+    like = {name: looks_like(name, columns, known) for name in read if name not in header}
+    said = [
+        f"the column {column!r} is not read; if it holds {read[name]}, call it {name!r}"
+        for name, column in like.items()
+        if column
+    ]
+    rest = [one.strip() for one in columns if one.strip() and one.strip().lower() not in known]
+    rest = [repr(one) for one in rest if one not in like.values()]
+    if rest:
+        more = f" and {len(rest) - MOST_NAMED} more" if len(rest) > MOST_NAMED else ""
+        several = "s" if len(rest) > 1 else ""
+        said.append(f"not read: the column{several} {', '.join(rest[:MOST_NAMED])}{more}")
     return said

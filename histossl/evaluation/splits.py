@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from histossl.errors import LabelsError, MismatchError, StoreError
 from histossl.evaluation.curves import FEWEST_DRAWN
-from histossl.evaluation.labels import LabelTable
+from histossl.evaluation.labels import LabelTable, natural
 from histossl.evaluation.tables import ALL, Budget, in_budget_order
 from histossl.workspace import written_aside
 
@@ -401,6 +401,7 @@ def write_splits(path: Path, splits: Splits, table: LabelTable) -> None:
     ]
     content: dict[str, Any] = {
         "labels_digest": table.digest,
+        "items": _items_told(table),
         "group": splits.group,
         "num_folds": splits.num_folds,
         "budgets": list(splits.budgets),
@@ -421,7 +422,7 @@ def read_splits(path: Path, table: LabelTable) -> Splits:
         ) from error
     if content["labels_digest"] != table.digest:
         raise MismatchError(
-            f"{path.parent} was made with other labels, patients, slides, regions or tiles than these; "
+            f"{path.parent} was made with other {_what_differs(content, table)}; "
             "use another --name, so that its curve stays true to its splits"
         )
     number = {item.name: position for position, item in enumerate(table.items)}
@@ -437,6 +438,49 @@ def read_splits(path: Path, table: LabelTable) -> Splits:
     splits = Splits(content["group"], content["num_folds"], tuple(content["budgets"]), parts, tuple(content["notes"]))
     check(splits, table)
     return splits
+
+
+TOLD = {"label": "labels", "patient": "patients", "site": "sites", "split": "train and test sets"}
+
+
+def _items_told(table: LabelTable) -> dict[str, dict[str, str]]:
+    """What the digest of the labels is of, item by item: enough to say later what differs."""
+    return {
+        item.name: {
+            **{what: getattr(item, what) for what in TOLD},
+            "place": hashlib.sha256(item.place.encode()).hexdigest()[:8],
+        }
+        for item in table.items
+    }
+
+
+def _what_differs(content: Mapping[str, Any], table: LabelTable) -> str:
+    """What of the labels is not as it was, each with its first example. An older file tells names and some labels."""
+    now = _items_told(table)
+    before: dict[str, dict[str, str]] = content.get("items") or {
+        **{name: {} for part in content["parts"] for name in part["test"]},
+        **{name: {"label": label} for part in content["parts"] for label, of in part["order"].items() for name in of},
+    }
+    found = []
+    new, missing = sorted(now.keys() - before.keys(), key=natural), sorted(before.keys() - now.keys(), key=natural)
+    told = [f"{what}: {_some(names)}" for what, names in (("new", new), ("missing", missing)) if names]
+    if told:
+        found.append(f"{table.unit}s ({'; '.join(told)})")
+    both = sorted(now.keys() & before.keys(), key=natural)
+    for what, several in TOLD.items():
+        changed = [name for name in both if before[name].get(what, now[name][what]) != now[name][what]]
+        if changed:
+            was, has = (repr(one[changed[0]][what]) if one[changed[0]][what] else "none" for one in (before, now))
+            more = f", and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+            found.append(f"{several} ({changed[0]} was {was}, now {has}{more})")
+    elsewhere = [name for name in both if before[name].get("place", now[name]["place"]) != now[name]["place"]]
+    if elsewhere:
+        found.append(f"regions or tiles ({_some(elsewhere)})")
+    return " and other ".join(found) or "labels, patients, slides, regions or tiles than these"
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
 def seed_of(*names: object) -> int:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from histossl.config import refuse_separator
+from histossl import console
+from histossl.config import SEPARATORS, refuse_separator, separator_of
 from histossl.errors import UsageError
 
 PLAUSIBLE_MPP = (0.05, 5.0)  # 200x oil to 2x: nothing outside is a microscope's
@@ -156,9 +157,13 @@ class MppTable:
 def read_mpp_csv(path: Path) -> MppTable:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file)
+            separator = separator_of(file.readline(), _has_columns)
+            file.seek(0)
+            if separator != ",":
+                console.say(f"--mpp-csv {path}: the columns are separated by {SEPARATORS[separator]}s, and read so")
+            table = csv.DictReader(file, delimiter=separator)
             names = [name.strip().lower() for name in table.fieldnames or []]
-            if "mpp" not in names or not {"slide", "wsi", "file"} & set(names):
+            if not _has_columns({*names}):
                 refuse_separator(f"--mpp-csv {path}", names)
                 raise UsageError(f"--mpp-csv {path}: needs the columns slide,mpp; it has {','.join(names) or 'none'}")
             mpp: dict[str, float] = {}
@@ -181,6 +186,10 @@ def read_mpp_csv(path: Path) -> MppTable:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"--mpp-csv {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     return MppTable(path, mpp)
+
+
+def _has_columns(names: set[str]) -> bool:
+    return "mpp" in names and bool({"slide", "wsi", "file"} & names)
 
 
 def _names(file: str, slide: str) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,17 @@ def _config_from(stored: Mapping[str, Any]) -> TileConfig:
     values = dict(stored)
     older = {"max_ink": 1.0}  # a store from before this filter has tiles with ink
     return TileConfig(**{**values, "tissue": TissueConfig(**{**older, **values["tissue"]})})
+
+
+def as_tiled(before: TileConfig, asked: TileConfig, given: Collection[str]) -> TileConfig:
+    """The settings of the tiles that a workspace holds, but for those of `asked` that are among the options `given`.
+
+    What is given and differs stays, to be refused.
+    """
+    told = {*given, *(("coarser_mpp",) if "mpp" in given else ())}  # --mpp names all scales
+    own: dict[str, Any] = {one.name: getattr(asked, one.name) for one in fields(TileConfig) if one.name in told}
+    tissue = {one.name: getattr(asked.tissue, one.name) for one in fields(TissueConfig) if one.name in told}
+    return replace(before, **{**own, "tissue": replace(before.tissue, **tissue)})
 
 
 def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
@@ -226,7 +237,7 @@ def _plan(
         files_of = {path: file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
         new = [file for file, state in states.items() if state.outcome is None]
         replaced = [file for file, state in states.items() if state.replaced]
-        twins = find_twins(directory, workspace.tiles, jobs, new, replaced, stored, files_of, pool)
+        twins = find_twins(resolved(directory), workspace.tiles, known, jobs, new, replaced, stored, files_of, pool)
     moved = 0
     for file, old in twins.moved.items():
         outcome = moved_store(old, jobs[file])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from histossl.errors import StoreError
+from histossl.slides.ledger import LedgerRow
 from histossl.tiles.names import Names
 from histossl.tiles.one_slide import SlideOutcome, TileJob, prints_of, size_mark
 from histossl.tiles.store import new_store, read_store
@@ -26,8 +28,9 @@ class Twins:
 
 
 def find_twins(
-    directory: Path,
+    archive: str,
     tiles: Path,
+    known: Mapping[str, LedgerRow],
     jobs: Mapping[str, TileJob],
     new: Sequence[str],
     replaced: Container[str],
@@ -61,11 +64,11 @@ def find_twins(
             owner = owner or taken.get(path, "")
             if owner:
                 twins.of[file] = owner, jobs[owner].slide
-            elif _still_there(directory, files_of[path], jobs[file].path):
-                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}", _name_of(path, tiles)
-            else:
+            elif _named_anew(known.get(file), files_of[path], archive) or _is_gone(known.get(files_of[path])):
                 taken[path] = file
                 twins.moved[file] = path
+            else:
+                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}", _name_of(path, tiles)
             break
         else:
             holders.setdefault(sampled, []).append((spots, jobs[file].zip_path, file))
@@ -97,12 +100,28 @@ def _name_of(path: Path, tiles: Path) -> str:
     return path.relative_to(tiles.absolute()).as_posix().removesuffix(".zip")
 
 
-def _still_there(directory: Path, file: str, now: Path) -> bool:
-    """Whether the file that a zip was made of still stands: here, or seen from a folder that holds this one."""
-    here = directory.absolute()
-    if any((folder / file).exists() for folder in here.parents):
-        return True
-    return (here / file).exists() and (here / file) != now
+def _named_anew(row: LedgerRow | None, file: str, archive: str) -> bool:
+    """The same file in its place, whose slide has another name because a file came beside it, or went."""
+    return row is not None and (row.file, row.archive) == (file, archive)
+
+
+def _is_gone(row: LedgerRow | None) -> bool:
+    """Whether the file that a zip was made of lies no more where it lay.
+
+    Not known without a record of where that was, and not where its folder is away or empty: a disk that is not
+    connected. Tiles that took another name would end every curve that was measured on them.
+    """
+    if row is None or not row.archive:
+        return False
+    archive = Path(row.archive)
+    try:
+        archive.joinpath(row.file).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
+            return any(archive.iterdir())
+    except OSError:
+        pass
+    return False
 
 
 def moved_store(old: Path, job: TileJob) -> SlideOutcome | None:

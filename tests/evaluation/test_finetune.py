@@ -216,7 +216,9 @@ def test_other_settings_labels_or_weights_need_another_name(ready):
         finetune(ready, "a", config_of(ready, seed=1))
     labels = ready.root / "labels.csv"
     labels.write_text(labels.read_text().replace("s00.svs,low", "s00.svs,high"))
-    with pytest.raises(MismatchError, match="other labels"):
+    with pytest.raises(
+        MismatchError, match=r"a was made with other labels \(s00 was 'low', now 'high'\); use another --name"
+    ):
         finetune(ready, "a", config_of(ready))
 
 
@@ -229,7 +231,7 @@ def test_regions_that_moved_need_another_name(ready):
     draw(0)
     finetune(ready, "a", config_of(ready, starts=("colour",)))
     draw(1)
-    with pytest.raises(MismatchError, match="other labels, patients, slides, regions or tiles"):
+    with pytest.raises(MismatchError, match=r"other regions or tiles \(s00#1 and 23 more\)"):
         finetune(ready, "a", config_of(ready, starts=("colour",)))
 
 

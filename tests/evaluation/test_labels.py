@@ -1,5 +1,6 @@
 """labels.csv is read as written, finds its slides, and refuses what would make a curve lie."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -170,10 +171,20 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
     [
         ("", "is empty"),
         ("slide,label\n", "no slides below"),
-        ("slide;label\nA1;x\n", "separated by semicolons"),
+        ("slide|label\nA1|x\n", "separated by bars"),
+        ("slide;lable\nA1;x\n", "separated by semicolons"),
+        ("slide;label;x\tlabel\nA1;x;y\n", "separated by semicolons"),
+        ("slide;label\nA1;x;y\n", "line 2: 3 columns .* put text that holds a semicolon in double quotes"),
         ("slide;label,x\nA1;x,y\n", "separated by semicolons"),
-        ("slide\tlabel\nA1\tx\n", "separated by tabs"),
-        ("slide,lable\nA1,x\n", "no column 'label' .*did you mean 'lable'"),
+        ("slide\tlable\nA1\tx\n", "separated by tabs"),
+        ("slide,lable\nA1,x\n", "no column 'label' among 'slide', 'lable'; rename 'lable' to 'label'$"),
+        (
+            "Slide_ID,Diagnosis,patient\nA1,x,P\n",
+            "no column 'slide' and none 'label' among 'Slide_ID', 'Diagnosis', 'patient'; "
+            "rename 'Slide_ID' to 'slide' and 'Diagnosis' to 'label'$",
+        ),
+        ("File,outcome\nA1,x\n", "rename 'File' to 'slide'; the first line must name the columns, like: slide,label"),
+        ("site,split\nA1,x\n", "no column 'slide' and none 'label' among 'site', 'split'; the first line must name"),
         ("slide,label,label\nA1,x,x\n", "stands twice"),
         ("slide,time,event\nA1,31.5,1\n", "looks like survival times .* learns classes only"),
         ("slide,label\n" + "".join(f"A{n},{n * 7.5}\n" for n in range(12)), "12 different numbers, which looks like"),
@@ -211,7 +222,7 @@ def test_what_is_not_read_as_it_may_be_meant_is_told(tmp_path):
     path.write_text("slide,label,patients,Center\nA1,x,P,K\nA2,unknown,P,K\nA3,,P,K\n", encoding="utf-8")
     assert read_labels(path).notes == [
         "the column 'patients' is not read; if it holds the patients, call it 'patient'",
-        "the column 'center' is not read; if it holds the sites, call it 'site'",
+        "the column 'Center' is not read; if it holds the sites, call it 'site'",
         "1 line without a label: it counts as unlabelled",
         "the label 'unknown' (1 line) is a class like any other; where it means that nobody knows, leave the cell "
         "empty",
@@ -221,10 +232,38 @@ def test_what_is_not_read_as_it_may_be_meant_is_told(tmp_path):
     assert [row.site for row in file.rows] == ["", "K", ""]
     assert file.notes == [
         "the column 'set' is not read; if it holds train and test, call it 'split'",
+        "not read: the column 'age'",
         "the site 'NA' (2 lines) is read as not known",
     ]
-    path.write_text("slide,label,patient,site,split,stain\nA1,x,P,K,train,HE\n", encoding="utf-8")
+    path.write_text("slide,label,patient,Patient_ID,notes,\nA1,x,P,7,good,\n", encoding="utf-8")
+    assert read_labels(path).notes == ["not read: the columns 'Patient_ID', 'notes'"]
+    path.write_text(f"slide,label,pateint,{','.join('abcdefg')}\nA1,x,P{',1' * 7}\n", encoding="utf-8")
+    assert read_labels(path).notes == [
+        "the column 'pateint' is not read; if it holds the patients, call it 'patient'",
+        "not read: the columns 'a', 'b', 'c', 'd', 'e' and 2 more",
+    ]
+    path.write_text("slide,label,patient,site,split,x,y,width,height\nA1,x,P,K,train,0,0,9,9\n", encoding="utf-8")
     assert read_labels(path).notes == []
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_table_as_german_spreadsheets_save_it_is_read_and_told(tmp_path, mark, name):
+    path = tmp_path / "labels.csv"
+    lines = ["\ufeffSlide,label,patient", f'A1,"grade 1{mark} mild",P1', '"A, 2",y,P2']
+    parted = "\r\n".join(mark.join(next(csv.reader([line]))) for line in lines)
+    parted = parted.replace(f"grade 1{mark} mild", f'"grade 1{mark} mild"')
+    path.write_text(parted + "\r\n", encoding="utf-8", newline="")
+    file = read_labels(path)
+    assert [(row.slide, row.label, row.patient) for row in file.rows] == [
+        ("A1", f"grade 1{mark} mild", "P1"),
+        ("A, 2", "y", "P2"),
+    ]
+    assert file.notes == [f"the columns are separated by {name}, and read so"]
+    assert [row.slide for row in read_rows(path, needs_label=False)] == ["A1", "A, 2"]
+    path.write_text("slide;label\rA1;x\rA2;y\r", encoding="utf-8", newline="")  # an old Mac's line ends
+    assert [row.label for row in read_rows(path)] == ["x", "y"]
+    path.write_text("slide,label,a;b\nA1,x,1;2\nA2,y,\n", encoding="utf-8")  # commas part what is needed
+    assert [row.label for row in read_rows(path)] == ["x", "y"]
 
 
 def test_slides_whose_names_end_alike_are_told_apart():

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from histossl.evaluation.finetune import finetune
 from histossl.evaluation.learnt import slides_learnt
 from histossl.evaluation.model import distances, load_model
 from histossl.evaluation.predict import predict, predict_tiles, tile_config
+from histossl.slides.ledger import LedgerRow, write_ledger
 from histossl.tiles.index import TileIndex
 from histossl.workspace import Workspace
 
@@ -119,8 +119,8 @@ def test_what_was_said_of_other_slides_stays(workspace, monkeypatch, tmp_path):
     predict(workspace, model, heatmaps=False)
     before = table.read_text().splitlines()
     only = [
-        SimpleNamespace(slide="s03", num_tiles=6),
-        SimpleNamespace(slide="", file="x.svs", num_tiles=0, tile_reason="", reason="torn"),
+        LedgerRow("s03.svs", slide="s03", num_tiles=6),
+        LedgerRow("x.svs", num_tiles=0, reason="torn"),
     ]
     monkeypatch.setattr("histossl.evaluation.predict.tile_archive", lambda *args, **named: only)
     predict(workspace, model, slides=tmp_path, heatmaps=False)
@@ -292,3 +292,32 @@ def test_slides_that_cannot_be_read_have_a_row_with_the_reason(workspace, tmp_pa
     assert rows["good"]["predicted"] in ("high", "low")
     assert any("not predicted" in row["warning"] for name, row in rows.items() if "broken" in name)
     assert TileIndex.open(workspace).tile_px == 32
+
+
+def test_a_copy_of_a_tiled_slide_is_predicted_under_its_own_name(workspace, tmp_path, paint, cli):
+    painted = paint("good.tif", mpp=0.5)
+    store = Workspace(tmp_path / "train").make()
+    model, _ = trained(store)
+    new = tmp_path / "new"
+    new.mkdir()
+    shutil.copy(painted.path, new / "neu.tif")
+    predict(workspace, model, slides=painted.path.parent)
+    told = cli("predict", "--model", model, "--slides", new, "-w", workspace.root)
+    assert told.code == 0, told.err
+    assert "neu is predicted from the tiles of good, which has the same content" in " ".join(told.err.split())
+    assert TileIndex.open(workspace).slides == ["good"]
+    rows = table_of(workspace)
+    assert {**rows["neu"], "slide": "good"} == rows["good"]
+    assert rows["neu"]["predicted"] in ("high", "low")
+    folder = workspace.predictions("default")
+    assert folder.heatmap("neu").read_bytes() == folder.heatmap("good").read_bytes()
+    assert folder.qupath("neu").exists()
+
+
+def test_a_copy_of_a_training_slide_is_marked_as_trained_on(workspace, monkeypatch, tmp_path):
+    model, _ = trained(workspace)
+    copy = LedgerRow("neu.svs", slide="neu", tile_status="no tiles", tile_twin="s03", num_tiles=0)
+    write_ledger(workspace.archive_csv, [copy])
+    monkeypatch.setattr("histossl.evaluation.predict.tile_archive", lambda *args, **named: [copy])
+    predict(workspace, model, slides=tmp_path, heatmaps=False)
+    assert table_of(workspace)["neu"]["trained_on"] == "yes"

@@ -1,5 +1,8 @@
 """Patients stay on one side, budgets grow by adding, and the same draws serve everybody."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -178,8 +181,48 @@ def test_splits_come_back_from_disk_and_refuse_other_labels(tmp_path):
     splits = make_splits(table, num_draws=2)
     write_splits(tmp_path / "splits.json", splits, table)
     assert read_splits(tmp_path / "splits.json", table) == splits
-    with pytest.raises(MismatchError, match="other labels"):
+    with pytest.raises(MismatchError, match="other slides"):
         read_splits(tmp_path / "splits.json", random_table(4))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_not_as_it_was_is_named(tmp_path, older):
+    """By example. A file that an earlier version wrote tells the names, and the labels of who is trained on."""
+    items = [Item(f"s{n}", f"s{n}", f"c{n % 2}", f"P{n}", "Bonn") for n in range(20)]
+    table, path = table_of(items), tmp_path / "run" / "splits.json"
+    path.parent.mkdir()
+    write_splits(path, make_splits(table, num_draws=1), table)
+    if older:
+        content = json.loads(path.read_text())
+        del content["items"]
+        path.write_text(json.dumps(content))
+
+    def said(changes) -> str:
+        with pytest.raises(MismatchError) as refused:
+            read_splits(path, table_of([changes.get(item.name, item) for item in items if changes.get(item.name, 1)]))
+        assert "run was made with other " in str(refused.value)
+        return str(refused.value).split("was made with other ")[1].split("; use another --name")[0]
+
+    place = np.arange(3)
+    generic = "labels, patients, slides, regions or tiles than these"
+    for changes, expected, by_older in (
+        ({"s3": replace(items[3], name="neu", slide="neu")}, "slides (new: neu; missing: s3)", None),
+        ({"s3": None, "s4": None, "s5": None}, "slides (missing: s3 and 2 more)", None),
+        ({"s4": replace(items[4], label="c1")}, "labels (s4 was 'c0', now 'c1')", None),
+        ({"s10": replace(items[10], patient="P2")}, "patients (s10 was 'P10', now 'P2')", generic),
+        (
+            {f"s{n}": replace(items[n], site="") for n in (2, 11)},
+            "sites (s2 was 'Bonn', now none, and 1 more)",
+            generic,
+        ),
+        ({"s4": replace(items[4], tiles=place)}, "regions or tiles (s4)", generic),
+        (
+            {"s4": None, "s5": replace(items[5], patient="P1")},
+            "slides (missing: s4) and other patients (s5 was 'P5', now 'P1')",
+            "slides (missing: s4)",
+        ),
+    ):
+        assert said(changes) == ((by_older or expected) if older else expected)
 
 
 def test_the_program_finds_its_own_leaks():

@@ -78,7 +78,8 @@ def test_a_name_that_may_be_of_two_slides_gives_neither_a_scale(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("slide;mpp\nA1;0.5\n", r"mpp\.csv: columns are separated by semicolons; save it with commas"),
+        ("slide;mpp,x\nA1;0.5,x\n", r"mpp\.csv: columns are separated by semicolons; save it with commas"),
+        ("slide|mpp\nA1|0.5\n", r"mpp\.csv: columns are separated by bars; save it with commas"),
         ("slide,scale\nA1,0.5\n", "needs the columns slide,mpp; it has slide,scale"),
         ("slide,mpp\nA1,0\n", r"line 2: slide 'A1', mpp '0'"),
         ("slide,mpp\nA1,-0.5\n", "line 2"),
@@ -91,6 +92,12 @@ def test_csv_that_cannot_be_used(tmp_path: Path, content: str, told: str) -> Non
     (tmp_path / "mpp.csv").write_text(content)
     with pytest.raises(UsageError, match=told):
         read_mpp_csv(tmp_path / "mpp.csv")
+
+
+def test_csv_of_a_german_spreadsheet_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mpp.csv").write_bytes('\ufeffslide;mpp\r\n"A;1";0,25\r\nB2;0,5\r\n'.encode())
+    assert read_mpp_csv(tmp_path / "mpp.csv").mpp == {"A;1": 0.25, "B2": 0.5}
+    assert "mpp.csv: the columns are separated by semicolons, and read so" in " ".join(capsys.readouterr().err.split())
 
 
 def test_csv_that_is_not_there(tmp_path: Path) -> None:

@@ -759,6 +759,49 @@ def test_a_subfolder_of_a_tiled_archive_is_not_tiled_again(workspace, paint, cap
 
 
 @pytest.mark.parametrize("anonymize", [False, True])
+def test_a_copy_elsewhere_leaves_the_tiles_their_name_while_the_first_file_may_be_there(
+    workspace, paint, tmp_path, cli, anonymize
+):
+    """A finished curve names its slides: tiles that went over to the copy's name would end it."""
+    first = paint("A.tif", width_px=512, height_px=512).path
+    paint("other.tif", width_px=512, height_px=512)
+    tile_archive(first.parent, workspace, everything(anonymize=anonymize), 0)
+    before, digest = stamps(workspace), TileIndex.open(workspace).digest
+    new = tmp_path / "elsewhere"
+    new.mkdir()
+    shutil.copy(first, new / "neu.tif")
+    away = tmp_path / "away"
+
+    def tiled():
+        return only_row(tile_archive(new, workspace, everything(anonymize=anonymize), 0))
+
+    row = tiled()
+    assert row.tile_reason.startswith("same content as A.tif, which is tiled as ")
+    holder = next(path.stem for path in find_zips(workspace.tiles) if row.tile_twin == path.stem)
+    assert SlideNames.of(TileIndex.open(workspace)).find("neu.tif") == (holder,)
+    first.parent.rename(away)  # a disk that is not connected
+    assert tiled() == row
+    first.parent.mkdir()  # and where it would be, an empty folder
+    assert tiled() == row
+    assert (stamps(workspace), TileIndex.open(workspace).digest) == (before, digest)
+    assert {row.file: row.num_tiles for row in read_ledger(workspace.archive_csv)}["A.tif"] == 4
+    first.parent.rmdir()
+    away.rename(first.parent)
+    first.unlink()
+    assert (tiled().num_tiles, workspace.zip_of("neu").exists()) == (4, not anonymize)
+
+
+def test_an_archive_of_copies_is_not_one_without_tiles(workspace, paint, tmp_path, cli):
+    first = paint("A.tif", width_px=512, height_px=512, mpp=0.5).path
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(first, tmp_path / "elsewhere" / "neu.tif")
+    assert cli("tile", "--slides", first.parent, "-w", workspace.root).code == 0
+    told = cli("tile", "--slides", tmp_path / "elsewhere", "-w", workspace.root)
+    assert told.code == 0, told.err
+    assert "neu.tif: same content as A.tif, which is tiled as A.zip" in " ".join(told.err.split())
+
+
+@pytest.mark.parametrize("anonymize", [False, True])
 def test_copies_and_links_are_tiled_once(workspace, paint, anonymize):
     config = everything(anonymize=anonymize)
     first = paint("B.tif", width_px=512, height_px=512).path
@@ -1001,6 +1044,37 @@ def test_settings_may_come_from_a_file(cli, workspace, painted_slide, tmp_path):
     assert told.code == 0
     config = stored_config(workspace)
     assert (config.tile_px, config.mpps, config.tissue.min_tissue) == (128, (0.5, 1.0), 0.25)
+
+
+def test_what_is_not_given_is_as_the_workspace_was_tiled(cli, workspace, paint, tmp_path):
+    """As pretrain --slides does; what is given, in a file too, and differs is refused by itself."""
+    first = paint("A1.tif", width_px=512, height_px=512, mpp=0.5).path
+
+    def tile(*options):
+        return cli("tile", "--slides", first.parent, "-w", workspace.root, "--workers", 1, *options)
+
+    scales = ("--mpp", "0.5,1")
+    settings = ("--tile-px", 128, "--grid", "physical", "--jpeg-quality", 80, "--min-tissue", 0.2, "--no-reject-pen")
+    assert tile(*scales, *settings, "--anonymize").code == 0
+    before = stored_config(workspace)
+    paint("B1.tif", width_px=512, height_px=512, mpp=0.5)
+    assert tile().code == 0
+    assert len(find_zips(workspace.tiles)) == 2
+    for options in (("--tile-px", 128), ("--mpp", "0.5,1"), ("--no-reject-pen", "--anonymize")):
+        assert tile(*options).code == 0
+    (tmp_path / "tile.toml").write_text("tile-px = 256\n")
+    for options, differ in (
+        (("--tile-px", 256), "tile-px was 128, now 256."),
+        (("--config", tmp_path / "tile.toml"), "tile-px was 128, now 256."),
+        (("--mpp", 0.5, "--grid", "native"), "mpp was '0.5,1', now '0.5'; grid was 'physical', now 'native'."),
+        (("--min-tissue", 0.5), "min-tissue was 0.2, now 0.5."),
+        (("--reject-pen",), "reject-pen was False, now True."),
+    ):
+        told = tile(*options)
+        assert told.code == 2
+        said = " ".join(told.err.split()).split("with other settings: ")[1].split(" Use the same")[0]
+        assert sorted(said.strip(".").split("; ")) == sorted(differ.strip(".").split("; "))
+    assert stored_config(workspace) == before
 
 
 # ---- killed
