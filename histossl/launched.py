@@ -14,11 +14,18 @@ from pathlib import Path
 from histossl.errors import HistosslError
 
 NOTE = "HISTOSSL_FAILURE_NOTE"
+LAUNCHER = "HISTOSSL_LAUNCHER"  # its process number
 
 
 def is_launched() -> bool:
     """Whether our own launcher has started this process, and not torchrun or SLURM."""
     return NOTE in os.environ
+
+
+def launcher_is_gone() -> bool:
+    """Whether our own launcher was killed: nobody would hear of this process any more, nor end it."""
+    launcher = os.environ.get(LAUNCHER)
+    return launcher is not None and os.getppid() != int(launcher)
 
 
 def failed_before() -> bool:

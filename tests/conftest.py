@@ -56,7 +56,8 @@ GIB_A_WORKER = 4
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole suite on all cores that memory allows; chosen files, and what is about one GPU, in this process."""
     chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or "not gpu" not in config.option.markexpr
-    workers = min(len(psutil.Process().cpu_affinity()), psutil.virtual_memory().available // (GIB_A_WORKER << 30))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, psutil.virtual_memory().available // (GIB_A_WORKER << 30))
     return 0 if chosen or workers < 2 else workers
 
 

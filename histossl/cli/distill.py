@@ -20,6 +20,7 @@ from histossl.cli.options import above_0
 from histossl.cli.tiles import tell_tiled
 from histossl.config import DistillConfig, PretrainConfig
 from histossl.errors import UsageError
+from histossl.launched import is_launched
 from histossl.workspace import Workspace, refuse_while_tiling
 
 if TYPE_CHECKING:
@@ -130,10 +131,12 @@ def distill(
     refuse_while_tiling(at)
     index = TileIndex.open(at)
     refuse_other_tiles(model, index, "--teacher")
-    table = labelled_slides(labels, index) if labels else None
-    tested = slides_held_out(model, index)
-    left_out = tested | excluded_slides(shared["exclude"], index)
-    left_out |= slides_of_test_patients(labels, index) if labels else set()
+    told_already = is_launched() or os.environ.get("RANK", "0") != "0"  # by the launcher, or by the first process
+    with console.muted(told_already):
+        table = labelled_slides(labels, index) if labels else None
+        tested = slides_held_out(model, index)
+        left_out = tested | excluded_slides(shared["exclude"], index)
+        left_out |= slides_of_test_patients(labels, index) if labels else set()
     student_info = _student_info(settings)
     taught = teacher_of(model, student_info)
     settings = replace(settings, excluded_slides=tuple(left_out), teacher=taught.facts["digest"])
@@ -142,7 +145,8 @@ def distill(
         _say_who(settings, model, taught, tested, index)
         if not run.run_json.exists():
             look_at_teacher(sample_of(index, settings), taught, student_info, settings)
-    judge = probe_of(index, without(table, left_out), settings.view_px) if table else None
+    with console.muted(told_already):
+        judge = probe_of(index, without(table, left_out), settings.view_px) if table else None
     if only_plan:
         show_plan(index, run, settings, operation, num_processes, judge, teacher=taught)
         return 0

@@ -32,6 +32,7 @@ from histossl.methods import self_supervised
 
 if TYPE_CHECKING:
     from histossl.tiles.index import TileIndex
+    from histossl.training.operation import Operation
     from histossl.training.pretrain import Result
     from histossl.workspace import Workspace
 
@@ -292,7 +293,6 @@ def pretrain(
     from histossl.training.beforehand import check, show_plan
     from histossl.training.distributed import is_worker, launch, num_processes_for
     from histossl.training.operation import Operation
-    from histossl.training.prepared import refuse_unknown
     from histossl.training.pretrain import pretrain as run_pretrain
     from histossl.workspace import Workspace, refuse_while_tiling
 
@@ -332,20 +332,6 @@ def pretrain(
             f"no tiles in {at.root} to plan with; cut them first with histossl tile --slides {slides} "
             f"(histossl scan {slides} says how many there will be)"
         )
-    if slides is not None and not only_plan and not is_worker():
-        refuse_unknown(settings)  # tiling takes hours
-        tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv)
-    refuse_while_tiling(at)
-    index = TileIndex.open(at)
-    if slides is None:
-        refuse_other_scale(index, tile_px, mpp, slide_mpp, mpp_csv)
-    elif only_plan or (is_worker() and not is_launched()):
-        by = "histossl plan" if only_plan else "a process of torchrun or SLURM"
-        console.warn(f"--slides {slides}: {by} cuts no tiles; with the {len(index):,} that are in {at.root}")
-    with console.muted(told_already):
-        table = labelled_slides(labels, index) if labels else None
-        left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
-    settings = replace(settings, excluded_slides=tuple(left_out))
     operation = Operation(
         num_workers=workers if workers >= 0 else _loader_threads(num_processes),
         precision=precision,
@@ -361,6 +347,21 @@ def pretrain(
         stop_on_collapse=stop_on_collapse,
     )
     run = at.pretrain(name or method)
+    if slides is not None and not only_plan and not is_worker():
+        if not run.run_json.exists():  # tiling takes hours
+            _refuse_beforehand(settings, operation, at, labels, exclude)
+        tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv)
+    refuse_while_tiling(at)
+    index = TileIndex.open(at)
+    if slides is None:
+        refuse_other_scale(index, tile_px, mpp, slide_mpp, mpp_csv)
+    elif only_plan or (is_worker() and not is_launched()):
+        by = "histossl plan" if only_plan else "a process of torchrun or SLURM"
+        console.warn(f"--slides {slides}: {by} cuts no tiles; with the {len(index):,} that are in {at.root}")
+    with console.muted(told_already):
+        table = labelled_slides(labels, index) if labels else None
+        left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
+    settings = replace(settings, excluded_slides=tuple(left_out))
     with console.muted(told_already):
         judge = probe_of(index, without(table, left_out), view_px) if table else None
     if only_plan:
@@ -393,6 +394,23 @@ def exit_code_of(result: Result) -> int:
 
 
 # ---- what the options say
+
+
+def _refuse_beforehand(
+    settings: PretrainConfig, operation: Operation, at: Workspace, labels: Path | None, exclude: Path | None
+) -> None:
+    """Mistakes that no tile is needed to see."""
+    from histossl.evaluation.label_file import read_rows
+    from histossl.evaluation.left_out import read_exclusions
+    from histossl.training.prepared import refuse_unknown
+
+    refuse_unknown(settings, operation)
+    with console.muted(True):  # it is read again, when its slides are known
+        if labels:
+            read_rows(labels, needs_label=False)
+        read_exclusions(exclude)
+    if settings.subset and not at.subset(settings.subset).tiles.exists():
+        raise UsageError(f"--subset {settings.subset}: {at.subsets_root} holds no finished one of that name")
 
 
 def tile_for(

@@ -74,16 +74,21 @@ def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> Non
                     )
 
 
+def read_exclusions(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
+
+
 def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
     if path is None:
         return set()
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
     slides: set[str] = set()
     known = SlideNames.of(index)
-    for name in names:
+    for name in read_exclusions(path):
         found = known.find(name)
         if not found:
             raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides ({known.hint(name)})")

@@ -43,7 +43,6 @@ def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
     Aside, or the next save would make it the previous one, in the place of the only whole one.
     """
     broken: list[str] = []
-    unreadable = False
     for path in (run.checkpoint, run.previous_checkpoint):
         if not path.exists():
             continue
@@ -55,11 +54,10 @@ def load_checkpoint(run: PretrainDir) -> dict[str, Any] | None:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except DAMAGED as error:
             broken.append(f"{path.name} ({error})")
-            unreadable = isinstance(error, OSError)  # perhaps for a moment only
             if path == run.checkpoint and run.previous_checkpoint.exists():
                 console.warn(f"{path}: damaged ({error}); falling back to the checkpoint before it")
             continue
-        if broken and not unreadable:
+        if broken:
             with suppress(OSError):  # another process of the run was first
                 run.checkpoint.replace(run.damaged_checkpoint)
         return state

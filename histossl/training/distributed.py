@@ -41,7 +41,8 @@ SIGNS_END_S = 3600.0  # whoever works alone for longer hangs, too
 # What processes have to end their step, look and save in when they are asked to stop. torch's own is half a minute.
 STOP_S = 600
 RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
-_PARENT = os.getppid()
+# What gloo, and torch for nccl, say of a process that is gone or has not come. Whatever else they say is a mistake.
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "ncclRemoteError", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def joined() -> Iterator[Processes]:
         # nccl would wait here for the others, who wait for this one in an exchange. It ends, and all are told by that.
         if device.type != "cuda":
             dist.destroy_process_group()
-        if isinstance(error, RuntimeError) and is_lost_process(error):  # the one that is lost says why
-            raise SystemExit(RESTART) from error
+        if isinstance(error, RuntimeError) and is_lost_process(error):
+            raise others_lost(error) from error
         raise
     dist.destroy_process_group()
 
@@ -199,14 +200,20 @@ def agreed(processes: Processes, signal_number: int, due: bool) -> tuple[int, bo
     return number, bool(due_there)
 
 
-def launcher_is_gone() -> bool:
-    """Whether our own launcher was killed: nobody would hear of this process any more, nor end it."""
-    return launched.is_launched() and os.getppid() != _PARENT
-
-
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether another process went away in the middle of an exchange. gloo says so in words alone."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    """Whether another process went away in the middle of an exchange, or did not come: it is said in words alone."""
+    text = str(error)
+    return (isinstance(error, dist.DistError) or "gloo" in text) and any(words in text for words in LOST)
+
+
+def others_lost(error: RuntimeError) -> SystemExit:
+    """What ends a process that has lost another. Each says so, in a line, on whatever of its own is kept."""
+    (first, *_) = str(error).splitlines() or [""]
+    sys.stderr.write(
+        f"process {os.environ.get('RANK', '?')}: another process of this run is lost, or was slower than "
+        f"HISTOSSL_TIMEOUT_S={TIMEOUT.total_seconds():g}; this one ends too ({first})\n"
+    )
+    return SystemExit(RESTART)
 
 
 def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
@@ -222,7 +229,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
         logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="histossl-") as directory:
         note = Path(directory) / "failure.json"
-        os.environ[launched.NOTE] = str(note)
+        os.environ[launched.NOTE], os.environ[launched.LAUNCHER] = str(note), str(os.getpid())
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -239,7 +246,8 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
             elastic_launch(config, sys.executable)("-u", "-m", "histossl", *arguments)
             code = launched.read_end(note) or 0
         except ChildFailedError as error:
-            rank, failure = next(iter(error.failures.items()))
+            first = next(iter(error.failures.items()))  # of those that have lost another, if there are no others
+            rank, failure = next((one for one in error.failures.items() if one[1].exitcode != RESTART), first)
             code = 1
             if not note.exists():
                 raise TrainingError(
@@ -250,7 +258,7 @@ def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
             ended = launched.read_end(note)
             code = 128 + error.sigval if ended is None else ended  # as of one process that could not save any more
         finally:
-            del os.environ[launched.NOTE]
+            del os.environ[launched.NOTE], os.environ[launched.LAUNCHER]
         told = launched.read_note(note)
     if told is not None:
         code, text = told

@@ -122,22 +122,25 @@ def train(
         # Before the step: after it the weights, and after the next the teacher, would have swallowed the NaN.
         # All processes decide alike: gradients are averaged over them, losses are not. The host waits for the answer
         # only when the next views stand in the device's line behind it, so that the device has work while it is told.
-        broken = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
-        finite = Answer(gather.max_over_processes(broken.float()) == 0)
+        broken = torch.stack([~torch.isfinite(grad_norm), ~torch.isfinite(loss)]).float()
+        answer = Answer(gather.max_over_processes(broken))
         with put_back_if_broken(statistics, before, scaler):
             views = next(batches, None)
-        skipped = not finite.get()
+        gradient_broken, loss_broken = answer.get()
+        skipped = gradient_broken or loss_broken
         if skipped:
             if statistics:  # forward has put the NaN into them already
                 torch._foreach_copy_(statistics, before)
-            falling = scaler.is_enabled() and scaler.get_scale() > 1  # fp16 finding its scale: no fault of the run
+            # fp16 finding its scale is no fault of the run, but a loss that is broken before it is scaled.
+            falling = scaler.is_enabled() and scaler.get_scale() > 1 and not loss_broken
             skipped_in_a_row += not falling
             if scaler.is_enabled():
-                scaler.update(scaler.get_scale() / 2)
+                scaler.update(scaler.get_scale() / (1 if loss_broken else 2))
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise TrainingError(
                     f"step {number + 1}: loss or gradient was not finite {skipped_in_a_row} times in a row "
-                    f"(loss {float(loss):.4g}). The weights of step {number + 1 - skipped_in_a_row} are kept. "
+                    f"(loss of this process {float(loss):.4g}). "
+                    f"The weights of step {number + 1 - skipped_in_a_row} are kept. "
                     "Likely causes: --lr too high, or tiles with no content"
                 )
         else:
@@ -187,20 +190,20 @@ class HalfDoneError(TrainingError):
 
 
 class Answer:
-    """A yes or no on its way from the device: only who asks for it waits, and only for what came before it."""
+    """Yeses and noes on their way from the device: only who asks for them waits, and only for what came before."""
 
-    def __init__(self, flag: Tensor) -> None:
+    def __init__(self, flags_N: Tensor) -> None:
         self._copied: torch.cuda.Event | None = None
-        self._flag = flag
-        if flag.device.type == "cuda":
-            self._flag = torch.empty((), dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
+        self._flags_N = flags_N
+        if flags_N.device.type == "cuda":
+            self._flags_N = torch.empty_like(flags_N, device="cpu", pin_memory=True).copy_(flags_N, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(flag.device))
+            self._copied.record(torch.cuda.current_stream(flags_N.device))
 
-    def get(self) -> bool:
+    def get(self) -> list[bool]:
         if self._copied is not None:
             self._copied.synchronize()
-        return bool(self._flag)
+        return [bool(flag) for flag in self._flags_N.tolist()]
 
 
 @contextmanager

@@ -13,17 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from histossl.backbones import create_backbone, recorded_with
+from histossl.backbones import BackboneInfo, create_backbone, recorded_with
 from histossl.config import PretrainConfig, read_run, with_overrides
 from histossl.errors import StoreError, UsageError
 from histossl.methods import TAUGHT, classes_of, entry_of, self_supervised
-from histossl.methods.batchnorm import has_batchnorm
+from histossl.methods.batchnorm import group_of, has_batchnorm
 from histossl.methods.method import Method, Views
 from histossl.tiles.index import TileIndex
 from histossl.tiles.loading import TileBatches, decode_good_tiles, tile_batches
 from histossl.tiles.sampling import TileOrder
 from histossl.tiles.subset import Subset, open_subset
 from histossl.training.distributed import Processes
+from histossl.training.loop import Precision
 from histossl.training.operation import Operation
 from histossl.training.planner import plan
 from histossl.training.setup import optimizer_for, precision_for, recompute_cheap, tune
@@ -33,6 +34,7 @@ from histossl.workspace import PretrainDir
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
 PREFILL, MONITOR, BATCHNORM = 1, 2, 3
 
+NOTHING_TO_RECOMPUTE = "--recompute: {} is no ViT, whose blocks it is for; leave it out"
 RECOMPUTED = "recompute: norms and GELU of the ViT's blocks are computed twice, for a third less memory"
 
 
@@ -46,19 +48,50 @@ def pool_of(index: TileIndex, config: PretrainConfig) -> tuple[Subset | None, ND
     return subset, keep
 
 
-def refuse_unknown(config: PretrainConfig) -> None:
+def refuse_unknown(config: PretrainConfig, operation: Operation) -> None:
     """What can be refused without a tile: weights that are not there or do not fit, knobs, recipe, view size."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _precision(operation, device)
     method_class, knobs_class = classes_of(config.method)
     knobs = with_overrides(knobs_class(), config.set)
-    backbone, info = create_backbone(config.backbone, config.weights, config.seed)
+    backbone, info = _backbone(config, knobs)
+    _method(method_class, config, backbone, info, knobs)
+    if operation.recompute and not recompute_cheap(backbone):
+        raise UsageError(NOTHING_TO_RECOMPUTE.format(config.backbone))
+
+
+def _precision(operation: Operation, device: torch.device) -> Precision:
+    if operation.decode_on_gpu and device.type != "cuda":
+        raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
+    return precision_for(operation.precision, device)
+
+
+def _backbone(config: PretrainConfig, knobs: Any) -> tuple[nn.Module, BackboneInfo]:
+    drop_path = getattr(knobs, "drop_path", 0.0)
+    backbone, info = create_backbone(config.backbone, config.weights, config.seed, drop_path)
     _refuse_view_size(backbone, config, config.view_px, "--view-px")
+    return backbone, info
+
+
+def _method(
+    method_class: Any, config: PretrainConfig, backbone: nn.Module, info: BackboneInfo, knobs: Any, *taught: nn.Module
+) -> Method:
     recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
-    method_class(backbone, info.feature_dim, with_settings(recipe, config.view_set), knobs)
+    recipe = with_settings(recipe, config.view_set)
+    torch.manual_seed(config.seed)  # of the heads
+    method: Method = method_class(backbone, info.feature_dim, recipe, knobs, *taught)
+    for side_px in {view.size_px for view in method.views().views} - {config.view_px}:
+        _refuse_view_size(backbone, config, side_px, "--set local_px")
+    return method
 
 
-def _begun_with(run: PretrainDir) -> dict[str, Any]:
-    """What the planner had fitted when the run was begun; nothing of one that was not."""
-    return dict(read_run(run.run_json)["plan"]["knobs"]) if run.run_json.exists() else {}
+def _group_of(run: PretrainDir, asked: int) -> int:
+    """Tiles of a BatchNorm statistic: the run's own where it was begun. Older versions did not write them down."""
+    if not asked or not run.run_json.exists():
+        return asked
+    before = read_run(run.run_json)["plan"]
+    own = before["knobs"].get("batchnorm_group_tiles")
+    return int(own or group_of(before["tiles_per_pass"], asked, before["num_processes"]) or asked)
 
 
 class Prepared:
@@ -75,9 +108,7 @@ class Prepared:
     ) -> None:
         self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
         self.device = processes.device
-        if operation.decode_on_gpu and self.device.type != "cuda":
-            raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
-        self.precision = precision_for(operation.precision, self.device)
+        self.precision = _precision(operation, self.device)
         self.subset, self.keep = pool_of(index, config)
         self.order = self.order_of(0)
         if teacher is None:
@@ -85,11 +116,8 @@ class Prepared:
         taught = (teacher,) if config.method in TAUGHT else ()
         method_class, knobs_class = classes_of(config.method)
         knobs = with_overrides(knobs_class(), config.set)
-        backbone, self.info = create_backbone(
-            config.backbone, config.weights, config.seed, getattr(knobs, "drop_path", 0.0)
-        )
+        backbone, self.info = _backbone(config, knobs)
         self.earlier = recorded_with(config.weights) or {}  # of weights that an earlier run left
-        _refuse_view_size(backbone, config, config.view_px, "--view-px")
         by_hand = {assignment.partition("=")[0].strip().replace("-", "_") for assignment in config.set}
         self.plan_of = partial(
             plan,
@@ -101,18 +129,13 @@ class Prepared:
             batchnorm=has_batchnorm(backbone),
             training=method_class.trained_with(knobs),
             to_fit=method_class.planned,
-            batchnorm_group=_begun_with(run).get("batchnorm_group_tiles", getattr(knobs, "batchnorm_group_tiles", 0)),
+            batchnorm_group=_group_of(run, getattr(knobs, "batchnorm_group_tiles", 0)),
             company=self.order.company(),
         )
         self.plan = self.plan_of(micro_batches=operation.micro_batches or 1)
         self.knobs = knobs = replace(knobs, **self.plan.knobs)
         self.start_weights = {name: value.detach().clone() for name, value in backbone.named_parameters()}
-        recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
-        recipe = with_settings(recipe, config.view_set)
-        torch.manual_seed(config.seed)  # of the heads
-        method: Method = method_class(backbone, self.info.feature_dim, recipe, knobs, *taught)
-        for side_px in {view.size_px for view in method.views().views} - {config.view_px}:
-            _refuse_view_size(backbone, config, side_px, "--set local_px")
+        method = _method(method_class, config, backbone, self.info, knobs, *taught)
         self.method = method.to(self.device).train()
         tune(self.method, self.device, self.precision.name, operation.compiled, operation.deterministic)
         self.optimizer = optimizer_for(self.method, self.plan, self.device)
@@ -126,6 +149,8 @@ class Prepared:
         self.plan = self.plan_of(micro_batches=micro_batches, num_steps=num_steps)
         if recompute:
             self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, RECOMPUTED))
+        self.knobs = replace(self.knobs, **self.plan.knobs)
+        vars(self.method).update(config=self.knobs)  # the momentum follows the length
 
     def recompute(self, asked: bool = False) -> None:
         """Before a batch is cut, which some methods pay for: what is cheap of a ViT's activations is not kept."""
@@ -135,7 +160,7 @@ class Prepared:
             return
         if not recompute_cheap(self.method.learner()):
             if asked:
-                raise UsageError(f"--recompute: {self.config.backbone} is no ViT, whose blocks it is for; leave it out")
+                raise UsageError(NOTHING_TO_RECOMPUTE.format(self.config.backbone))
             return
         self.plan = replace(self.plan, recompute=True, reasons=(*self.plan.reasons, RECOMPUTED))
 

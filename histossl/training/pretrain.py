@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from histossl import console
+from histossl import console, launched
 from histossl.backbones import save_backbone, save_tensors
 from histossl.config import PretrainConfig, write_run
 from histossl.errors import StoreError, TrainingError, UsageError
@@ -31,7 +31,7 @@ from histossl.training.distributed import (
     agreed,
     is_lost_process,
     joined,
-    launcher_is_gone,
+    others_lost,
     others_wait,
 )
 from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
@@ -105,8 +105,8 @@ class _Pretraining:
         self.met_damaged: list[dict[int, str]] = []  # of each loader, which goes on filling it
         self.pace = Pace(0, prepared.plan.num_steps, prepared.operation.monitor_every)
         self.log: RunLog | None = None
-        self.ask_at = self.asked_at = 0  # steps, on several GPUs
-        self.asked_s = time.monotonic()
+        self.ask_at = 0  # of several GPUs, and when they were asked last
+        self.last_ask: tuple[int, float] | None = None
 
     # ---- the recipe
 
@@ -126,7 +126,7 @@ class _Pretraining:
                 self.looks.look(0)
             first = 0
         try:
-            if self._agreed(stop, False, 0)[0]:  # asked before the first step
+            if self._agreed(stop, False, first)[0]:  # asked before the first step
                 done = first
                 self._save_together(done)
             else:
@@ -208,7 +208,7 @@ class _Pretraining:
                 self.pace.stepped()
                 done = step.number + 1
                 last = done == num_steps
-                if step.skipped and self.processes.writes and not self._finds_its_scale():
+                if step.skipped and self.processes.writes and not self._finds_its_scale(step):
                     console.warn(f"step {done}: loss or gradient not finite; the step was left out")
                 if done % operation.log_every == 0 or last:
                     took_s = max(self.pace.stepped_s - stepped_s, 1e-9)
@@ -246,9 +246,9 @@ class _Pretraining:
             self._save(done)
             raise
 
-    def _finds_its_scale(self) -> bool:
+    def _finds_its_scale(self, step: Step) -> bool:
         """fp16 does so by steps that are not finite: no fault of the run, while there is room below."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() > 0.5
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 0.5 and bool(torch.isfinite(step.loss))
 
     def _tell_time(self, expected: Expected) -> None:
         larger = larger_share(self.prepared)
@@ -310,9 +310,7 @@ class _Pretraining:
 
     def _in_plain_words(self, error: RuntimeError, done: int) -> BaseException | None:
         if self.processes.count > 1 and is_lost_process(error):
-            if self.processes.writes:
-                console.warn(f"step {done}: another process of this run is lost; this one ends too")
-            return SystemExit(RESTART)
+            return others_lost(error)
         if "does not have a deterministic implementation" in str(error):
             return TrainingError(
                 f"--deterministic: on a GPU a step of {self.prepared.config.backbone} has no such way "
@@ -413,12 +411,15 @@ class _Pretraining:
         or a cluster's warning would be heard too late.
         """
         if self.device.type == "cuda" and self.processes.count > 1:
-            if 0 < done < self.ask_at:
+            if done < self.ask_at:
                 return False, False
-            waited_s = max_over_processes(torch.tensor(time.monotonic() - self.asked_s, device=self.device))
-            self.ask_at = done + steps_within_reach(float(waited_s) / max(1, done - self.asked_at))
-            self.asked_at, self.asked_s = done, time.monotonic()
-        if launcher_is_gone() and not stop.is_set():
+            step_s = math.inf  # not known before the first one
+            if self.last_ask is not None:
+                before, then_s = self.last_ask
+                waited_s = max_over_processes(torch.tensor(time.monotonic() - then_s, device=self.device))
+                step_s = float(waited_s) / (done - before)
+            self.ask_at, self.last_ask = done + steps_within_reach(step_s), (done, time.monotonic())
+        if launched.launcher_is_gone() and not stop.is_set():
             stop.ask(signal.SIGTERM)
         number, due = agreed(self.processes, stop.number, due)
         if number:

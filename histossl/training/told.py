@@ -73,7 +73,8 @@ def _disk(prepared: Prepared) -> str:
         "(last, healthy, best)"
     )
     there = next(path for path in (prepared.run.root, *prepared.run.root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    own = sum(file.stat().st_size for file in prepared.run.root.glob("*") if file.is_file())  # of a run that goes on
+    free = shutil.disk_usage(there).free + own
     return told if free > 3 * (held + backbone) else f"warning: {told}, and {there} has {_mb(free)} free"
 
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -174,8 +173,6 @@ def fit_hours(prepared: Prepared, probe: Probe | None, step_s: float | None = No
         look_s, rest_s = (_slowest(prepared, each) for each in beside_s)
         num_steps = steps_within(prepared.config.hours * 3600, step_s, look_s, prepared.operation.monitor_every, rest_s)
     prepared.replan(prepared.plan.micro_batches, num_steps)
-    prepared.knobs = replace(prepared.knobs, **prepared.plan.knobs)
-    vars(prepared.method).update(config=prepared.knobs)  # the momentum follows the length
 
 
 def _slowest(prepared: Prepared, seconds: float) -> float:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +18,17 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from histossl import launched
 from histossl.errors import UsageError
 from histossl.training import distributed
-from histossl.training.distributed import Processes, agreed, gpu_of, is_worker, launch, num_processes_for, others_wait
+from histossl.training.distributed import (
+    Processes,
+    agreed,
+    gpu_of,
+    is_lost_process,
+    is_worker,
+    joined,
+    launch,
+    num_processes_for,
+    others_wait,
+)
 
 
 def _two(rank: int, folder: str, sign_every_s: float, work_s: float) -> None:
@@ -65,6 +77,58 @@ def test_clocks_that_differ_make_no_process_save_alone(tmp_path: Path) -> None:
     mp.start_processes(_agree, (str(tmp_path),), nprocs=2, start_method="spawn")
     wanted = repr([(0, False), (0, True), (int(signal.SIGTERM), False)])
     assert [(tmp_path / rank).read_text() for rank in "01"] == [wanted, wanted]
+
+
+def _loses_another(rank: int, folder: str) -> None:
+    """Rank 1 dies where rank 0 waits for it. Leaves what rank 0 says, and its exit code."""
+    port = Path(folder, "port").read_text()
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+    sys.stderr = Path(folder, str(rank)).open("w")  # noqa: SIM115
+    try:
+        with joined() as processes:
+            dist.barrier()
+            if rank == 1:
+                os._exit(0)
+            dist.all_reduce(torch.ones(1, device=processes.device))
+    except SystemExit as end:
+        sys.stderr.write(f"exit code {end.code}")
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def test_who_loses_another_process_says_so_wherever_it_is(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    mp.start_processes(_loses_another, (str(tmp_path),), nprocs=2, start_method="spawn")
+    said = (tmp_path / "0").read_text()
+    assert "process 0: another process of this run is lost, or was slower than HISTOSSL_TIMEOUT_S=" in said
+    assert said.endswith("exit code 75")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"), True),
+        (RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 180000ms for recv"), True),
+        (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (dist.DistBackendError("NCCL error: invalid usage: Duplicate GPU detected : rank 0 and rank 1"), False),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:144] no error: connectFullMesh failed: refused"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_mistakes_are_not_taken_for_a_lost_process(error: RuntimeError, lost: bool) -> None:
+    assert is_lost_process(error) == lost
+
+
+def test_a_launcher_that_was_killed_is_known_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first moment: also where it was killed while its processes were starting."""
+    monkeypatch.delenv(launched.LAUNCHER, raising=False)
+    assert not launched.launcher_is_gone()  # torchrun's or SLURM's
+    monkeypatch.setenv(launched.LAUNCHER, str(os.getppid()))
+    assert not launched.launcher_is_gone()
+    monkeypatch.setenv(launched.LAUNCHER, str(os.getpid()))
+    assert launched.launcher_is_gone()
 
 
 def test_in_one_process_clock_and_signal_are_its_own() -> None:

@@ -6,6 +6,7 @@ import pytest
 import tifffile
 import typer
 
+from histossl.backbones import create_backbone, save_backbone
 from histossl.cli import app
 
 SMALL = "--backbone resnet10t --weights random --steps 1 --batch-size 8 --view-px 32 --workers 0"
@@ -40,6 +41,11 @@ def test_pretrain_tells_what_tiling_found_wrong_as_tile_does(paint, cli, tmp_pat
         ("--set quue_size=5", "did you mean 'queue_size'"),
         ("--method dinov2", "take a ViT"),
         ("--view-set blur=0.5", "view-set"),
+        ("--labels nowhere.csv", "nowhere.csv"),
+        ("--exclude nowhere.txt", "--exclude nowhere.txt: cannot be read"),
+        ("--subset nowhere", "no finished one of that name"),
+        ("--precision bf61", "must be auto"),
+        ("--recompute", "is no ViT"),
     ],
 )
 def test_a_mistake_that_needs_no_tiles_is_told_before_hours_of_tiling(
@@ -101,3 +107,14 @@ def test_tiles_of_no_size_or_scale_are_refused(paint, cli, tmp_path: Path, optio
     told = cli("pretrain", "--slides", slides, "-w", tmp_path / "lab", option, 0, *SMALL.split())
     assert told.code == 2
     assert f"error: {option} 0" in told.err
+
+
+def test_a_finished_run_needs_its_weights_no_more(paint, cli, tmp_path: Path) -> None:
+    slides = paint("A1.tif", label="normal").path.parent
+    save_backbone(tmp_path / "start.safetensors", *create_backbone("resnet10t", "random"))
+    options = SMALL.replace("--weights random", f"--weights {tmp_path / 'start.safetensors'}").split()
+    assert cli("pretrain", "--slides", slides, "-w", tmp_path / "lab", *options).code == 0
+    (tmp_path / "start.safetensors").unlink()
+    told = cli("pretrain", "--slides", slides, "-w", tmp_path / "lab", *options)
+    assert told.code == 0, told.err
+    assert "finished before" in told.err

@@ -174,6 +174,25 @@ def test_memory_that_runs_out_behind_the_backward_pass_leaves_the_scaler_ready()
     assert scaler.get_scale() == 8.0
 
 
+def test_fp16_blames_its_scale_for_gradients_and_not_for_the_loss() -> None:
+    """The loss is not scaled: where it is infinite a smaller scale would not help, and the run stops after five."""
+
+    class Broken(Parabola):
+        def forward(self, views: Views) -> Outcome:
+            outcome = super().forward(views)
+            return outcome._replace(loss=outcome.loss + math.inf)
+
+    overflowing = Parabola()
+    overflowing.weight.register_hook(lambda gradient: gradient * math.inf)
+    for method, last, scale in ((Broken(), 5, 8.0), (overflowing, 8, 1 / 16)):
+        scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
+        optimizer = torch.optim.SGD([method.weight], lr=1.0)
+        steps = train(method, optimizer, stream([1.0] * 9), lambda step: 0.2, 0, 9, CPU, Precision(), scaler, 1e9)
+        with pytest.raises(TrainingError, match=rf"step {last}: .*not finite 5 times in a row"):
+            list(steps)
+        assert scaler.get_scale() == pytest.approx(scale, rel=1)
+
+
 def test_the_next_views_are_made_before_the_step_is_taken() -> None:
     """So that on a GPU they stand in line while the host waits to hear whether the gradient is finite."""
     method = Parabola()
