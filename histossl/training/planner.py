@@ -101,7 +101,7 @@ def plan(
     if training.of_the_pass and micro_batches > 1:
         reasons.append(_of_the_pass_reason(training, batch, micro_batches))
     if training.in_batch:
-        reasons.append(_in_batch_reason(batch, micro_batches))
+        reasons.append(in_batch_reason(batch, micro_batches))
     elif batchnorm and batchnorm_group:
         fitted["batchnorm_group_tiles"] = _group(batch, batch // pieces, batchnorm_group, num_processes, reasons)
     return Plan(
@@ -145,7 +145,7 @@ def _of_the_pass_reason(training: Training, batch: int, micro_batches: int) -> s
     return f"warning: only the {seen:,} tiles of a pass, not the batch of {batch:,}, are seen by {training.of_the_pass}"
 
 
-def _in_batch_reason(batch: int, micro_batches: int) -> str:
+def in_batch_reason(batch: int, micro_batches: int) -> str:
     """What a method without a queue has to tell a tile from."""
     told = f"negatives: the {batch // micro_batches - 1:,} other tiles of a pass, of all processes together"
     if micro_batches == 1:

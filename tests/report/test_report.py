@@ -356,7 +356,7 @@ def test_the_page_tells_what_pretraining_said_of_itself(reported, tmp_path):
     plan["knobs"] = {"momentum": 0.99, "batchnorm_group_tiles": 32}
     run.run_json.write_text(json.dumps(asked | plan))
     told = words(Page(render(read_content(moved, copied))))
-    assert "Adaptation did not help on the labelled training slides: no look scored above the start (0.600)" in told
+    assert "Adaptation did not help on the labelled training slides: no look of the probe" in told
     assert "Step 5: features < fall together." in told
     settings = told[told.index("Settings of this run") :]
     for one in ("lr 0.03", "weight-decay 0.0001", "warmup-steps 2", "steps 10", "knobs momentum 0.99"):
