@@ -1,5 +1,6 @@
 """Slides sent to a Dask cluster: the same zips as made here, also when a worker is killed midway."""
 
+import gc
 import os
 import signal
 import threading
@@ -74,6 +75,8 @@ def test_an_address_that_is_none_is_one_clear_error(workspace, painted_slide):
 
 
 def test_a_cluster_without_workers_is_told(workspace, painted_slide, capsys):
+    gc.collect()  # clients of the tests before that never connected: Dask closes them where they are collected, and in
+    # the loop of this test's worker, which is of the same process, that would be for ever
     with distributed.LocalCluster(
         n_workers=0,
         threads_per_worker=1,
