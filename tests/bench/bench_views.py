@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_views.py [WORKSPACE]        # without one: synthetic tiles of 256 px
 
 Two minutes. Targets on one core, ratios within a run: the loader's share (decoding) at least 50x the reference
-pipeline of MoCo v2, and at least 2x with the views made on the same core. Last, JPEG jitter beside simplejpeg and Pillow.
+pipeline of MoCo v2, and at least 2x with the views made on the same core. Last, JPEG jitter
+beside simplejpeg and Pillow.
 """
 
 import io
