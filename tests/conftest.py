@@ -39,8 +39,8 @@ import pytest
 import torch
 
 from histossl.cli import main
+from histossl.core.workspace import Workspace
 from histossl.demo.paint import PaintedSlide, paint_archive, paint_slide
-from histossl.workspace import Workspace
 
 DATA = Path(os.environ.get("HISTOSSL_TEST_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
 

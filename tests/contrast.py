@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from histossl.methods import gather
 from histossl.methods.method import Method, Views
+from histossl.runtime import collectives
 
 WIDTH = 6
 
@@ -27,9 +27,9 @@ def views(first_tile: int = 0, count: int = 8, step: int = 0) -> Views:
 def own_views(count: int = 8) -> Views:
     """This process's part of a batch, as many tiles in all."""
     whole = views(count=count)
-    images = [gather.own_part(image) for image in whole.images]
+    images = [collectives.own_part(image) for image in whole.images]
     return whole._replace(
-        images=images, tiles_B=gather.own_part(whole.tiles_B), slides_B=gather.own_part(whole.slides_B)
+        images=images, tiles_B=collectives.own_part(whole.tiles_B), slides_B=collectives.own_part(whole.slides_B)
     )
 
 
@@ -42,7 +42,7 @@ def loss_and_gradients(method: Method) -> list[torch.Tensor]:
     buffers = [b for n, b in method.named_buffers() if "running" in n]
     method.after_step([outcome.carry], 0.5)
     rest = [method.queue_KD, method.queue_tiles_K] if hasattr(method, "queue_KD") else []
-    return [gather.mean_over_processes(each) for each in found if each is not None] + buffers + rest
+    return [collectives.mean_over_processes(each) for each in found if each is not None] + buffers + rest
 
 
 def made_constant(method: Method) -> Method:

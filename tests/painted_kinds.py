@@ -22,7 +22,7 @@ import tifffile
 from scipy.ndimage import gaussian_filter
 
 from histossl.demo.paint import Stain
-from histossl.tiles.index import TileIndex
+from histossl.tiles.store.index import TileIndex
 
 KINDS = ("stroma", "lymphocytes", "blood", "mucin", "keratin")
 CELL_PX, SIDE_CELLS, MPP = 64, 17, 0.5

@@ -18,10 +18,10 @@ import h5py
 import numpy as np
 from synthetic_store import write_synthetic_store
 
-from histossl.evaluation.heads import DEFAULT_STRENGTH, _logistic
-from histossl.evaluation.splits import _k_fold
-from histossl.evaluation.tables import Budget, Prediction, read_predictions, write_predictions
-from histossl.workspace import FinetuneDir, Workspace
+from histossl.core.workspace import FinetuneDir, Workspace
+from histossl.heads.feature_heads import DEFAULT_STRENGTH, _logistic
+from histossl.labels.splits import _k_fold
+from histossl.stats.tables import Budget, Prediction, read_predictions, write_predictions
 
 DIMENSIONS = 12
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 import numpy as np
 import simplejpeg
 
-from histossl.config import TileConfig
-from histossl.tiles.index import TileIndex
-from histossl.tiles.store import new_store, scale_name
-from histossl.workspace import Workspace
+from histossl.core.config import TileConfig
+from histossl.core.workspace import Workspace
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.store.zip_store import new_store, scale_name
 
 
 def synthetic_tile(slide: int, tile: int, tile_px: int) -> np.ndarray:

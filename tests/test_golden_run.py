@@ -23,7 +23,7 @@ import torch
 from conftest import PaintedArchive
 from safetensors.numpy import load_file
 
-from histossl.workspace import Workspace
+from histossl.core.workspace import Workspace
 
 GOLDEN = Path(__file__).with_name("golden.json")
 # timm names, and the options that make them small: a CNN by contrast and a ViT by self-distillation.

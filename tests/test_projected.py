@@ -8,8 +8,8 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 
-from histossl.backbones import Projected, create_backbone, load_backbone, save_backbone, weights_digest
-from histossl.errors import WeightsError
+from histossl.backbones.loading import Projected, create_backbone, load_backbone, save_backbone, weights_digest
+from histossl.core.errors import WeightsError
 from histossl.methods.simclrv2 import SimCLRv2, SimCLRv2Config
 from histossl.views.recipe import recipe_named
 

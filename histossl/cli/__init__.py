@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
-from histossl import __version__, console
-from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, slides, tiles, views
-from histossl.errors import HistosslError, UsageError
-from histossl.launched import failed_before, is_launched, tell_end, tell_launcher
+from histossl import __version__
+from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, scan, tile, views
+from histossl.core import console
+from histossl.core.errors import HistosslError, UsageError
+from histossl.runtime.launcher_messages import failed_before, is_launched, tell_end, tell_launcher
 
 # Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
 # own loader's threads, or anybody else on the machine, spinning costs several times what it saves (examples/LOG.md).
@@ -56,7 +57,7 @@ def root(
     pass
 
 
-for room in (demo, bench, slides, curate, methods, pretrain, distill, evaluate, report, tiles, views):
+for room in (demo, bench, scan, curate, methods, pretrain, distill, evaluate, report, tile, views):
     room.register(app)
 
 

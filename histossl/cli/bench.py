@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from histossl import console
 from histossl.cli.options import WorkspaceOption, above_0
-from histossl.errors import StoreError, UsageError
-from histossl.workspace import Workspace
+from histossl.core import console
+from histossl.core.errors import StoreError, UsageError
+from histossl.core.workspace import Workspace
 
 if TYPE_CHECKING:
-    from histossl.tiles.index import TileIndex
+    from histossl.tiles.store.index import TileIndex
 
 bench = typer.Typer(
     help="Measure this machine: how fast tiles are read, decoded, made into views and learnt from, what limits, and "
@@ -76,9 +76,9 @@ def whole(
         raise UsageError(f"--tile-px {tile_px}: must be 32 to 4096")
     import torch
 
-    from histossl.config import PretrainConfig
-    from histossl.training.operation import Operation
-    from histossl.training.rates import advice, measure
+    from histossl.bench.step_rates import advice, measure
+    from histossl.core.config import PretrainConfig
+    from histossl.training.setup.run_options import Operation
 
     gpu = torch.cuda.is_available()
     config = PretrainConfig(
@@ -105,8 +105,8 @@ def whole(
 @contextmanager
 def _tiles(workspace: Path | None, tile_px: int) -> Iterator[TileIndex]:
     """Those of the workspace; synthetic ones where it was not named and has none."""
-    from histossl.tiles.index import TileIndex
-    from histossl.training.rates import synthetic_tiles
+    from histossl.bench.step_rates import synthetic_tiles
+    from histossl.tiles.store.index import TileIndex
 
     at = Workspace.at(workspace)
     try:
@@ -138,8 +138,8 @@ def views(
     ] = None,
 ) -> None:
     """Read, decode and augment tiles, and say how many a second that makes, beside Pillow and torchvision."""
-    from histossl.tiles.index import TileIndex
-    from histossl.views.bench import SyntheticStore, TileStore, advice, view_rates
+    from histossl.bench.view_rates import SyntheticStore, TileStore, advice, view_rates
+    from histossl.tiles.store.index import TileIndex
     from histossl.views.recipe import recipe_named
 
     if not 16 <= tiles <= 4096:
@@ -191,10 +191,10 @@ def train(
 
     import torch
 
-    from histossl.config import PretrainConfig
-    from histossl.tiles.index import TileIndex
-    from histossl.training.beforehand import step_times_s
-    from histossl.training.operation import Operation
+    from histossl.core.config import PretrainConfig
+    from histossl.tiles.store.index import TileIndex
+    from histossl.training.plan import step_times_s
+    from histossl.training.setup.run_options import Operation
 
     at = Workspace.at(workspace)
     index = TileIndex.open(at)
@@ -244,9 +244,9 @@ def tile(
     repeats: Annotated[int, typer.Option(help="How often each figure is measured, 1-50.")] = 3,
 ) -> None:
     """Cut one slide into tiles in each way it allows, and by the usual loop (openslide-python and Pillow) beside it."""
-    from histossl.config import TileConfig
-    from histossl.slides.scale import PLAUSIBLE_MPP
-    from histossl.tiles.measure import measure_tiling
+    from histossl.bench.tiling_rates import measure_tiling
+    from histossl.core.config import TileConfig
+    from histossl.slides.reading.mpp import PLAUSIBLE_MPP
 
     if slide_mpp is not None and not PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1]:
         raise UsageError(

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from histossl import console
 from histossl.cli.options import ConfigOption, WorkspaceOption, above_0
-from histossl.config import CurateConfig, EmbedConfig
-from histossl.errors import UsageError
-from histossl.workspace import Workspace, refuse_while_tiling
+from histossl.core import console
+from histossl.core.config import CurateConfig, EmbedConfig
+from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace, refuse_while_tiling
 
 DEFAULTS = CurateConfig()
 RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)
@@ -110,8 +110,8 @@ def curate(
     """
     from histossl.curation.curate import curate as stage
     from histossl.curation.curate import embedder_for, example_slides
-    from histossl.evaluation.left_out import excluded_slides, slides_of_test_patients
-    from histossl.tiles.index import TileIndex
+    from histossl.labels.exclusions import excluded_slides, slides_of_test_patients
+    from histossl.tiles.store.index import TileIndex
 
     del config
     settings = CurateConfig(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from histossl.cli.options import ConfigOption
-from histossl.errors import UsageError
+from histossl.core.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from histossl import console
 from histossl.cli import pretrain as pretraining
 from histossl.cli.options import above_0
-from histossl.cli.tiles import tell_tiled
-from histossl.config import DistillConfig, PretrainConfig
-from histossl.errors import UsageError
-from histossl.launched import is_launched
-from histossl.workspace import Workspace, refuse_while_tiling
+from histossl.cli.tile import tell_tiled
+from histossl.core import console
+from histossl.core.config import DistillConfig, PretrainConfig
+from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace, refuse_while_tiling
+from histossl.runtime.launcher_messages import is_launched
 
 if TYPE_CHECKING:
-    from histossl.backbones import BackboneInfo
-    from histossl.evaluation.model import Model
+    from histossl.backbones.loading import BackboneInfo
+    from histossl.heads.model_folder import Model
     from histossl.methods.distillation import Teacher
-    from histossl.tiles.index import TileIndex
-    from histossl.training.operation import Operation
+    from histossl.tiles.store.index import TileIndex
+    from histossl.training.setup.run_options import Operation
 
 NAME = "distillation"
 # Of pretrain's options: those that a teacher decides, or that are spelled otherwise here.
@@ -105,15 +105,15 @@ def distill(
     Leaves a backbone as `pretrain` does, and a model folder for `histossl predict`. The same command resumes.
     """
     from histossl.evaluation.distill import leave_model, look_at_teacher, sample_of, slides_held_out
-    from histossl.evaluation.left_out import excluded_slides, labelled_slides, slides_of_test_patients, without
-    from histossl.evaluation.model import load_model
     from histossl.evaluation.predict import refuse_other_tiles, tile_config
     from histossl.evaluation.probe import probe_of
-    from histossl.evaluation.teacher import teacher_of
+    from histossl.heads.model_folder import load_model
+    from histossl.heads.torch_heads import teacher_of
+    from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
     from histossl.methods.distillation import DistillationConfig
-    from histossl.tiles.index import TileIndex
-    from histossl.training.beforehand import check, show_plan
-    from histossl.training.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.tiles.store.index import TileIndex
+    from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
     at = Workspace.at(shared["workspace"])
@@ -184,7 +184,7 @@ _with_shared_options(distill)
 def _settings(
     model: Model, student: str, weights: str, targets: str, temperature: float, view_px: int, shared: dict[str, Any]
 ) -> DistillConfig:
-    from histossl.backbones import load_backbone
+    from histossl.backbones.loading import load_backbone
 
     of_teacher = model.folder / "backbone.safetensors"
     timm_name = load_backbone(of_teacher)[1].timm_name
@@ -206,13 +206,13 @@ def _settings(
 
 
 def _student_info(settings: DistillConfig) -> BackboneInfo:
-    from histossl.backbones import create_backbone
+    from histossl.backbones.loading import create_backbone
 
     return create_backbone(settings.backbone, "random")[1]
 
 
 def _operation(shared: dict[str, Any], num_processes: int) -> Operation:
-    from histossl.training.operation import Operation
+    from histossl.training.setup.run_options import Operation
 
     every_s, every_steps = pretraining._every(shared["checkpoint_every"])
     workers = shared["workers"]
@@ -240,7 +240,7 @@ def _say_who(settings: DistillConfig, model: Model, taught: Teacher, tested: set
     missing = [each for each in model.info.classes if each not in taught.classes]
     if missing:
         console.warn(f"the teacher never saw {', '.join(missing)}; the student will not know it either")
-    from histossl.evaluation.learnt import slides_learnt
+    from histossl.labels.training_slides import slides_learnt
 
     known = slides_learnt(model.info.provenance, index).slides
     if tested:

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from histossl.cli.options import ON_OFF, ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
-from histossl.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
-from histossl.errors import UsageError
-from histossl.workspace import Workspace
+from histossl.core.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
+from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace
 
 LabelsOption = Annotated[
     Path,
@@ -304,7 +304,7 @@ def finetune(
     Patients never stand on both sides of a split. The same command goes on where it was interrupted.
     """
     from histossl.evaluation.finetune import finetune as stage
-    from histossl.training.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, launch, num_processes_for
 
     del config  # its values have become the defaults above
     if tune and train == "head":

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from histossl import console
+from histossl.core import console
 from histossl.methods import REGISTRY, TAUGHT, classes_of, entry_of
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from histossl.config import read_toml
-from histossl.errors import UsageError
+from histossl.core.config import read_toml
+from histossl.core.errors import UsageError
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from histossl import console
 from histossl.cli.options import (
     MPP_CSV_HELP,
     ON_OFF,
@@ -25,16 +24,17 @@ from histossl.cli.options import (
     WorkspaceOption,
     above_0,
 )
-from histossl.cli.tiles import tell_tiled
-from histossl.config import PretrainConfig, TileConfig
-from histossl.errors import StoreError, UsageError
+from histossl.cli.tile import tell_tiled
+from histossl.core import console
+from histossl.core.config import PretrainConfig, TileConfig
+from histossl.core.errors import StoreError, UsageError
 from histossl.methods import self_supervised
 
 if TYPE_CHECKING:
-    from histossl.tiles.index import TileIndex
-    from histossl.training.operation import Operation
+    from histossl.core.workspace import Workspace
+    from histossl.tiles.store.index import TileIndex
     from histossl.training.pretrain import Result
-    from histossl.workspace import Workspace
+    from histossl.training.setup.run_options import Operation
 
 DEFAULTS = PretrainConfig()
 # Where the help lists an option. Those that a first run needs have no panel and come first.
@@ -286,15 +286,15 @@ def pretrain(
     ] = True,
 ) -> int:
     """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
-    from histossl.evaluation.left_out import excluded_slides, labelled_slides, slides_of_test_patients, without
+    from histossl.core.workspace import Workspace, refuse_while_tiling
     from histossl.evaluation.probe import probe_of
-    from histossl.launched import is_launched
-    from histossl.tiles.index import TileIndex
-    from histossl.training.beforehand import check, show_plan
-    from histossl.training.distributed import is_worker, launch, num_processes_for
-    from histossl.training.operation import Operation
+    from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
+    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.launcher_messages import is_launched
+    from histossl.tiles.store.index import TileIndex
+    from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
-    from histossl.workspace import Workspace, refuse_while_tiling
+    from histossl.training.setup.run_options import Operation
 
     del config  # read before any other option, by its callback
     every_s, every_steps = _every(checkpoint_every)
@@ -400,9 +400,9 @@ def _refuse_beforehand(
     settings: PretrainConfig, operation: Operation, at: Workspace, labels: Path | None, exclude: Path | None
 ) -> None:
     """Mistakes that no tile is needed to see."""
-    from histossl.evaluation.label_file import read_rows
-    from histossl.evaluation.left_out import read_exclusions
-    from histossl.training.prepared import refuse_unknown
+    from histossl.labels.exclusions import read_exclusions
+    from histossl.labels.label_csv import read_rows
+    from histossl.training.setup.run import refuse_unknown
 
     refuse_unknown(settings, operation)
     with console.muted(True):  # it is read again, when its slides are known

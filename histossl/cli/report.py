@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from histossl.cli.options import ConfigOption, WorkspaceOption
-from histossl.config import nearest
-from histossl.errors import UsageError
-from histossl.workspace import Workspace
+from histossl.core.config import nearest
+from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace
 
 MAPS = ("pca", "umap")
 

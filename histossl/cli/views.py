@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from histossl import console
 from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
-from histossl.config import TileConfig
-from histossl.errors import SlideError, StoreError, UsageError
-from histossl.workspace import Workspace, written_aside
+from histossl.core import console
+from histossl.core.config import TileConfig
+from histossl.core.errors import SlideError, StoreError, UsageError
+from histossl.core.workspace import Workspace, written_aside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +61,8 @@ def views(
     """
     import torch
 
+    from histossl.views.contact_sheet import contact_sheet
     from histossl.views.recipe import make_views, recipe_named, with_settings
-    from histossl.views.sheet import contact_sheet
 
     if not 1 <= tiles <= MOST_TILES:
         raise UsageError(f"--tiles {tiles}: must be 1 to {MOST_TILES}")
@@ -92,9 +92,9 @@ def views(
 
 def _from_store(at: Workspace, count: int, seed: int) -> tuple[list[str], Tensor]:
     """Tiles of the workspace, every slide as likely as any other."""
-    from histossl.tiles.index import TileIndex
-    from histossl.tiles.loading import decode_good_tiles
-    from histossl.tiles.sampling import TileOrder
+    from histossl.tiles.store.index import TileIndex
+    from histossl.tiles.stream.loader import decode_good_tiles
+    from histossl.tiles.stream.sampler import TileOrder
 
     index = TileIndex.open(at)
     order = TileOrder(index, seed, slide_balance=1.0)
@@ -114,7 +114,7 @@ def _from_slides(
     import numpy as np
     import torch
 
-    from histossl.slides.files import walk
+    from histossl.slides.archive import walk
 
     files = walk(directory).found
     chance = np.random.default_rng(seed)
@@ -143,8 +143,8 @@ def _cut(
     import numpy as np
 
     from histossl.slides.grid import physical_grid
-    from histossl.slides.reader import open_slide
-    from histossl.slides.tissue import find_tissue
+    from histossl.slides.quality.tissue import find_tissue
+    from histossl.slides.reading.slide import open_slide
 
     with open_slide(path, slide_mpp) as slide:
         grid = physical_grid(slide, config.tile_px, config.mpp)

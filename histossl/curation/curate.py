@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from histossl import console
-from histossl.backbones import create_backbone, load_backbone
-from histossl.config import (
+from histossl.backbones.loading import create_backbone, load_backbone
+from histossl.core import console
+from histossl.core.config import (
     CurateConfig,
     EmbedConfig,
     FinetuneConfig,
@@ -29,20 +29,20 @@ from histossl.config import (
     refuse_other_config,
     write_run,
 )
-from histossl.curation.balance import Tree, balanced, clusters_for, tree_of
-from histossl.curation.duplicates import ONE_CELL, Copies, bands_of, find_copies
+from histossl.core.errors import LabelsError, MismatchError, UsageError
+from histossl.core.workspace import SubsetDir, Workspace, written_aside
+from histossl.curation.contact_sheet import Section, Strip, place_of, write_sheet
 from histossl.curation.features import Features, embed_tiles
+from histossl.curation.hierarchical_kmeans import Tree, balanced, clusters_for, tree_of
+from histossl.curation.near_duplicates import ONE_CELL, Copies, bands_of, find_copies
 from histossl.curation.retrieve import Retrieved, retrieve, thinned
-from histossl.curation.sheet import Section, Strip, place_of, write_sheet
-from histossl.errors import LabelsError, MismatchError, UsageError
-from histossl.evaluation.embed import Embedder, backbone_embedder, device_of
-from histossl.evaluation.label_file import read_rows
-from histossl.evaluation.slide_names import SlideNames
-from histossl.evaluation.starts import resolve_starts
-from histossl.tiles.index import TileIndex
-from histossl.tiles.sampling import Ints
-from histossl.tiles.subset import open_subset, tiles_per_slide, write_subset
-from histossl.workspace import SubsetDir, Workspace, written_aside
+from histossl.features.extraction import Embedder, backbone_embedder, device_of
+from histossl.features.initialisations import resolve_starts
+from histossl.labels.label_csv import read_rows
+from histossl.labels.slide_lookup import SlideNames
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.store.subset import open_subset, tiles_per_slide, write_subset
+from histossl.tiles.stream.sampler import Ints
 
 PAIRS_SHOWN = 12  # of a band
 CLUSTERS_SHOWN, TILES_SHOWN = 12, 8

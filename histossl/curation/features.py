@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from histossl import console
-from histossl.config import EmbedConfig
-from histossl.errors import StoreError, WeightsError
-from histossl.evaluation.embed import Embedder
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import tile_batches
-from histossl.tiles.sampling import Ints
+from histossl.core import console
+from histossl.core.config import EmbedConfig
+from histossl.core.errors import StoreError, WeightsError
+from histossl.features.extraction import Embedder
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.stream.loader import tile_batches
+from histossl.tiles.stream.sampler import Ints
 
 SHOWN_SHARE = 0.1  # of the backbone in how much two tiles are copies; see duplicates.py
 PICTURE_SIDE = 16

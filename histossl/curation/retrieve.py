@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from histossl.config import NEIGHBOURS
-from histossl.curation.balance import water_filled
+from histossl.core.config import NEIGHBOURS
+from histossl.curation.faiss_kmeans import nearest
 from histossl.curation.features import PIECE, Floats, pieces
-from histossl.curation.near import nearest
-from histossl.tiles.sampling import Ints, keys
+from histossl.curation.hierarchical_kmeans import water_filled
+from histossl.tiles.stream.sampler import Ints, keys
 
 EXAMPLES_MOST = 10_000
 RANKS_MOST = 1000

@@ -11,10 +11,10 @@ import imagecodecs
 import numpy as np
 import tifffile
 
+from histossl.core.errors import UsageError
 from histossl.demo.layout import Bools, Pixels
 from histossl.demo.paint import paint_pixels, refuse_unpaintable
 from histossl.demo.pyramid import JPEG_QUALITY, halved, level_options
-from histossl.errors import UsageError
 
 
 def paint_huge_slide(

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from histossl.core.errors import UsageError
 from histossl.demo.cells import painted_ground, painted_nuclei
 from histossl.demo.flaws import EDGE_OD, blurred, cover_slip_edge, folded, pen_strokes
 from histossl.demo.layout import (
@@ -46,7 +47,6 @@ from histossl.demo.layout import (
     smooth_step,
 )
 from histossl.demo.pyramid import write_pyramid
-from histossl.errors import UsageError
 
 CLASSES = ("normal", "adenoma", "carcinoma")
 PENS = ("blue", "green", "red", "black")

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from histossl import console
-from histossl.config import (
+from histossl.core import console
+from histossl.core.config import (
     FinetuneConfig,
     PretrainConfig,
     ScanConfig,
@@ -26,9 +26,9 @@ from histossl.config import (
     require,
     write_run,
 )
+from histossl.core.errors import MismatchError, UsageError
+from histossl.core.workspace import Workspace, written_aside
 from histossl.demo.paint import CLASSES, paint_archive
-from histossl.errors import MismatchError, UsageError
-from histossl.workspace import Workspace, written_aside
 
 SLIDES_PER_PATIENT = 2
 SIDE_PX, SLIDE_MPP = 2048, 0.5  # of a painted slide
@@ -84,10 +84,10 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
     # These bring torch and scikit-learn, which painting alone does not need.
     from histossl.evaluation.finetune import finetune
     from histossl.slides.scan import scan
-    from histossl.tiles.index import TileIndex
+    from histossl.tiles.store.index import TileIndex
     from histossl.tiles.tiling import tile_archive
-    from histossl.training.operation import Operation
     from histossl.training.pretrain import pretrain
+    from histossl.training.setup.run_options import Operation
 
     started_s = time.monotonic()
     at = DemoDir(output)

@@ -22,20 +22,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from histossl import console
-from histossl.backbones import BackboneInfo, load_backbone
-from histossl.config import DistillConfig
-from histossl.errors import TrainingError, UsageError
-from histossl.evaluation.embed import slide_tiles
-from histossl.evaluation.model import Model, save_model
-from histossl.evaluation.slide_names import SlideNames
-from histossl.evaluation.teacher import present_classes, student_head
+from histossl.backbones.loading import BackboneInfo, load_backbone
+from histossl.core import console
+from histossl.core.config import DistillConfig
+from histossl.core.errors import TrainingError, UsageError
+from histossl.core.workspace import PretrainDir
+from histossl.features.extraction import slide_tiles
+from histossl.heads.model_folder import Model, save_model
+from histossl.heads.torch_heads import present_classes, student_head
+from histossl.labels.slide_lookup import SlideNames
 from histossl.methods.distillation import Teacher, entropy
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_good_tiles
-from histossl.tiles.subset import open_subset
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.store.subset import open_subset
+from histossl.tiles.stream.loader import decode_good_tiles
 from histossl.views.recipe import clean_view
-from histossl.workspace import PretrainDir
 
 SLIDES_LOOKED_AT, TILES_OF_EACH = 64, 16
 NEARLY_HARD = 0.1  # of the entropy of a teacher that knows nothing, below which soft labels are hardly soft

@@ -17,22 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from histossl import console
-from histossl.config import EmbedConfig, FinetuneConfig, commands_with, plain, read_run, refuse_other_config, write_run
-from histossl.errors import LabelsError
-from histossl.evaluation import curves, tables
-from histossl.evaluation import labels as labelling
-from histossl.evaluation.embed import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
-from histossl.evaluation.for_use import comes_before, for_use, other_model, scored_higher
-from histossl.evaluation.items import labelled_items, show_labels, show_missing
+from histossl.core import console
+from histossl.core.config import (
+    EmbedConfig,
+    FinetuneConfig,
+    commands_with,
+    plain,
+    read_run,
+    refuse_other_config,
+    write_run,
+)
+from histossl.core.errors import LabelsError
+from histossl.core.workspace import FinetuneDir, Workspace, refuse_while_tiling
 from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
-from histossl.evaluation.label_file import read_rows
-from histossl.evaluation.labels import LabelTable
-from histossl.evaluation.leaks import leak_statement, leaks_together
-from histossl.evaluation.learners import EndToEnd, Frozen, Learner, head_label, head_of
-from histossl.evaluation.learnt import contents_of
-from histossl.evaluation.model import ModelInfo, is_model_of, start_of_model
-from histossl.evaluation.same_run import (
+from histossl.evaluation.model_selection import comes_before, for_use, other_model, scored_higher
+from histossl.evaluation.run_identity import (
     labelled_digest,
     refuse_other_architecture,
     refuse_other_runs,
@@ -41,24 +40,26 @@ from histossl.evaluation.same_run import (
     rename_lone_run,
     take_up_lone_run,
 )
-from histossl.evaluation.site import check_site, warn_of_sites
-from histossl.evaluation.slide_names import SlideNames
-from histossl.evaluation.splits import (
-    Part,
-    Splits,
-    make_splits,
-    read_splits,
-    seed_of,
-    site_names,
-    write_splits,
-)
-from histossl.evaluation.starts import Start, Starts, refuse_unloadable, resolve_starts, scale_notes, with_floor
-from histossl.evaluation.tables import Prediction
-from histossl.evaluation.team import Team, held_by, team_on
+from histossl.evaluation.site_confounding import check_site, warn_of_sites
+from histossl.evaluation.work_sharing import Team, held_by, team_on
+from histossl.features.extraction import COLOUR, Bags, Embedder, device_of, embed_slides, slide_tiles
+from histossl.features.initialisations import Start, Starts, refuse_unloadable, resolve_starts, scale_notes, with_floor
+from histossl.heads.learners import EndToEnd, Frozen, Learner, head_label, head_of
+from histossl.heads.model_folder import ModelInfo, is_model_of, start_of_model
+from histossl.labels import label_table as labelling
+from histossl.labels.label_csv import read_rows
+from histossl.labels.label_table import LabelTable
+from histossl.labels.leakage import leak_statement, leaks_together
+from histossl.labels.load_labels import labelled_items, show_labels, show_missing
+from histossl.labels.slide_lookup import SlideNames
+from histossl.labels.splits import Part, Splits, make_splits, read_splits, seed_of, site_names, write_splits
+from histossl.labels.training_slides import contents_of
 from histossl.report.html import write_report
 from histossl.slides.ledger import read_ledger
-from histossl.tiles.index import TileIndex
-from histossl.workspace import FinetuneDir, Workspace, refuse_while_tiling
+from histossl.stats import tables
+from histossl.stats import verdict as curves
+from histossl.stats.tables import Prediction
+from histossl.tiles.store.index import TileIndex
 
 MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels and starts are held by their digests
 

@@ -14,10 +14,10 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_tiles
+from histossl.core.workspace import written_aside
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.stream.loader import decode_tiles
 from histossl.views.recipe import clean_view
-from histossl.workspace import written_aside
 
 MAP = "viridis"
 OPACITY = 0.55

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histossl.errors import MismatchError
-from histossl.evaluation.splits import Part
-from histossl.evaluation.tables import Budget
+from histossl.core.errors import MismatchError
+from histossl.labels.splits import Part
+from histossl.stats.tables import Budget
 
 DIGITS = 9  # of a probability
 

@@ -15,11 +15,11 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl import console
-from histossl.backbones import BackboneInfo
-from histossl.evaluation.labels import LabelTable
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_good_tiles
+from histossl.backbones.loading import BackboneInfo
+from histossl.core import console
+from histossl.labels.label_table import LabelTable
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.stream.loader import decode_good_tiles
 from histossl.views.recipe import clean_view
 
 TILES_PER_SLIDE = 32

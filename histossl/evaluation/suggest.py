@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from histossl import console
-from histossl.config import EmbedConfig, FinetuneConfig
-from histossl.errors import UsageError
-from histossl.evaluation.embed import COLOUR, Bags, device_of, embed_slides, slide_tiles
-from histossl.evaluation.for_use import PREFERRED
-from histossl.evaluation.heads import Floats, Ints, MeanHead
-from histossl.evaluation.items import labelled_items
-from histossl.evaluation.starts import resolve_starts
-from histossl.tiles.index import TileIndex
-from histossl.workspace import Workspace, refuse_while_tiling, written_aside
+from histossl.core import console
+from histossl.core.config import EmbedConfig, FinetuneConfig
+from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace, refuse_while_tiling, written_aside
+from histossl.evaluation.model_selection import PREFERRED
+from histossl.features.extraction import COLOUR, Bags, device_of, embed_slides, slide_tiles
+from histossl.features.initialisations import resolve_starts
+from histossl.heads.feature_heads import Floats, Ints, MeanHead
+from histossl.labels.load_labels import labelled_items
+from histossl.tiles.store.index import TileIndex
 
 NUM_HEADS = 12
 DISAGREEMENT_COUNTS = 1.0  # a slide that heads disagree on fully is worth this many times its coverage on top

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from histossl.config import nearest
-from histossl.errors import UsageError
+from histossl.core.config import nearest
+from histossl.core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ REGISTRY: dict[str, Entry] = {
         "dinov2-histology",
     ),
     "rotation": Entry(
-        "histossl.methods.rotation",
+        "histossl.methods.pretext.rotation",
         "Rotation",
         "RotationConfig",
         "telling by how many quarters a tile was turned",
@@ -115,7 +115,7 @@ REGISTRY: dict[str, Entry] = {
         "rotation-histology",
     ),
     "context": Entry(
-        "histossl.methods.context",
+        "histossl.methods.pretext.context",
         "Context",
         "ContextConfig",
         "telling on which side of a patch its neighbour lies",
@@ -125,7 +125,7 @@ REGISTRY: dict[str, Entry] = {
         "context-histology",
     ),
     "jigsaw": Entry(
-        "histossl.methods.jigsaw",
+        "histossl.methods.pretext.jigsaw",
         "Jigsaw",
         "JigsawConfig",
         "telling in which order nine patches lie",
@@ -135,7 +135,7 @@ REGISTRY: dict[str, Entry] = {
         "jigsaw-histology",
     ),
     "colorization": Entry(
-        "histossl.methods.colorization",
+        "histossl.methods.pretext.colorization",
         "Colorization",
         "ColorizationConfig",
         "telling a tile's colours from its lightness",

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from histossl.methods.method import Rate, Training
-from histossl.methods.selfdistillation import SelfDistillation, SelfDistillationConfig
+from histossl.methods.self_distillation import SelfDistillation, SelfDistillationConfig
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.config import knob, nearest, require
-from histossl.errors import UsageError
-from histossl.methods import gather
-from histossl.methods.batchnorm import average_batchnorm_buffers, globalise_batchnorms
-from histossl.methods.losses import distillation
+from histossl.core.config import knob, nearest, require
+from histossl.core.errors import UsageError
+from histossl.methods.losses.contrastive import distillation
 from histossl.methods.method import Method, Outcome, Rate, Training, Views
+from histossl.methods.modules.batchnorm import average_batchnorm_buffers, globalise_batchnorms
+from histossl.runtime import collectives
 from histossl.views.recipe import ViewRecipe
 
 CHEN = "Chen et al. 2020, arXiv 2006.10029"
@@ -167,7 +167,7 @@ class Distillation(Method):
     @torch.no_grad()
     def after_step(self, carries: Sequence[Tensor], progress: float) -> None:
         average_batchnorm_buffers(self)
-        now_C = gather.mean_over_processes(torch.stack(list(carries)).mean(0))
+        now_C = collectives.mean_over_processes(torch.stack(list(carries)).mean(0))
         # Of a first answer all; asked on the device, so that it is not waited for.
         self.answer_C.copy_(torch.where(self.answer_C.any(), self.answer_C.lerp(now_C, 1 - REMEMBERED), now_C))
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from histossl.config import knob
+from histossl.core.config import knob
 from histossl.methods.method import Rate, Training
-from histossl.methods.selfdistillation import ZHOU, MaskedConfig, SelfDistillation
+from histossl.methods.self_distillation import ZHOU, MaskedConfig, SelfDistillation
 
 
 @dataclass(frozen=True)

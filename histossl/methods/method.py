@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from histossl.views.draws import Draws
 from histossl.views.recipe import ViewRecipe
+from histossl.views.rng import Draws
 
 OF_THE_METHOD = 1000  # the "view" whose random numbers are the method's own: masks, permutations, patches
 

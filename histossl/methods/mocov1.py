@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from histossl.config import knob
+from histossl.core.config import knob
 from histossl.methods.mocov2 import HE, MoCoV2, MoCoV2Config
 
 

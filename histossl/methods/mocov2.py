@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.config import knob, require
-from histossl.errors import UsageError
-from histossl.methods import gather
-from histossl.methods.batchnorm import average_batchnorm_buffers, group_batchnorms
-from histossl.methods.ema import ema_update, frozen_copy
-from histossl.methods.heads import moco_head
-from histossl.methods.losses import NEVER, InfoNCE, info_nce, tells_nothing
+from histossl.core.config import knob, require
+from histossl.core.errors import UsageError
+from histossl.methods.losses.contrastive import NEVER, InfoNCE, info_nce, tells_nothing
 from histossl.methods.method import Outcome, Training, Views
-from histossl.methods.ring import Keys, Ring
+from histossl.methods.modules.batchnorm import average_batchnorm_buffers, group_batchnorms
+from histossl.methods.modules.ema import ema_update, frozen_copy
+from histossl.methods.modules.projection_heads import moco_head
+from histossl.methods.modules.queue import Keys, Ring
+from histossl.runtime import collectives
 from histossl.views.geometry import on
 from histossl.views.recipe import ViewRecipe
 
@@ -110,7 +110,7 @@ class MoCoV2(Ring):
             key_GD = self.encode_keys(key_view, views, direction)
             nce = info_nce(
                 query_BD,
-                gather.own_part(key_GD),
+                collectives.own_part(key_GD),
                 self.queue_KD,
                 self.config.temperature,
                 allowed_BK=views.tiles_B[:, None] != self.queue_tiles_K[None, :],
@@ -130,11 +130,11 @@ class MoCoV2(Ring):
         LayerNorm backbones have no statistics to leak and skip the exchange of images.
         """
         if self.num_batchnorms == 0:
-            return gather.gather(self._key(key_view))
-        images_G = gather.gather(key_view)
+            return collectives.gather(self._key(key_view))
+        images_G = collectives.gather(key_view)
         generator = torch.Generator().manual_seed((views.step * 1000 + views.part) * 2 + direction)
         order_G = on(key_view.device, torch.randperm(len(images_G), generator=generator).numpy())
-        shuffled_GD = gather.gather(self._key(images_G[gather.own_part(order_G)]))
+        shuffled_GD = collectives.gather(self._key(images_G[collectives.own_part(order_G)]))
         return torch.empty_like(shuffled_GD).index_copy_(0, order_G, shuffled_GD)
 
     def _key(self, images: Tensor) -> Tensor:

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.config import knob, require
-from histossl.errors import UsageError
-from histossl.methods import gather
-from histossl.methods.batchnorm import globalise_batchnorms
-from histossl.methods.ema import ema_update, frozen_copy
-from histossl.methods.heads import normed_head
-from histossl.methods.losses import InfoNCE, info_nce, tells_nothing
+from histossl.core.config import knob, require
+from histossl.core.errors import UsageError
+from histossl.methods.losses.contrastive import InfoNCE, info_nce, tells_nothing
 from histossl.methods.method import Method, Outcome, Rate, Training, Views
+from histossl.methods.modules.batchnorm import globalise_batchnorms
+from histossl.methods.modules.ema import ema_update, frozen_copy
+from histossl.methods.modules.projection_heads import normed_head
 from histossl.methods.ramps import half_cosine
+from histossl.runtime import collectives
 from histossl.views.recipe import ViewRecipe
 
 # B tiles of this process, G of all processes, D embedding dimensions.
@@ -99,7 +99,7 @@ class MoCoV3(Method):
         query = F.normalize(self.predictor(self.projector(self.backbone(images))).float(), dim=1)
         first_BD, second_BD = query.chunk(2)
         first_key_BD, second_key_BD = self.keys(images).chunk(2)
-        tiles_G = gather.gather(views.tiles_B)
+        tiles_G = collectives.gather(views.tiles_B)
         allowed_BG = views.tiles_B[:, None] != tiles_G[None, :]
         nces = [
             self._found(query_BD, key_BD, allowed_BG)
@@ -115,7 +115,7 @@ class MoCoV3(Method):
         return F.normalize(self.key_projector(self.key_backbone(images)).float(), dim=1)
 
     def _found(self, query_BD: Tensor, key_BD: Tensor, allowed_BG: Tensor) -> InfoNCE:
-        return info_nce(query_BD, key_BD, gather.gather(key_BD), self.config.temperature, allowed_BK=allowed_BG)
+        return info_nce(query_BD, key_BD, collectives.gather(key_BD), self.config.temperature, allowed_BK=allowed_BG)
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[None], progress: float) -> None:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.config import knob, require
-from histossl.errors import UsageError
-from histossl.methods import gather
-from histossl.methods.batchnorm import globalise_batchnorms
-from histossl.methods.heads import normed_head
-from histossl.methods.losses import nt_xent, tells_nothing
+from histossl.core.config import knob, require
+from histossl.core.errors import UsageError
+from histossl.methods.losses.contrastive import nt_xent, tells_nothing
 from histossl.methods.method import Method, Outcome, Training, Views
+from histossl.methods.modules.batchnorm import globalise_batchnorms
+from histossl.methods.modules.projection_heads import normed_head
+from histossl.runtime import collectives
 from histossl.views.recipe import ViewRecipe
 
 # B tiles of this process, G views of all processes, K what a view is told from, D embedding dimensions.
@@ -79,7 +79,7 @@ class SimCLR(Method):
         embeddings = F.normalize(self.head(self.backbone(torch.cat(views.images))).float(), dim=1)
         first_BD, second_BD = embeddings.chunk(2)
         tiles = views.tiles_B.repeat(2)
-        others_KD, tiles_K = gather.gather_with_gradient(embeddings), gather.gather(tiles)
+        others_KD, tiles_K = collectives.gather_with_gradient(embeddings), collectives.gather(tiles)
         memory_KD, memory_tiles_K = self.memory()
         others_KD, tiles_K = torch.cat([others_KD, memory_KD]), torch.cat([tiles_K, memory_tiles_K])
         nce = nt_xent(first_BD, second_BD, others_KD, tiles[:, None] != tiles_K[None, :], self.config.temperature)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.config import knob, require
-from histossl.methods import gather
-from histossl.methods.ema import ema_update, frozen_copy
+from histossl.core.config import knob, require
 from histossl.methods.method import Views
-from histossl.methods.ring import Keys, Ring
+from histossl.methods.modules.ema import ema_update, frozen_copy
+from histossl.methods.modules.queue import Keys, Ring
 from histossl.methods.simclr import SimCLR, SimCLRConfig
+from histossl.runtime import collectives
 from histossl.views.recipe import ViewRecipe
 
 CHEN_V2 = "Chen et al. 2020b, arXiv 2006.10029"
@@ -73,7 +73,7 @@ class SimCLRv2(SimCLR, Ring):
     @torch.no_grad()
     def ring_keys(self, views: Views) -> Keys:
         key_BD = F.normalize(self.key_head(self.key_backbone(views.images[1])).float(), dim=1)
-        return Keys.of([gather.gather(key_BD)], views)
+        return Keys.of([collectives.gather(key_BD)], views)
 
     def carry(self, views: Views) -> Keys | None:
         return self.ring_keys(views) if self.config.queue_size else None

@@ -13,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from histossl.config import read_run
-from histossl.errors import StoreError
-from histossl.evaluation import curves
-from histossl.evaluation.curves import Budget, Prediction, SummaryRow, in_budget_order
-from histossl.evaluation.for_use import scored_higher
-from histossl.evaluation.metrics import auroc, confidence_bins, unit_rows
-from histossl.evaluation.resampling import Measured, beside, measure
+from histossl.core.config import read_run
+from histossl.core.errors import StoreError
+from histossl.core.workspace import FinetuneDir, PretrainDir, Workspace
+from histossl.evaluation.model_selection import scored_higher
 from histossl.report import plots
 from histossl.slides.ledger import LedgerRow, read_ledger
-from histossl.training.looks import Best, probe_verdict
-from histossl.workspace import FinetuneDir, PretrainDir, Workspace
+from histossl.stats import verdict
+from histossl.stats.bootstrap import Measured, beside, measure
+from histossl.stats.metrics import auroc, confidence_bins, unit_rows
+from histossl.stats.verdict import Budget, Prediction, SummaryRow, in_budget_order
+from histossl.training.monitoring.periodic_checks import Best, probe_verdict
 
 Floats = NDArray[np.float64]
 IN_THIS_ORDER = ("adapted", "imagenet", "random", "colour")
@@ -65,12 +65,12 @@ class Content:
     @property
     def adapted(self) -> str | None:
         """The start that the report is about: `adapted`, else the first that is none of the known three."""
-        return next(iter(curves.adapted_starts(self.starts)), None)
+        return next(iter(verdict.adapted_starts(self.starts)), None)
 
     @property
     def all_adapted(self) -> list[str]:
         """Every start that somebody pretrained, the one of the verdict first."""
-        return curves.adapted_starts(self.starts)
+        return verdict.adapted_starts(self.starts)
 
     @property
     def reference(self) -> str | None:
@@ -103,16 +103,16 @@ def read_content(run: FinetuneDir, workspace: Workspace) -> Content:
     if not run.predictions.exists():
         raise StoreError(f"{run.root} holds no predictions.csv: nothing to report yet; run histossl finetune first")
     facts = read_run(run.run_json) if run.run_json.exists() else {}
-    predictions, classes = curves.read_predictions(run.predictions)
+    predictions, classes = verdict.read_predictions(run.predictions)
     split = facts.get("split", {})
-    measured = measure(predictions, classes, **curves.pool_of(split))
+    measured = measure(predictions, classes, **verdict.pool_of(split))
     return Content(
         run=run,
         facts=facts,
         predictions=predictions,
         classes=classes,
         measured=measured,
-        summary=curves.summarise(measured),
+        summary=verdict.summarise(measured),
         ledger=read_ledger(workspace.archive_csv),
         pretrain_runs=_pretraining_of(facts, workspace),
     )
@@ -122,7 +122,7 @@ def _pretraining_of(facts: Mapping[str, Any], workspace: Workspace) -> list[Pret
     """The runs that made the adapted backbones, where their directories are to be found (workspaces get moved)."""
     starts = facts.get("starts", {})
     found: dict[Path, PretrainDir] = {}
-    for name in curves.adapted_starts(list(starts)):
+    for name in verdict.adapted_starts(list(starts)):
         for one in starts[name].get("seeds") or [starts[name]]:
             source = Path(str(one.get("source", "")))
             if source.name != "backbone.safetensors":
@@ -170,7 +170,7 @@ def lines(content: Content, metric: str) -> list[plots.Line]:
     return found
 
 
-def saved_rows(saved: Sequence[curves.Saved]) -> list[plots.SavedRow]:
+def saved_rows(saved: Sequence[verdict.Saved]) -> list[plots.SavedRow]:
     def place(slides: float | None) -> float:
         return math.inf if slides is None else slides
 

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from histossl.config import EmbedConfig
-from histossl.errors import HistosslError, UsageError
+from histossl.core.config import EmbedConfig
+from histossl.core.errors import HistosslError, UsageError
+from histossl.core.workspace import Workspace
 from histossl.report.content import Content
-from histossl.tiles.index import TileIndex
-from histossl.workspace import Workspace
+from histossl.tiles.store.index import TileIndex
 
 Floats = NDArray[np.float64]
 MOST_TILES = 1500  # on the map: neighbours are looked for among all pairs
@@ -301,9 +301,9 @@ def _deciding(
     if not (content.run.model / "model.json").exists():
         return [], "", "", 0
     # Here, since it needs torch, and most remakes of a report have no model to look at.
-    from histossl.evaluation.embed import device_of, embed_slides
-    from histossl.evaluation.model import load_model
     from histossl.evaluation.predict import predict_tiles
+    from histossl.features.extraction import device_of, embed_slides
+    from histossl.heads.model_folder import load_model
 
     model = load_model(content.run.model)
     rng = np.random.default_rng(2)

@@ -24,15 +24,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from histossl import __version__
-from histossl.config import noted_commands, read_run
-from histossl.evaluation import curves
-from histossl.evaluation.curves import PLAIN_NAME, VERDICT_P, Comparison, in_budget_order
-from histossl.evaluation.resampling import beside
+from histossl.core.config import noted_commands, read_run
+from histossl.core.workspace import FinetuneDir, Workspace, written_aside
 from histossl.report import content as contents
 from histossl.report import plots
 from histossl.report.content import Content, read_content
 from histossl.report.features import Features, look_at_features
-from histossl.workspace import FinetuneDir, Workspace, written_aside
+from histossl.stats import verdict as curves
+from histossl.stats.bootstrap import beside
+from histossl.stats.verdict import PLAIN_NAME, VERDICT_P, Comparison, in_budget_order
 
 METRIC = "auroc"  # what the verdict and the first curve are about
 BESIDE = ("balanced_accuracy", "log_loss")

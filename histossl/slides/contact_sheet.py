@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
+from histossl.core.workspace import written_aside
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow
 from histossl.slides.scan import Preview
-from histossl.workspace import written_aside
 
 PAGE_FILES = 200
 

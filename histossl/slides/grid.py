@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from histossl.slides.reader import Slide
-from histossl.units import l0_from_px
+from histossl.core.units import l0_from_px
+from histossl.slides.reading.slide import Slide
 
 Ints = npt.NDArray[np.int64]
 

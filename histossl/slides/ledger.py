@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 
-from histossl.errors import StoreError
-from histossl.workspace import written_aside
+from histossl.core.errors import StoreError
+from histossl.core.workspace import written_aside
 
 OK, WARNING, UNREADABLE = "ok", "warning", "unreadable"
 

@@ -30,20 +30,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from histossl import __version__, console
-from histossl.config import ScanConfig, plain
-from histossl.errors import HistosslError, SlideError
-from histossl.slides.files import SlideFile, Walk, find_slides, relative, walk
+from histossl import __version__
+from histossl.core import console
+from histossl.core.config import ScanConfig, plain
+from histossl.core.errors import HistosslError, SlideError
+from histossl.core.units import um_from_l0
+from histossl.core.workspace import Workspace, alone_in
+from histossl.runtime.process_pool import Job, Report, num_cores, run_jobs
+from histossl.slides.annotations import MIN_INSIDE, match_regions, read_regions
+from histossl.slides.archive import SlideFile, Walk, find_slides, relative, walk
 from histossl.slides.grid import Grid, enlargement, physical_grid
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
-from histossl.slides.reader import Slide, open_slide
-from histossl.slides.regions import MIN_INSIDE, match_regions, read_regions
-from histossl.slides.scale import MppTable, read_mpp_csv
-from histossl.slides.stain import OTHER, Stain, stain_of
-from histossl.slides.tissue import TissueMask, readable_thumbnail, tissue_mask
-from histossl.units import um_from_l0
-from histossl.workers import Job, Report, num_cores, run_jobs
-from histossl.workspace import Workspace, alone_in
+from histossl.slides.quality.stain import OTHER, Stain, stain_of
+from histossl.slides.quality.tissue import TissueMask, readable_thumbnail, tissue_mask
+from histossl.slides.reading.mpp import MppTable, read_mpp_csv
+from histossl.slides.reading.slide import Slide, open_slide
 
 __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 

@@ -19,19 +19,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from histossl import console
-from histossl.config import TileConfig, TissueConfig, plain, require
-from histossl.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
-from histossl.slides.files import SlideFile, relative, walk
+from histossl.core import console
+from histossl.core.config import TileConfig, TissueConfig, plain, require
+from histossl.core.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
+from histossl.core.workspace import Workspace, alone_in
+from histossl.runtime.process_pool import Event, Report, num_cores, run_jobs
+from histossl.slides.annotations import match_regions
+from histossl.slides.archive import SlideFile, relative, walk
 from histossl.slides.ledger import UNREADABLE, WARNING, LedgerRow, read_ledger
-from histossl.slides.reader import open_slide
-from histossl.slides.regions import match_regions
-from histossl.slides.scale import PLAUSIBLE_MPP, read_mpp_csv
+from histossl.slides.reading.mpp import PLAUSIBLE_MPP, read_mpp_csv
+from histossl.slides.reading.slide import open_slide
 from histossl.slides.scan import resolved, stamp
-from histossl.tiles.cutting import native_side_px
-from histossl.tiles.index import find_zips
-from histossl.tiles.names import Names
-from histossl.tiles.one_slide import (
+from histossl.tiles.cutting.cutter import native_side_px
+from histossl.tiles.cutting.tile_slide import (
     SPOTS,
     NotOpened,
     SlideOutcome,
@@ -41,11 +41,11 @@ from histossl.tiles.one_slide import (
     regions_fingerprint,
     tile_slide,
 )
-from histossl.tiles.rows import FAILED, NO_TILES, TILED, Ledger, failed_row, tiled_row, twin_row, untiled
-from histossl.tiles.store import read_store, read_tiling
-from histossl.tiles.twins import file_of, find_twins, moved_store
-from histossl.workers import Event, Report, num_cores, run_jobs
-from histossl.workspace import Workspace, alone_in
+from histossl.tiles.ledger_rows import FAILED, NO_TILES, TILED, Ledger, failed_row, tiled_row, twin_row, untiled
+from histossl.tiles.store.anonymisation import Names
+from histossl.tiles.store.duplicate_slides import file_of, find_twins, moved_store
+from histossl.tiles.store.index import find_zips
+from histossl.tiles.store.zip_store import read_store, read_tiling
 
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 MOVED_TOLD = 5  # zips whose slides were moved, by name
@@ -374,7 +374,7 @@ def _run(
     if num_workers is None:
         num_workers = min(len(jobs), num_cores())
     if dask is not None:
-        from histossl.tiles.cluster import run_on_dask
+        from histossl.tiles.dask_executor import run_on_dask
 
         events: Iterator[Event] = run_on_dask(dask, tile_slide, jobs)
     else:

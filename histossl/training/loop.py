@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from histossl.errors import StoreError, TrainingError
-from histossl.methods import gather
-from histossl.methods.batchnorm import batchnorm_buffers
+from histossl.core.errors import StoreError, TrainingError
 from histossl.methods.method import Method, Outcome, Views
-from histossl.training.memory import is_out_of_memory
+from histossl.methods.modules.batchnorm import batchnorm_buffers
+from histossl.runtime import collectives
+from histossl.training.setup.memory import is_out_of_memory
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -97,7 +97,7 @@ def train(
             if weight_decay_at is not None and group["weight_decay"]:
                 group["weight_decay"] = weight_decay_at(number)
         # Dropout and drop path draw from the step's own stream: a resumed run draws what the unbroken one did.
-        torch.manual_seed((seed * 1_000_003 + number + 7919 * gather.rank()) & 0x7FFFFFFF)
+        torch.manual_seed((seed * 1_000_003 + number + 7919 * collectives.rank()) & 0x7FFFFFFF)
         optimizer.zero_grad(set_to_none=True)
         if statistics:
             torch._foreach_copy_(before, statistics)
@@ -123,7 +123,7 @@ def train(
         # All processes decide alike: gradients are averaged over them, losses are not. The host waits for the answer
         # only when the next views stand in the device's line behind it, so that the device has work while it is told.
         broken = torch.stack([~torch.isfinite(grad_norm), ~torch.isfinite(loss)]).float()
-        answer = Answer(gather.max_over_processes(broken))
+        answer = Answer(collectives.max_over_processes(broken))
         with put_back_if_broken(statistics, before, scaler):
             views = next(batches, None)
         gradient_broken, loss_broken = answer.get()

@@ -15,45 +15,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from histossl import console, launched
-from histossl.backbones import save_backbone, save_tensors
-from histossl.config import PretrainConfig, write_run
-from histossl.errors import StoreError, TrainingError, UsageError
-from histossl.methods.batchnorm import has_batchnorm
-from histossl.methods.gather import max_over_processes, mean_over_processes
+from histossl.backbones.loading import save_backbone, save_tensors
+from histossl.core import console
+from histossl.core.config import PretrainConfig, write_run
+from histossl.core.errors import StoreError, TrainingError, UsageError
+from histossl.core.workspace import PretrainDir
+from histossl.methods.modules.batchnorm import has_batchnorm
 from histossl.methods.ramps import half_cosine
-from histossl.tiles.index import TileIndex
-from histossl.training.beforehand import settle_batch
-from histossl.training.belongs import digest_of_weights, findable, refuse_other_run
-from histossl.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
-from histossl.training.distributed import (
-    RESTART,
-    agreed,
-    is_lost_process,
-    joined,
-    others_lost,
-    others_wait,
-)
-from histossl.training.export import BATCHNORM_TILES, adapted_info, clean_backbone
-from histossl.training.lock import alone_in
-from histossl.training.log import RunLog
-from histossl.training.looks import Looks, probe_verdict
+from histossl.methods.schedules import warmup_cosine
+from histossl.runtime import launcher_messages
+from histossl.runtime.collectives import max_over_processes, mean_over_processes
+from histossl.runtime.distributed import RESTART, agreed, is_lost_process, joined, others_lost, others_wait
+from histossl.runtime.run_lock import alone_in
+from histossl.runtime.signals import Stop, stop_on_signal
+from histossl.tiles.store.index import TileIndex
 from histossl.training.loop import HalfDoneError, Step, train
-from histossl.training.memory import is_out_of_memory
-from histossl.training.operation import Operation, Probe
-from histossl.training.pace import Expected, Pace, clock
-from histossl.training.planner import Plan
-from histossl.training.prepared import PREFILL, Prepared
-from histossl.training.schedules import warmup_cosine
-from histossl.training.setup import in_parallel, name_of
-from histossl.training.signals import Stop, stop_on_signal
-from histossl.training.told import announce, note
-from histossl.training.trial import (
-    fit_hours,
-    fit_memory,
-    larger_share,
-)
-from histossl.workspace import PretrainDir
+from histossl.training.monitoring.log import RunLog
+from histossl.training.monitoring.periodic_checks import Looks, probe_verdict
+from histossl.training.plan import settle_batch
+from histossl.training.run_files.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from histossl.training.run_files.export import BATCHNORM_TILES, adapted_info, clean_backbone
+from histossl.training.run_files.run_identity import digest_of_weights, findable, refuse_other_run
+from histossl.training.setup.dry_run import fit_hours, fit_memory, larger_share
+from histossl.training.setup.memory import is_out_of_memory
+from histossl.training.setup.optim import in_parallel, name_of
+from histossl.training.setup.plan_report import announce, note
+from histossl.training.setup.planner import Plan
+from histossl.training.setup.run import PREFILL, Prepared
+from histossl.training.setup.run_options import Operation, Probe
+from histossl.training.setup.time_estimate import Expected, Pace, clock
 
 DAMAGED_NAMED = 20  # of the damaged tiles, at the end
 CHECKPOINT_FORMAT = 1  # another one for each change that makes an older checkpoint useless
@@ -419,7 +409,7 @@ class _Pretraining:
                 waited_s = max_over_processes(torch.tensor(time.monotonic() - then_s, device=self.device))
                 step_s = float(waited_s) / (done - before)
             self.ask_at, self.last_ask = done + steps_within_reach(step_s), (done, time.monotonic())
-        if launched.launcher_is_gone() and not stop.is_set():
+        if launcher_messages.launcher_is_gone() and not stop.is_set():
             stop.ask(signal.SIGTERM)
         number, due = agreed(self.processes, stop.number, due)
         if number:

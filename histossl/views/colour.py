@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from histossl.tiles.sampling import Ints
-from histossl.views.draws import Floats
+from histossl.tiles.stream.sampler import Ints
+from histossl.views.rng import Floats
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's "L" and torchvision's greyscale
 YIQ_FROM_RGB = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from histossl.tiles.sampling import Ints
-from histossl.views.draws import Draws, Floats
+from histossl.tiles.stream.sampler import Ints
+from histossl.views.rng import Draws, Floats
 
 ATTEMPTS = 10  # of a random crop, as torchvision
 FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from histossl.tiles.sampling import Ints
+from histossl.tiles.stream.sampler import Ints
 from histossl.views.geometry import on
 
 # One pass of the accurate DCT (jfdctint.c), row by frequency: cosines in units of 2**-13 as its butterflies, with

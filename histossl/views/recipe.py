@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from histossl.config import nearest
-from histossl.errors import UsageError
+from histossl.core.config import nearest
+from histossl.core.errors import UsageError
 from histossl.views import colour, geometry, jpeg
-from histossl.views.draws import Draws, Floats
+from histossl.views.rng import Draws, Floats
 
 CPU_PIXELS = 2**18  # of a view at a time on the CPU (5 tiles at 224 px): what they become stays in its caches
 

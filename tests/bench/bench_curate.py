@@ -31,15 +31,15 @@ from painted_kinds import KINDS as KINDS_PAINTED
 from painted_kinds import kind_of_tiles, paint_kinds
 
 from histossl.cli import main as histossl
-from histossl.curation.balance import balanced, clusters_for, tree_of
-from histossl.curation.duplicates import find_copies
+from histossl.core.workspace import Workspace
+from histossl.curation.faiss_kmeans import nearest
 from histossl.curation.features import PICTURE, features_of, release
-from histossl.curation.near import nearest
+from histossl.curation.hierarchical_kmeans import balanced, clusters_for, tree_of
+from histossl.curation.near_duplicates import find_copies
 from histossl.curation.retrieve import retrieve
 from histossl.demo.paint import CLASSES, paint_slide
-from histossl.tiles.index import TileIndex
-from histossl.tiles.subset import open_subset
-from histossl.workspace import Workspace
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.store.subset import open_subset
 
 DIM, KINDS, COPIED, PIECE = 384, 2000, 0.02, 50_000
 PAINTED = (("normal", 12, 1024), ("adenoma", 2, 720), ("carcinoma", 1, 320))  # class, slides, their side in pixels

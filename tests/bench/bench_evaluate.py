@@ -28,21 +28,21 @@ import numpy as np
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from histossl.backbones import create_backbone
-from histossl.config import EmbedConfig, TileConfig, TissueConfig
+from histossl.backbones.loading import create_backbone
+from histossl.core.config import EmbedConfig, TileConfig, TissueConfig
+from histossl.core.workspace import Workspace
 from histossl.demo.paint import paint_slide
 from histossl.demo.run import BACKBONE, MPP, TILE_PX, VIEW_PX, DemoConfig, paint_into, pretraining
-from histossl.evaluation import curves
-from histossl.evaluation.embed import Bags, backbone_embedder, embed_slides, slide_tiles
-from histossl.evaluation.heads import MeanHead, head_named
-from histossl.evaluation.labels import Item, LabelTable
-from histossl.evaluation.splits import groups_of, make_splits
 from histossl.evaluation.suggest import committee, picks
-from histossl.evaluation.tables import Prediction
-from histossl.tiles.index import TileIndex
+from histossl.features.extraction import Bags, backbone_embedder, embed_slides, slide_tiles
+from histossl.heads.feature_heads import MeanHead, head_named
+from histossl.labels.label_table import Item, LabelTable
+from histossl.labels.splits import groups_of, make_splits
+from histossl.stats import verdict as curves
+from histossl.stats.tables import Prediction
+from histossl.tiles.store.index import TileIndex
 from histossl.tiles.tiling import tile_archive
 from histossl.training.pretrain import Operation, pretrain
-from histossl.workspace import Workspace
 
 STARTS, SLIDES, BUDGETS, DRAWS, DIM, TILES = 3, 200, (1, 2, 4, 8, 16, "all"), 10, 384, 300
 CPU = torch.device("cpu")

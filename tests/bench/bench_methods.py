@@ -23,11 +23,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from histossl.backbones import create_backbone
+from histossl.backbones.loading import create_backbone
 from histossl.methods import REGISTRY, classes_of
 from histossl.methods.method import Method, Views
 from histossl.training.loop import Precision, clip_gradients
-from histossl.training.setup import recompute_cheap
+from histossl.training.setup.optim import recompute_cheap
 from histossl.views.recipe import recipe_named
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ def ours(name: str) -> Callable[[list[Tensor]], None]:
         knobs |= {"assign": "centre", "koleo_weight": 0.1, "kde_weight": 0.0, "mask_kind": "block", "mask_high": 0.5}
     method = made(name, BACKBONE, SIDE, **knobs)
     learning = [each for each in method.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)  # as the stage's own (training/setup.py)
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)  # as the stage's own (training/setup/optim.py)
     numbers = torch.arange(BATCH)
 
     def step(images: list[Tensor]) -> None:

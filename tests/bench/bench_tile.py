@@ -16,11 +16,11 @@ import pytest
 import vendor_files
 from bench.svs_like import write_svs_like
 
-from histossl.config import TileConfig
+from histossl.bench.tiling_rates import measure_tiling
+from histossl.core.config import TileConfig
 from histossl.demo.huge import paint_huge_slide
 from histossl.demo.paint import paint_slide
-from histossl.slides.reader import open_slide
-from histossl.tiles.measure import measure_tiling
+from histossl.slides.reading.slide import open_slide
 
 pytestmark = pytest.mark.slow
 

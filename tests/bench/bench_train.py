@@ -25,17 +25,17 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from synthetic_store import write_synthetic_store
 
-from histossl.backbones import create_backbone
-from histossl.config import PretrainConfig
+from histossl.backbones.loading import create_backbone
+from histossl.core.config import PretrainConfig
+from histossl.core.workspace import Workspace
 from histossl.methods.method import Views
 from histossl.methods.mocov2 import MoCoV2, MoCoV2Config
-from histossl.tiles.index import TileIndex
-from histossl.training.beforehand import step_times_s
-from histossl.training.operation import Operation
+from histossl.tiles.store.index import TileIndex
+from histossl.training.plan import step_times_s
 from histossl.training.pretrain import pretrain
-from histossl.training.setup import tune
+from histossl.training.setup.optim import tune
+from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import recipe_named
-from histossl.workspace import Workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, SIDE, QUEUE, ROUNDS, STEPS = 32, 96, 4096, 5, 4
@@ -161,7 +161,7 @@ def on_gpu_beside_the_original_recipe(_: Path) -> None:
     if DEVICE.type != "cuda":
         print("no GPU here: the bf16 figure is not measured")
         return
-    from histossl.training.setup import tune
+    from histossl.training.setup.optim import tune
 
     steps = []
     for fast in (False, True):

@@ -20,12 +20,12 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_tiles
+from histossl.bench.view_rates import SyntheticStore, view_rates
+from histossl.core.workspace import Workspace
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.stream.loader import decode_tiles
 from histossl.views import jpeg
-from histossl.views.bench import SyntheticStore, view_rates
 from histossl.views.recipe import recipe_named
-from histossl.workspace import Workspace
 
 CASES = [("mocov2", 224), ("mocov2-histology", 224), ("mocov2", 96), ("mocov2-histology", 96)]
 REPEATS = 5

@@ -8,8 +8,8 @@ from pathlib import Path
 import tifffile
 
 from histossl.demo.paint import paint_slide
-from histossl.slides.reader import open_slide
-from histossl.slides.tiff import NativeLevel
+from histossl.slides.reading.slide import open_slide
+from histossl.slides.reading.tifffile_backend import NativeLevel
 
 
 def write_svs_like(path: Path, side_px: int = 4096, repeats: int = 4, seed: int = 3) -> Path:

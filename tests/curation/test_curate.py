@@ -14,15 +14,15 @@ import torch
 from painted_kinds import KINDS, kind_of_tiles, paint_kinds
 from synthetic_store import write_synthetic_store
 
-from histossl.config import EmbedConfig
+from histossl.core.config import EmbedConfig
+from histossl.core.workspace import Workspace
 from histossl.curation.curate import embedder_for
-from histossl.curation.duplicates import find_copies
 from histossl.curation.features import embed_tiles
+from histossl.curation.near_duplicates import find_copies
 from histossl.demo.paint import CLASSES, paint_slide
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import TileBatches
-from histossl.tiles.subset import open_subset
-from histossl.workspace import Workspace
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.store.subset import open_subset
+from histossl.tiles.stream.loader import TileBatches
 
 SIDE_PX = 96
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from histossl.cli import main
+from histossl.core.errors import MismatchError, UsageError
+from histossl.core.workspace import Workspace
 from histossl.demo import run
 from histossl.demo.run import DemoConfig, run_demo
-from histossl.errors import MismatchError, UsageError
-from histossl.workspace import Workspace
 
 
 def test_only_paint_gives_an_archive_with_labels_and_nothing_else(cli, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from scipy.ndimage import binary_dilation
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
+from histossl.core.errors import UsageError
 from histossl.demo.huge import paint_huge_slide
 from histossl.demo.paint import CLASSES, PENS, paint_archive, paint_slide
-from histossl.errors import UsageError
 
 
 def pixels(slide):

@@ -11,30 +11,30 @@ import pytest
 import torch
 from synthetic_store import write_synthetic_store
 
-from histossl.backbones import BackboneInfo, create_backbone, load_backbone
-from histossl.config import DistillConfig, FinetuneConfig, PretrainConfig
-from histossl.errors import UsageError
+from histossl.backbones.loading import BackboneInfo, create_backbone, load_backbone
+from histossl.core.config import DistillConfig, FinetuneConfig, PretrainConfig
+from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace
 from histossl.evaluation.distill import compared, leave_model, look_at_teacher, sample_of, slides_held_out, verdict
-from histossl.evaluation.embed import slide_tiles
 from histossl.evaluation.finetune import finetune
-from histossl.evaluation.heads import HEADS, Fitted, head_named
-from histossl.evaluation.label_file import read_rows
-from histossl.evaluation.labels import match_labels
-from histossl.evaluation.leaks import leak_statement
-from histossl.evaluation.learnt import contents_of
-from histossl.evaluation.model import Model, load_model
 from histossl.evaluation.predict import Rows, predict_tiles
-from histossl.evaluation.slide_names import SlideNames
-from histossl.evaluation.splits import make_splits
-from histossl.evaluation.starts import Start
-from histossl.evaluation.teacher import teacher_of, tile_head
+from histossl.features.extraction import slide_tiles
+from histossl.features.initialisations import Start
+from histossl.heads.feature_heads import HEADS, Fitted, head_named
+from histossl.heads.model_folder import Model, load_model
+from histossl.heads.torch_heads import teacher_of, tile_head
+from histossl.labels.label_csv import read_rows
+from histossl.labels.label_table import match_labels
+from histossl.labels.leakage import leak_statement
+from histossl.labels.slide_lookup import SlideNames
+from histossl.labels.splits import make_splits
+from histossl.labels.training_slides import contents_of
 from histossl.methods.distillation import Teacher
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_tiles
-from histossl.training.operation import Operation
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.stream.loader import decode_tiles
 from histossl.training.pretrain import pretrain
+from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import clean_view
-from histossl.workspace import Workspace
 
 SLIDES = [f"s{number:02d}" for number in range(16)]
 CLASSES = ("pale", "dark")

@@ -11,17 +11,17 @@ import pytest
 import torch
 from synthetic_store import write_synthetic_store
 
-from histossl.backbones import create_backbone, save_backbone, save_tensors
-from histossl.config import EmbedConfig, FinetuneConfig
-from histossl.errors import LabelsError, MismatchError, StoreError, TrainingError, UsageError, WeightsError
-from histossl.evaluation.embed import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
+from histossl.backbones.loading import create_backbone, save_backbone, save_tensors
+from histossl.core.config import EmbedConfig, FinetuneConfig
+from histossl.core.errors import LabelsError, MismatchError, StoreError, TrainingError, UsageError, WeightsError
+from histossl.core.workspace import Workspace
 from histossl.evaluation.finetune import finetune
 from histossl.evaluation.journal import Journal
-from histossl.evaluation.starts import resolve_starts
-from histossl.evaluation.tables import read_points, read_predictions, read_summary
-from histossl.tiles.index import TileIndex
-from histossl.training.lock import alone_in
-from histossl.workspace import Workspace
+from histossl.features.extraction import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
+from histossl.features.initialisations import resolve_starts
+from histossl.runtime.run_lock import alone_in
+from histossl.stats.tables import read_points, read_predictions, read_summary
+from histossl.tiles.store.index import TileIndex
 
 SLIDES = [f"s{number:02d}" for number in range(24)]
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_embeddings_are_the_backbones_features_of_the_tiles_in_order(ready):
         np.testing.assert_allclose(file["mean"][:], features.mean(0), atol=1e-6)
     numbers = slide_tiles(index, "s03")
     np.testing.assert_array_equal(coords, index.coords_l0(numbers))
-    from histossl.tiles.loading import decode_tiles
+    from histossl.tiles.stream.loader import decode_tiles
 
     tiles = decode_tiles(index.read_many(numbers), 32)
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (info.mean, info.std))

@@ -11,15 +11,15 @@ import simplejpeg
 from PIL import Image
 from synthetic_store import write_synthetic_store
 
-from histossl.config import FinetuneConfig
-from histossl.errors import MismatchError, UsageError, WeightsError
+from histossl.core.config import FinetuneConfig
+from histossl.core.errors import MismatchError, UsageError, WeightsError
+from histossl.core.workspace import Workspace
 from histossl.evaluation.finetune import finetune
-from histossl.evaluation.learnt import slides_learnt
-from histossl.evaluation.model import distances, load_model
 from histossl.evaluation.predict import predict, predict_tiles, tile_config
+from histossl.heads.model_folder import distances, load_model
+from histossl.labels.training_slides import slides_learnt
 from histossl.slides.ledger import LedgerRow, write_ledger
-from histossl.tiles.index import TileIndex
-from histossl.workspace import Workspace
+from histossl.tiles.store.index import TileIndex
 
 
 def trained(workspace: Workspace, head: str = "mean", unit: str = ""):
@@ -150,7 +150,7 @@ def test_slides_that_the_model_was_trained_on_are_marked(workspace, cli):
 
 def stored(workspace: Workspace, contents: dict[str, int], spots: str = "") -> None:
     """Zips whose fingerprints are numbers; `trained` gives its n-th slide the number n."""
-    from histossl.tiles.store import new_store, read_store
+    from histossl.tiles.store.zip_store import new_store, read_store
 
     write_synthetic_store(workspace, list(contents), tiles_per_slide=6, tile_px=32)
     for slide, number in contents.items():

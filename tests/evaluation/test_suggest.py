@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from synthetic_store import write_synthetic_store
 
-from histossl.evaluation.heads import MeanHead
 from histossl.evaluation.suggest import committee, disagreement, picks
+from histossl.heads.feature_heads import MeanHead
 
 
 class Pooled:

@@ -8,11 +8,11 @@ import threading
 import pytest
 from synthetic_store import write_synthetic_store
 
-from histossl.config import FinetuneConfig
-from histossl.errors import StoreError
+from histossl.core.config import FinetuneConfig
+from histossl.core.errors import StoreError
+from histossl.core.workspace import alone_in, locked, refuse_while_tiling
 from histossl.evaluation.finetune import embed_start, finetune
 from histossl.evaluation.suggest import suggest
-from histossl.workspace import alone_in, locked, refuse_while_tiling
 
 HOLDER = """
 import sys

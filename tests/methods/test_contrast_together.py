@@ -9,7 +9,7 @@ from torch import Tensor
 from histossl.methods import classes_of
 from histossl.methods.method import Method
 from histossl.views.recipe import recipe_named
-from tests.methods.test_gather import on_two
+from tests.runtime.test_collectives import on_two
 
 # 12 is no multiple of 8: the queue's writing point wraps. Groups of two tiles for BatchNorm fit either half of a batch.
 MOCO: dict[str, Any] = {"queue_size": 12, "same_slide_weight": 0.5, "batchnorm_group_tiles": 2}

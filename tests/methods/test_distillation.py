@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.errors import UsageError
-from histossl.methods import TAUGHT, classes_of, gather
-from histossl.methods.batchnorm import batchnorm_buffers
+from histossl.core.errors import UsageError
+from histossl.methods import TAUGHT, classes_of
 from histossl.methods.distillation import Distillation, DistillationConfig, Teacher, entropy
-from histossl.methods.losses import distillation
+from histossl.methods.losses.contrastive import distillation
 from histossl.methods.method import Views
+from histossl.methods.modules.batchnorm import batchnorm_buffers
+from histossl.runtime import collectives
 from histossl.views.recipe import recipe_named
-from tests.methods.test_gather import on_two
+from tests.runtime.test_collectives import on_two
 
 TEACHER_BC = torch.tensor([[2.0, 0.5, -1.0], [0.0, 0.0, 3.0]])
 
@@ -238,17 +239,17 @@ def one_step() -> dict[str, Tensor]:
     with torch.no_grad():
         one.classifier.weight.copy_(torch.randn(3, 8, generator=generator))
     batch = views()
-    mine = replace_images(batch, gather.own_part(batch.images[0]))
+    mine = replace_images(batch, collectives.own_part(batch.images[0]))
     outcome = one(mine)
     outcome.loss.backward()
     one.after_step([outcome.carry], 0.5)
-    grads = {name: gather.mean_over_processes(each.grad) for name, each in one.named_parameters()}
+    grads = {name: collectives.mean_over_processes(each.grad) for name, each in one.named_parameters()}
     state = {str(number): each for number, each in enumerate(batchnorm_buffers(one))}
-    return {"loss": gather.mean_over_processes(outcome.loss), "answer": one.answer_C, **grads, **state}
+    return {"loss": collectives.mean_over_processes(outcome.loss), "answer": one.answer_C, **grads, **state}
 
 
 def replace_images(batch: Views, images: Tensor) -> Views:
-    numbers = gather.own_part(batch.tiles_B)
+    numbers = collectives.own_part(batch.tiles_B)
     return batch._replace(images=[images], tiles_B=numbers, slides_B=numbers)
 
 

@@ -19,16 +19,16 @@ from synthetic_store import write_synthetic_store
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from histossl.backbones import create_backbone
-from histossl.config import PretrainConfig
+from histossl.backbones.loading import create_backbone
+from histossl.core.config import PretrainConfig
+from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import REGISTRY, classes_of
 from histossl.methods.method import Method, Rate, Training
-from histossl.tiles.index import TileIndex
+from histossl.tiles.store.index import TileIndex
 from histossl.training.loop import Precision, train
 from histossl.training.pretrain import Operation, pretrain
-from histossl.training.setup import optimizer_for
+from histossl.training.setup.optim import optimizer_for
 from histossl.views.recipe import recipe_named
-from histossl.workspace import PretrainDir, Workspace
 
 STEPS, TILES, PX = 3, 8, 32
 QUICK: dict[str, Any] = {

@@ -22,19 +22,19 @@ from synthetic_store import write_synthetic_store
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from histossl import console
-from histossl.backbones import create_backbone
-from histossl.config import PretrainConfig
+from histossl.backbones.loading import create_backbone
+from histossl.core import console
+from histossl.core.config import PretrainConfig
+from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import REGISTRY, TAUGHT, classes_of
 from histossl.methods.method import Method, Views
-from histossl.tiles.index import TileIndex
-from histossl.training.checkpoint import load_checkpoint
+from histossl.tiles.store.index import TileIndex
 from histossl.training.loop import Precision, train
-from histossl.training.monitor import LINES_ABOVE, Ceiling
-from histossl.training.operation import Operation
+from histossl.training.monitoring.diagnostics import LINES_ABOVE, Ceiling
 from histossl.training.pretrain import pretrain
+from histossl.training.run_files.checkpoint import load_checkpoint
+from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import ViewRecipe, make_views, recipe_named
-from histossl.workspace import PretrainDir, Workspace
 
 CPU = torch.device("cpu")
 NAMES = tuple(REGISTRY)

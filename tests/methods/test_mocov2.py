@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.errors import UsageError
-from histossl.methods import gather
-from histossl.methods.batchnorm import GroupedBatchNorm2d, batchnorm_buffers, group_batchnorms
-from histossl.methods.ema import ema_update, frozen_copy
+from histossl.core.errors import UsageError
 from histossl.methods.method import Views
 from histossl.methods.mocov2 import Keys, MoCoV2, MoCoV2Config
+from histossl.methods.modules.batchnorm import GroupedBatchNorm2d, batchnorm_buffers, group_batchnorms
+from histossl.methods.modules.ema import ema_update, frozen_copy
+from histossl.runtime import collectives
 from histossl.views.recipe import recipe_named
-from tests.methods.test_gather import on_two
+from tests.runtime.test_collectives import on_two
 
 DIM = 8
 
@@ -256,14 +256,16 @@ def four_steps() -> list[Tensor]:
         method = MoCoV2(nn.Sequential(*layers), 6, recipe_named("mocov2", 16), config).train()
         generator = torch.Generator().manual_seed(1)
         for step in range(4):
-            images = [gather.own_part(torch.randn(16, 3, 16, 16, generator=generator)) for _ in range(2)]
-            tiles_B = gather.own_part(torch.arange(16) + 16 * step)
+            images = [collectives.own_part(torch.randn(16, 3, 16, 16, generator=generator)) for _ in range(2)]
+            tiles_B = collectives.own_part(torch.arange(16) + 16 * step)
             outcome = method(Views(images, tiles_B, tiles_B // 4, step))
             outcome.loss.backward()
             method.after_step([outcome.carry], 0.5)
         out += [method.queue_KD, method.queue_tiles_K.float(), method.pointer.float()]
         out += batchnorm_buffers(method)
-        out += [gather.mean_over_processes(each.grad) for each in method.backbone.parameters() if each.grad is not None]
+        out += [
+            collectives.mean_over_processes(each.grad) for each in method.backbone.parameters() if each.grad is not None
+        ]
     return [each.detach().clone() for each in out]
 
 

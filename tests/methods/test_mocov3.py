@@ -8,11 +8,11 @@ from contrast import WIDTH, backbone, row, views
 from torch import nn
 from torch.nn import functional as F
 
-from histossl.backbones import create_backbone
-from histossl.errors import UsageError
-from histossl.methods.batchnorm import GlobalBatchNorm
+from histossl.backbones.loading import create_backbone
+from histossl.core.errors import UsageError
 from histossl.methods.mocov1 import MoCoV1, MoCoV1Config
 from histossl.methods.mocov3 import MoCoV3, MoCoV3Config
+from histossl.methods.modules.batchnorm import GlobalBatchNorm
 from histossl.views.recipe import recipe_named
 
 

@@ -8,15 +8,15 @@ from contrast import WIDTH, backbone, made_constant, row, views
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.errors import UsageError
+from histossl.core.errors import UsageError
 from histossl.methods import classes_of
-from histossl.methods.batchnorm import GlobalBatchNorm
-from histossl.methods.losses import nt_xent
+from histossl.methods.losses.contrastive import nt_xent
 from histossl.methods.method import Method, Training
+from histossl.methods.modules.batchnorm import GlobalBatchNorm
 from histossl.methods.simclr import SimCLR, SimCLRConfig
 from histossl.methods.simclrv2 import SimCLRv2, SimCLRv2Config
-from histossl.training.monitor import Ceiling
-from histossl.training.planner import in_batch_reason
+from histossl.training.monitoring.diagnostics import Ceiling
+from histossl.training.setup.planner import in_batch_reason
 from histossl.views.recipe import recipe_named
 
 

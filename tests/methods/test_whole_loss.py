@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods.test_selfdistillation import method, views
+from methods.test_self_distillation import method, views
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -15,10 +15,10 @@ from PIL import Image
 from simulated import write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
+from histossl.core.workspace import Workspace
 from histossl.report.content import read_content
 from histossl.report.features import _sample, look_at_features, neighbourhoods
 from histossl.report.html import render
-from histossl.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +157,10 @@ def test_tiles_that_decide_are_those_with_the_most_attention(content, monkeypatc
         return SimpleNamespace(shares=np.array([1.0, 0, 0])), np.zeros((len(features), 3)), attention
 
     model = SimpleNamespace(info=info, embedder=lambda device: None)
-    monkeypatch.setattr("histossl.evaluation.model.load_model", lambda folder: model)
+    monkeypatch.setattr("histossl.heads.model_folder.load_model", lambda folder: model)
     embedded = workspace.embeddings("adapted-0123-64px")
     monkeypatch.setattr(
-        "histossl.evaluation.embed.embed_slides",
+        "histossl.features.extraction.embed_slides",
         lambda workspace, index, slides, *rest: {slide: embedded / f"{slide}.h5" for slide in slides},
     )
     monkeypatch.setattr("histossl.evaluation.predict.predict_tiles", predicted)

@@ -15,12 +15,12 @@ import pytest
 from simulated import Archive, write_finetuning, write_tiles_and_embeddings
 
 from histossl import cli
-from histossl.config import commands_with, note_command, noted_commands
-from histossl.evaluation.curves import Saved, measure, read_predictions, summarise, verdict, write_predictions
+from histossl.core.config import commands_with, note_command, noted_commands
+from histossl.core.workspace import Workspace
 from histossl.report.content import pretraining_log, read_content
 from histossl.report.features import look_at_features
 from histossl.report.html import key_figures, render, sections, simulated, write_report
-from histossl.workspace import Workspace
+from histossl.stats.verdict import Saved, measure, read_predictions, summarise, verdict, write_predictions
 
 FIGURES = {
     "figure-curve", "figure-curve-balanced_accuracy", "figure-curve-log_loss", "figure-saved", "figure-confusion",

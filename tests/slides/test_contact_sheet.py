@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histossl.config import ScanConfig
+from histossl.core.config import ScanConfig
 from histossl.demo.paint import PaintedSlide
 from histossl.slides import scan as scanning
 from histossl.slides.contact_sheet import write_contact_sheet
 from histossl.slides.grid import Grid
 from histossl.slides.ledger import LedgerRow
+from histossl.slides.quality.tissue import TissueMask
 from histossl.slides.scan import Previews, ScanJob, look_at
-from histossl.slides.tissue import TissueMask
 
 NASTY = '<b>&"bold".svs'
 

@@ -11,11 +11,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histossl.config import ScanConfig
+from histossl.core.config import ScanConfig
 from histossl.demo.paint import paint_slide
+from histossl.runtime.process_pool import run_jobs
 from histossl.slides.ledger import LedgerRow
 from histossl.slides.scan import ScanJob, look_at
-from histossl.workers import run_jobs
 
 TIME_LIMIT_S = 60
 KNOWN_STATUS = ("ok", "warning", "unreadable")

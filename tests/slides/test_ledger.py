@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from histossl.errors import StoreError
+from histossl.core.errors import StoreError
 from histossl.slides.ledger import LedgerRow, merged, read_ledger, write_ledger
 
 ROWS = [

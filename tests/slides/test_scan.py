@@ -18,16 +18,16 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histossl.cli.slides import copies_at_other_size
-from histossl.config import ScanConfig, TileConfig, TissueConfig
+from histossl.cli.scan import copies_at_other_size
+from histossl.core.config import ScanConfig, TileConfig, TissueConfig
+from histossl.core.errors import HistosslError, SlideError, StoreError
+from histossl.core.workspace import Workspace, alone_in
 from histossl.demo.paint import PaintedSlide
-from histossl.errors import HistosslError, SlideError, StoreError
+from histossl.runtime.process_pool import Event
 from histossl.slides import scan as scanning
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.scan import scan
 from histossl.tiles.tiling import tile_archive
-from histossl.workers import Event
-from histossl.workspace import Workspace, alone_in
 
 
 @pytest.fixture
@@ -271,12 +271,12 @@ def test_damage_inside_is_found(tmp_path: Path, paint: Callable[..., PaintedSlid
 def test_a_crash_and_a_hang_cost_their_own_row(
     archive: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from histossl import workers
+    from histossl.runtime import process_pool
 
     look_at = scanning.look_at
 
     def answers(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
-        real = workers.run_jobs(sabotaged if function is look_at else function, jobs, num_workers, silence_s)
+        real = process_pool.run_jobs(sabotaged if function is look_at else function, jobs, num_workers, silence_s)
         yield from real
 
     monkeypatch.setattr(scanning, "run_jobs", answers)
@@ -291,7 +291,7 @@ def test_a_crash_and_a_hang_cost_their_own_row(
 def test_a_disk_that_hangs_while_twins_are_compared_does_not_stop_the_scan(
     tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from histossl import workers
+    from histossl.runtime import process_pool
 
     folder = tmp_path / "archive"
     folder.mkdir()
@@ -300,7 +300,7 @@ def test_a_disk_that_hangs_while_twins_are_compared_does_not_stop_the_scan(
     silent = {scanning._sample: hanging}
 
     def answers(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
-        yield from workers.run_jobs(silent.get(function, function), jobs, num_workers, silence_s)
+        yield from process_pool.run_jobs(silent.get(function, function), jobs, num_workers, silence_s)
 
     monkeypatch.setattr(scanning, "run_jobs", answers)
     rows = {row.file: row.duplicate_of for row in scan(folder, workspace, ScanConfig(time_limit_s=4), 2).rows}

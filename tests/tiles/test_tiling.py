@@ -23,21 +23,24 @@ import simplejpeg
 import tifffile
 from PIL import Image
 
-from histossl.cli.tiles import tell
-from histossl.config import TileConfig, TissueConfig, noted_commands
+from histossl.bench import tiling_rates
+from histossl.cli.tile import tell
+from histossl.core.config import TileConfig, TissueConfig, noted_commands
+from histossl.core.errors import HistosslError, MismatchError, StoreError
+from histossl.core.workspace import Workspace, alone_in
 from histossl.demo.paint import paint_slide
-from histossl.errors import HistosslError, MismatchError, StoreError
-from histossl.evaluation.slide_names import SlideNames
-from histossl.slides import reader
+from histossl.labels.slide_lookup import SlideNames
+from histossl.runtime.process_pool import Event
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
-from histossl.slides.reader import open_slide
-from histossl.tiles import measure, one_slide, store, tiling
-from histossl.tiles.index import TileIndex, find_zips
-from histossl.tiles.names import holders
-from histossl.tiles.store import StoreWriter, read_store
+from histossl.slides.reading import slide as reader
+from histossl.slides.reading.slide import open_slide
+from histossl.tiles import tiling
+from histossl.tiles.cutting import tile_slide as one_slide
+from histossl.tiles.store import zip_store as store
+from histossl.tiles.store.anonymisation import holders
+from histossl.tiles.store.index import TileIndex, find_zips
+from histossl.tiles.store.zip_store import StoreWriter, read_store
 from histossl.tiles.tiling import stored_config, tile_archive
-from histossl.workers import Event
-from histossl.workspace import Workspace, alone_in
 
 ALL = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)  # no filter takes anything
 
@@ -1018,10 +1021,12 @@ def test_bench_tile_prints_each_way(cli, painted_slide):
 def test_bench_tile_cuts_from_handles_that_have_read_nothing(painted_slide, monkeypatch):
     """OpenSlide's cache holds a small slide whole, once the thumbnail has been read of it."""
     cut, looked_at = [], []
-    cutter_for, making = measure.cutter_for, measure.Making
-    monkeypatch.setattr(measure, "cutter_for", lambda slide, *rest: (cut.append(slide), cutter_for(slide, *rest))[1])
-    monkeypatch.setattr(measure, "Making", lambda job, *rest: (looked_at.append(rest[0]), making(job, *rest))[1])
-    figures = measure.measure_tiling(painted_slide.path, TileConfig(), max_tiles=4, repeats=2)
+    cutter_for, making = tiling_rates.cutter_for, tiling_rates.Making
+    monkeypatch.setattr(
+        tiling_rates, "cutter_for", lambda slide, *rest: (cut.append(slide), cutter_for(slide, *rest))[1]
+    )
+    monkeypatch.setattr(tiling_rates, "Making", lambda job, *rest: (looked_at.append(rest[0]), making(job, *rest))[1])
+    figures = tiling_rates.measure_tiling(painted_slide.path, TileConfig(), max_tiles=4, repeats=2)
     fresh = [slide for slide in cut if slide is not cut[0]]
     assert len(fresh) == len(looked_at) == 2 * len(figures)
     assert len({id(slide) for slide in (*fresh, *looked_at)}) == 4 * len(figures)

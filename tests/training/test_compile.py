@@ -13,13 +13,13 @@ import torch
 from synthetic_store import write_synthetic_store
 from torch import nn
 
-from histossl.config import PretrainConfig
-from histossl.errors import UsageError
-from histossl.tiles.index import TileIndex
-from histossl.training.checkpoint import load_checkpoint
-from histossl.training.operation import Operation
+from histossl.core.config import PretrainConfig
+from histossl.core.errors import UsageError
+from histossl.core.workspace import PretrainDir, Workspace
+from histossl.tiles.store.index import TileIndex
 from histossl.training.pretrain import pretrain
-from histossl.workspace import PretrainDir, Workspace
+from histossl.training.run_files.checkpoint import load_checkpoint
+from histossl.training.setup.run_options import Operation
 
 pytestmark = [  # torch's tracer asks for .grad where there is none, and warns itself of it
     pytest.mark.filterwarnings("ignore::UserWarning"),

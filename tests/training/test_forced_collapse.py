@@ -6,15 +6,16 @@ import pytest
 from methods.test_every_method import needs_vit, set_of
 from synthetic_store import write_synthetic_store
 
-from histossl import console
-from histossl.config import PretrainConfig
-from histossl.errors import TrainingError
-from histossl.methods import REGISTRY, TAUGHT, pretext
-from histossl.tiles.index import TileIndex
-from histossl.training.monitor import UNMOVED
-from histossl.training.operation import Operation
+from histossl.core import console
+from histossl.core.config import PretrainConfig
+from histossl.core.errors import TrainingError
+from histossl.core.workspace import PretrainDir, Workspace
+from histossl.methods import REGISTRY, TAUGHT
+from histossl.methods.pretext import base
+from histossl.tiles.store.index import TileIndex
+from histossl.training.monitoring.diagnostics import UNMOVED
 from histossl.training.pretrain import pretrain
-from histossl.workspace import PretrainDir, Workspace
+from histossl.training.setup.run_options import Operation
 
 NAMES = [name for name in REGISTRY if name not in TAUGHT]
 DISTILLED = ("dino", "ibot", "dinov2")
@@ -64,8 +65,8 @@ def test_a_student_that_dies_under_a_teacher_that_rests_is_named(
 def test_an_ailment_that_lasts_is_told_once_though_its_figures_change(
     index: TileIndex, tmp_path: Path, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretext, "AT_CHANCE_AFTER", 1)
-    monkeypatch.setattr(pretext, "AT_CHANCE", 100.0)  # any accuracy is no better than so many guesses
+    monkeypatch.setattr(base, "AT_CHANCE_AFTER", 1)
+    monkeypatch.setattr(base, "AT_CHANCE", 100.0)  # any accuracy is no better than so many guesses
     carried_out(index, tmp_path, "rotation", 1e-3)  # logged ten times
     assert sum("is no better than chance" in told for told in warned) == 1
 

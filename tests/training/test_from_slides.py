@@ -6,7 +6,7 @@ import pytest
 import tifffile
 import typer
 
-from histossl.backbones import create_backbone, save_backbone
+from histossl.backbones.loading import create_backbone, save_backbone
 from histossl.cli import app
 
 SMALL = "--backbone resnet10t --weights random --steps 1 --batch-size 8 --view-px 32 --workers 0"

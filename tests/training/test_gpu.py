@@ -9,11 +9,11 @@ import pytest
 import torch
 from synthetic_store import write_synthetic_store
 
-from histossl.config import PretrainConfig
+from histossl.core.config import PretrainConfig
+from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import REGISTRY
 from histossl.training import loop, pretrain
-from histossl.training.operation import Operation
-from histossl.workspace import PretrainDir, Workspace
+from histossl.training.setup.run_options import Operation
 
 pytestmark = pytest.mark.gpu
 

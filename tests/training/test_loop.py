@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from histossl.errors import TrainingError
+from histossl.core.errors import TrainingError
 from histossl.methods.method import Method, Outcome, Views
 from histossl.training.loop import Precision, Step, train
-from histossl.training.memory import is_out_of_memory
+from histossl.training.setup.memory import is_out_of_memory
 
 CPU = torch.device("cpu")
 

@@ -25,32 +25,32 @@ from safetensors.torch import load_file
 from synthetic_store import write_synthetic_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from histossl.backbones import create_backbone, load_backbone, save_backbone
-from histossl.config import PretrainConfig, write_run
-from histossl.errors import MismatchError, StoreError, TrainingError
-from histossl.evaluation.labels import Item, LabelTable
+from histossl.backbones.loading import create_backbone, load_backbone, save_backbone
+from histossl.core.config import PretrainConfig, write_run
+from histossl.core.errors import MismatchError, StoreError, TrainingError
+from histossl.core.workspace import PretrainDir, Workspace
 from histossl.evaluation.probe import probe_of
-from histossl.methods.batchnorm import GroupedBatchNorm2d
+from histossl.labels.label_table import Item, LabelTable
 from histossl.methods.dinov2 import DINOv2
 from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
-from histossl.tiles.index import TileIndex
-from histossl.tiles.loading import decode_tiles
-from histossl.tiles.subset import write_subset
+from histossl.methods.modules.batchnorm import GroupedBatchNorm2d
+from histossl.runtime.distributed import Processes
+from histossl.runtime.run_lock import alone_in
+from histossl.runtime.signals import Stop
+from histossl.tiles.store.index import TileIndex
+from histossl.tiles.store.subset import write_subset
+from histossl.tiles.stream.loader import decode_tiles
 from histossl.training import pretrain as pretraining
-from histossl.training import trial
-from histossl.training.beforehand import settle_batch, show_plan
-from histossl.training.checkpoint import load_checkpoint, save_checkpoint
-from histossl.training.distributed import Processes
-from histossl.training.lock import alone_in
-from histossl.training.looks import Looks
 from histossl.training.loop import Step
-from histossl.training.operation import Operation
-from histossl.training.prepared import Prepared
+from histossl.training.monitoring.periodic_checks import Looks
+from histossl.training.plan import settle_batch, show_plan
 from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretrain, steps_within_reach
-from histossl.training.signals import Stop
+from histossl.training.run_files.checkpoint import load_checkpoint, save_checkpoint
+from histossl.training.setup import dry_run
+from histossl.training.setup.run import Prepared
+from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import clean_view
-from histossl.workspace import PretrainDir, Workspace
 
 TINY = PretrainConfig(
     backbone="resnet10t", weights="random", steps=8, batch_size=8, view_px=32, set=("batchnorm_group_tiles=4",)
@@ -872,13 +872,15 @@ def test_hours_become_steps_once_and_a_resumed_run_keeps_them(
 ) -> None:
     run = run_dir(tmp_path)
     config = replace(TINY, steps=0, hours=0.0004)  # 1.44 s: a look at the start, and four steps with a look each
-    monkeypatch.setattr("histossl.training.trial.timed_step_s", lambda _: 0.3)  # whatever else this machine is doing
-    monkeypatch.setattr("histossl.training.trial.beside_steps", lambda *_: (0.02, 0.0))
+    monkeypatch.setattr(
+        "histossl.training.setup.dry_run.timed_step_s", lambda _: 0.3
+    )  # whatever else this machine is doing
+    monkeypatch.setattr("histossl.training.setup.dry_run.beside_steps", lambda *_: (0.02, 0.0))
     with pytest.raises(Killed):
         pretrain(index, run, config, replace(QUICK, monitor_every=1, checkpoint_every_steps=1), probe=die_at_look(2))
     planned = json.loads(run.run_json.read_text())["plan"]["num_steps"]
     assert planned == 4
-    monkeypatch.setattr("histossl.training.trial.timed_step_s", lambda _: 0.1)
+    monkeypatch.setattr("histossl.training.setup.dry_run.timed_step_s", lambda _: 0.1)
     pretrain(index, run, config, QUICK)
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, planned + 1))
 
@@ -1119,8 +1121,8 @@ def test_a_last_phase_with_larger_views_counts_in_the_time_planned(
         return forward(made, views)
 
     monkeypatch.setattr(DINOv2, "forward", watched)
-    timed = trial._step_s
-    monkeypatch.setattr(trial, "_step_s", lambda *asked: (timed(*asked), 31.0 if asked[4:] else 1.0)[1])
+    timed = dry_run._step_s
+    monkeypatch.setattr(dry_run, "_step_s", lambda *asked: (timed(*asked), 31.0 if asked[4:] else 1.0)[1])
     knobs = ("high_resolution_px=64", "high_resolution_share=0.1", "hidden_dim=8", "num_local=0")
     options = "--method dinov2 --backbone test_vit --weights random --batch-size 8 --view-px 32 --workers 0 --steps 10"
     sets = itertools.chain.from_iterable(("--set", knob) for knob in knobs)

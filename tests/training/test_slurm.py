@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from synthetic_store import write_synthetic_store
 
 from histossl.cli.pretrain import _loader_threads
-from histossl.tiles.index import TileIndex
-from histossl.training.checkpoint import load_checkpoint
-from histossl.training.distributed import is_worker, tasks_on_node
+from histossl.core.workspace import PretrainDir, Workspace
+from histossl.runtime.distributed import is_worker, tasks_on_node
+from histossl.tiles.store.index import TileIndex
 from histossl.training.pretrain import pretrain
-from histossl.workspace import PretrainDir, Workspace
+from histossl.training.run_files.checkpoint import load_checkpoint
 from tests.training.test_pretrain import QUICK, TINY, command, rows
 
 ROOT = Path(__file__).parents[2]

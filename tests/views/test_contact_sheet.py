@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from synthetic_store import write_synthetic_store
 
+from histossl.core.workspace import Workspace
+from histossl.views.contact_sheet import GAP_PX, LINE_PX, contact_sheet
 from histossl.views.recipe import make_views, recipe_named
-from histossl.views.sheet import GAP_PX, LINE_PX, contact_sheet
-from histossl.workspace import Workspace
 
 TOP = 2 * LINE_PX + GAP_PX
 

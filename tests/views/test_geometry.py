@@ -12,8 +12,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from histossl.views import geometry
-from histossl.views.draws import Draws
 from histossl.views.geometry import Placement, blurred, matrices, random_boxes, resampled
+from histossl.views.rng import Draws
 
 LEVEL = 1 / 255
 

@@ -10,11 +10,10 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import functional as TF
 
-from histossl.errors import UsageError
-from histossl.tiles.loading import decode_tiles
+from histossl.bench.view_rates import MEAN, STD, SyntheticStore, reference_pipeline
+from histossl.core.errors import UsageError
+from histossl.tiles.stream.loader import decode_tiles
 from histossl.views import colour
-from histossl.views.bench import MEAN, STD, SyntheticStore, reference_pipeline
-from histossl.views.draws import Draws
 from histossl.views.recipe import (
     PRETEXT,
     RECIPES,
@@ -27,6 +26,7 @@ from histossl.views.recipe import (
     recipe_named,
     with_settings,
 )
+from histossl.views.rng import Draws
 
 LEVEL = 1 / 255
 NEUTRAL = ViewSpec(

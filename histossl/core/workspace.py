@@ -1,0 +1,375 @@
+"""Where things lie on disk. Nobody else joins path strings.
+
+WORKSPACE/
+    archive.csv                 the ledger: one row per file of the archive
+    tile-commands.json          how `histossl tile` was called, for the report
+    tiles/                      one zip per slide, and index.npy
+    pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
+    embeddings/BACKBONE/        one HDF5 file per slide
+    finetune/NAME/              points.csv, summary.csv, predictions.csv, curve.png, model/, report.html
+    predictions/NAME/           predictions.csv, heatmaps/
+    curation/BACKBONE/          features of all tiles in one file, shared by the subsets made with them
+    subsets/NAME/               run.json, ledger.json, sheet.html, tiles.npy: tile numbers, sorted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from histossl.core.errors import HistosslError, StoreError, UsageError
+from histossl.runtime.launcher_messages import is_launched
+
+DEFAULT = "histossl-workspace"
+VARIABLE = "HISTOSSL_WORKSPACE"
+LONGEST_NAME = 200  # bytes of it in the name of the file that is written aside: file systems allow 255 in all
+
+
+@dataclass(frozen=True)
+class PretrainDir:
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint.pt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        return self.root / "checkpoint.previous.pt"
+
+    @property
+    def damaged_checkpoint(self) -> Path:
+        return self.root / "checkpoint.damaged.pt"
+
+    @property
+    def backbone(self) -> Path:
+        """Its presence means that the run is finished."""
+        return self.root / "backbone.safetensors"
+
+    @property
+    def head(self) -> Path:
+        """What of a method's heads is of use after the run; with the backbone or absent."""
+        return self.root / "head.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """A student's model folder, for `histossl predict`."""
+        return self.root / "model"
+
+    @property
+    def healthy_backbone(self) -> Path:
+        """As of the last look that found nothing wrong: what is left when a run collapses."""
+        return self.root / "healthy" / "backbone.safetensors"
+
+    @property
+    def best_backbone(self) -> Path:
+        """The best by the probe on the training slides, kept beside the last."""
+        return self.root / "best" / "backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class FinetuneDir:
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.root / "splits.json"
+
+    @property
+    def points(self) -> Path:
+        return self.root / "points.csv"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.csv"
+
+    def journal(self, start: str) -> Path:
+        """What a start has predicted so far, appended piece by piece; predictions.csv is made from it."""
+        return self.root / "journal" / f"{_safe(start)}.jsonl"
+
+    @property
+    def predictions(self) -> Path:
+        return self.root / "predictions.csv"
+
+    @property
+    def curve_png(self) -> Path:
+        return self.root / "curve.png"
+
+    @property
+    def curve_svg(self) -> Path:
+        return self.root / "curve.svg"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+@dataclass(frozen=True)
+class PredictionDir:
+    """What a saved model said of slides."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def table(self) -> Path:
+        return self.root / "predictions.csv"
+
+    def heatmap(self, slide: str) -> Path:
+        return self.root / "heatmaps" / f"{slide}.png"
+
+    def qupath(self, slide: str) -> Path:
+        return self.root / "heatmaps" / f"{slide}.geojson"
+
+
+@dataclass(frozen=True)
+class SubsetDir:
+    """A named part of the tiles."""
+
+    root: Path
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def ledger(self) -> Path:
+        """What was embedded, dropped, grouped and kept."""
+        return self.root / "ledger.json"
+
+    @property
+    def sheet(self) -> Path:
+        return self.root / "sheet.html"
+
+    @property
+    def copies(self) -> Path:
+        """Which tile stands for which: kept until the subset is finished, so that a killed run goes on from here."""
+        return self.root / "copies.npz"
+
+    @property
+    def tiles(self) -> Path:
+        """Its presence means that the subset is finished."""
+        return self.root / "tiles.npy"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    root: Path
+
+    @classmethod
+    def at(cls, given: Path | None) -> Workspace:
+        """--workspace, or $HISTOSSL_WORKSPACE, or ./histossl-workspace."""
+        return cls(Path(given or os.environ.get(VARIABLE) or DEFAULT))
+
+    @classmethod
+    def holding(cls, index: Path) -> Workspace:
+        """The workspace whose `index` this is."""
+        return cls(index.parents[1])
+
+    @property
+    def archive_csv(self) -> Path:
+        return self.root / "archive.csv"
+
+    @property
+    def tile_commands(self) -> Path:
+        return self.root / "tile-commands.json"
+
+    @property
+    def contact_sheet(self) -> Path:
+        return self.root / "contact-sheet.html"
+
+    @property
+    def anonymous_names(self) -> Path:
+        """What the hashed names of an anonymous store stand for, and their key: outside the store, kept private."""
+        return self.root / "anonymous-names.csv"
+
+    @property
+    def tiles(self) -> Path:
+        return self.root / "tiles"
+
+    @property
+    def index(self) -> Path:
+        return self.tiles / "index.npy"
+
+    @property
+    def pretrain_root(self) -> Path:
+        return self.root / "pretrain"
+
+    @property
+    def finetune_root(self) -> Path:
+        return self.root / "finetune"
+
+    def zip_of(self, slide: str) -> Path:
+        return self.tiles / f"{slide}.zip"
+
+    def pretrain(self, name: str) -> PretrainDir:
+        return PretrainDir(self.pretrain_root / _safe(name))
+
+    def finetune(self, name: str) -> FinetuneDir:
+        return FinetuneDir(self.finetune_root / _safe(name))
+
+    def embeddings(self, backbone: str) -> Path:
+        return self.root / "embeddings" / _safe(backbone)
+
+    @property
+    def subsets_root(self) -> Path:
+        return self.root / "subsets"
+
+    def subset(self, name: str) -> SubsetDir:
+        return SubsetDir(self.subsets_root / _safe(name))
+
+    def features(self, backbone: str, tiles_digest: str) -> Path:
+        """One row per tile of the index. The name says of which weights and which tiles."""
+        return self.root / "curation" / _safe(backbone) / f"features-{tiles_digest[:16]}.npy"
+
+    def predictions(self, name: str) -> PredictionDir:
+        return PredictionDir(self.root / "predictions" / _safe(name))
+
+    @property
+    def suggestions(self) -> Path:
+        """Which slides to label next."""
+        return self.root / "suggestions.csv"
+
+    def make(self, remedy: str = f"pass --workspace DIR, or set ${VARIABLE}") -> Workspace:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))  # a file: that is no workspace's name
+            raise (UsageError if in_the_way else HistosslError)(
+                f"workspace {self.root}: cannot be made ({error.strerror}); {remedy}"
+            ) from error
+        return self
+
+
+def _safe(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise UsageError(f"run name {name!r}: must be one plain directory name, without / or a leading dot")
+    return name
+
+
+@contextmanager
+def alone_in(workspace: Workspace, command: str) -> Iterator[None]:
+    """One `scan` or `tile` at a time per workspace: both write the ledger. The kernel lets go however a process ends.
+
+    Shows before any work that the workspace can be written to. One that this run made and left empty (its settings
+    were refused, say) goes with it.
+    """
+    new = not workspace.root.exists()
+    workspace.make()
+    path = workspace.root / ".lock"
+    told = f"workspace {workspace.root}: cannot be written"
+    remedy = "make room, mend its permissions, or pass --workspace DIR"
+    try:
+        lock = path.open("a+b", buffering=0)  # buffered, a full disk would complain once more when it is closed
+    except OSError as error:
+        raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
+    with lock:
+        if not locked(lock.fileno()) and not _in_a_moment(lock.fileno()):
+            lock.seek(0)
+            raise StoreError(f"{workspace.root}: another {lock.read().decode().strip()} is at work in it")
+        try:
+            lock.truncate(0)
+            lock.write(f"`histossl {command}` (process {os.getpid()})\n".encode())
+        except OSError as error:
+            raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
+        try:
+            yield
+        finally:
+            if new and {*workspace.root.iterdir()} <= {path, workspace.tiles}:
+                with suppress(OSError):  # there are tiles
+                    if workspace.tiles.exists():
+                        workspace.tiles.rmdir()
+                    path.unlink(missing_ok=True)
+                    workspace.root.rmdir()
+
+
+def refuse_while_tiling(workspace: Workspace) -> None:
+    """Part of an archive looks like a whole one: what reads all tiles waits until `tile` has made them.
+
+    A lock file that a process left which is no more says nothing: what counts is who holds the lock. Processes that a
+    launcher of ours starts, or starts again in the middle of a run, do not ask: it has.
+    """
+    if is_launched():
+        return
+    try:
+        lock = (workspace.root / ".lock").open("rb")
+    except OSError:
+        return  # nobody has tiled here, or it is not ours to see
+    with lock:
+        if locked(lock.fileno(), shared=True):
+            return
+        holder = lock.read().decode(errors="replace").strip()
+    if holder.startswith("`histossl tile`"):
+        raise StoreError(
+            f"{workspace.root}: {holder} is at work in it, and has not tiled every slide yet; wait until it is done, "
+            "or stop it to go on with the tiles that there are"
+        )
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Write to a neighbour, flush it to disk, rename over `path`: the file is whole or absent, whatever kills us.
+
+    Yields the path to write to. On an error the half-written neighbour is removed and `path` is untouched.
+    """
+    name = os.fsencode(path.name)[:LONGEST_NAME].decode(errors="ignore")
+    aside = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise HistosslError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):  # of a read-only disk, say: what went wrong there is told already
+            aside.unlink(missing_ok=True)
+
+
+def locked(descriptor: int, shared: bool = False) -> bool:
+    """Whether this process now holds the lock of an open file, until it closes it or ends; `shared`: with others."""
+    try:
+        import fcntl
+    except ImportError:
+        return True  # not on this system: nobody is kept out
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
+    return True
+
+
+def _in_a_moment(descriptor: int) -> bool:
+    """Whether the lock is free again after a blink: `refuse_while_tiling` holds it for so long, and is no work."""
+    time.sleep(0.1)
+    return locked(descriptor)

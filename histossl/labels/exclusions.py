@@ -1,0 +1,96 @@
+"""Which slides stay out of pretraining: every slide of a patient who is tested later, and those that a file names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from histossl.core import console
+from histossl.core.errors import LabelsError, UsageError
+from histossl.labels.label_csv import Row, read_labels, read_rows
+from histossl.labels.label_table import LabelTable, match_labels, refuse_two_cases
+from histossl.labels.slide_lookup import TCGA_CASE, SlideNames
+from histossl.tiles.store.index import TileIndex
+
+
+def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
+    """What may judge the run as it goes; None, with the reason told, where the labels do not serve for that."""
+    file = read_labels(path, needs_label=False)
+    rows = file.rows
+    for note in file.notes:
+        console.warn(f"{path}: {note}")
+    if not any(row.split for row in rows):
+        console.warn(
+            f"{path}: has no split column, so no slide is left out of pretraining; patients tested later will have "
+            "been seen here (without their labels), and the report will say so"
+        )
+    try:
+        return match_labels(rows, SlideNames.of(index), source=str(path), mixed_patients=True)
+    except LabelsError as error:
+        names = SlideNames.of(index)
+        if not any(names.find(row.slide) for row in rows):
+            raise
+        console.warn(f"no probe during the run: {error}")
+        return None
+
+
+def without(table: LabelTable, left_out: set[str]) -> LabelTable:
+    """A slide that is left out of the run does not judge it either."""
+    return replace(table, items=tuple(item for item in table.items if item.slide not in left_out))
+
+
+def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
+    """Every slide of every patient who has one marked `test`; by TCGA barcode also those that the file leaves out."""
+    rows, names = read_rows(path, needs_label=False), SlideNames.of(index)
+    _refuse_two_sides(path, rows, names)
+    marked = [row for row in rows if row.split == "test"]
+    patients = {row.patient for row in marked if row.patient}
+    cases = {case.upper() for row in marked for case in TCGA_CASE.findall(row.slide)}
+    found = {slide for row in rows if row.split == "test" or row.patient in patients for slide in names.find(row.slide)}
+    for slide in found:
+        refuse_two_cases(slide, names.cases(slide))
+        cases |= names.cases(slide)
+    missing = [row.slide for row in marked if not names.find(row.slide)]
+    if missing:
+        have = "has" if len(missing) == 1 else "have"
+        first = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        console.warn(f"{path}: {console.count(len(missing), 'test slide')} {have} no tiles here ({first})")
+    return found | {slide for slide in index.slides if names.cases(slide) & cases}
+
+
+def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> None:
+    """One content under two names, of which only one is of a test patient: nobody can say on which side it is."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        for slide in names.find(row.slide):
+            for what in ("split", "patient"):
+                said = getattr(row, what)
+                before = first.setdefault((slide, what), row) if said else row
+                if getattr(before, what) != said:
+                    raise LabelsError(
+                        f"{path}: {before.slide} (line {before.line}) and {row.slide} (line {row.line}) name one "
+                        f"slide, with {what} {getattr(before, what)!r} and {said!r}; correct one of them"
+                    )
+
+
+def read_exclusions(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
+
+
+def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
+    if path is None:
+        return set()
+    slides: set[str] = set()
+    known = SlideNames.of(index)
+    for name in read_exclusions(path):
+        found = known.find(name)
+        if not found:
+            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides ({known.hint(name)})")
+        slides.update(found)
+    return slides

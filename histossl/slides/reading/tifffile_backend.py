@@ -1,0 +1,430 @@
+"""Read tiled and stripped TIFFs segment by segment with tifffile: what OpenSlide refuses, and native tiles as bytes.
+
+A level is never read whole: only the tiles (or strips) under the wanted box are decoded, and the last ones kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from histossl.core.errors import SlideError
+from histossl.slides.reading.mpp import Scale, scale_from, scale_from_ome, scale_from_resolution
+
+# tifffile reports oddities through logging; without a handler they would land in the middle of a progress bar.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+CACHE_BYTES = 64 << 20
+MAX_SEGMENT_BYTES = 400 << 20  # a tile or strip while it is decoded: twice as stored (the decoder copies), once as RGB
+BAND = 256  # rows of it turned into RGB at a time
+ASIDE = ("label", "macro", "overview", "thumbnail", "barcode")  # what a series of a slide may be besides the tissue
+
+COMPRESSIONS = {
+    1: "none",
+    5: "LZW",
+    6: "JPEG (old)",
+    7: "JPEG",
+    8: "deflate",
+    32773: "PackBits",
+    32946: "deflate",
+    33003: "JPEG 2000",
+    33005: "JPEG 2000",
+    33004: "JPEG 2000",
+    34712: "JPEG 2000",
+    34887: "LERC",
+    34925: "LZMA",
+    34933: "PNG",
+    34934: "JPEG XR",
+    22610: "JPEG XR",
+    50000: "Zstandard",
+    50001: "WebP",
+    50002: "JPEG XL",
+    52546: "JPEG XL",
+}
+JPEG = "JPEG"
+APERIO_YCC = 33003  # JPEG 2000 of Aperio, its components luma and chroma, whatever the photometric tag says
+# Decoders that give the components as stored; a JPEG's or a WebP's gives RGB.
+VERBATIM = ("none", "LZW", "deflate", "PackBits", "LZMA", "Zstandard")
+
+
+@contextmanager
+def blaming(path: Path, doing: str) -> Iterator[None]:
+    """Whatever a library raises over a damaged file becomes this slide's own error; the run goes on without it."""
+    try:
+        yield
+    except SlideError:
+        raise
+    except MemoryError as error:
+        raise SlideError(
+            f"{path.name}: {doing} needs more memory than there is; the file is damaged or huge"
+        ) from error
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SlideError(f"{path.name}: {doing} failed ({said}); the file is damaged or of a kind not known") from error
+
+
+@dataclass(frozen=True)
+class NativeLevel:
+    """One level as the file stores it: enough to copy its tiles as bytes. Offsets are row-major over the tile grid."""
+
+    downsample: float
+    width_px: int
+    height_px: int
+    tile_width_px: int
+    tile_height_px: int
+    compression: str
+    photometric: str  # "RGB", "YCBCR", "MINISBLACK", ...: how the JPEG's components are to be read
+    subsampling: tuple[int, int]
+    jpeg_tables: bytes | None  # shared Huffman and quantisation tables, to be spliced into each tile
+    offsets: tuple[int, ...]
+    byte_counts: tuple[int, ...]
+    corner_px: tuple[int, int] = (0, 0)  # where it lies on the slide's level: Leica's on a larger plane
+
+    @property
+    def tiles_across(self) -> int:
+        return -(-self.width_px // self.tile_width_px)
+
+    @property
+    def tiles_down(self) -> int:
+        return -(-self.height_px // self.tile_height_px)
+
+
+class TiffLevels:
+    """The levels of the slide's image in a TIFF; other series (label, macro, thumbnail) are never touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cache: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+        with blaming(path, "opening it as a TIFF"):
+            self._tiff = tifffile.TiffFile(path)
+            try:
+                self._choose_series()
+            except BaseException:
+                self._tiff.close()
+                raise
+
+    def close(self) -> None:
+        self._tiff.close()
+        self._cache.clear()
+
+    def _choose_series(self) -> None:
+        series = [
+            one
+            for one in self._tiff.series
+            if not any(word in (one.name or "").lower() for word in ASIDE) and len(one.shape) >= 2
+        ]
+        if not series and self._cut_off():
+            raise SlideError(
+                f"{self.path.name}: truncated or damaged: what its header points to lies beyond the end of the file; "
+                "copy or download it again"
+            )
+        if not series:
+            raise SlideError(f"{self.path.name}: a TIFF without an image")
+        chosen = max(series, key=lambda one: _size(one)[0] * _size(one)[1])
+        self._levels = [_pages(self.path, level) for level in chosen.levels]
+        self.sizes = tuple(_size(level) for level in chosen.levels)
+        if min(min(size) for size in self.sizes) < 1:
+            raise SlideError(f"{self.path.name}: damaged: one of its levels has no size")
+        self.pages = [pages[0] for pages in self._levels]
+        page = self.pages[0]
+        self.is_ome = bool(self._tiff.is_ome)
+        self.is_qpi = bool(self._tiff.is_qpi)
+        self.is_big = bool(self._tiff.is_bigtiff)
+        self.compression = COMPRESSIONS.get(
+            int(page.compression), str(getattr(page.compression, "name", page.compression))
+        )
+        self.tile_size = (int(page.tilewidth), int(page.tilelength)) if page.is_tiled else None
+        self.in_strips = not page.is_tiled
+        self.orientation = int(page.tags[274].value) if 274 in page.tags else 1
+
+    def _cut_off(self) -> bool:
+        """Whether the first directory is missing. Aperio writes it behind the first image's tiles."""
+        with self.path.open("rb") as file:
+            head = file.read(16)
+        start, length = (8, 8) if self._tiff.is_bigtiff else (4, 4)
+        order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+        return int.from_bytes(head[start : start + length], order) >= self.path.stat().st_size
+
+    def downsamples(self) -> tuple[float, ...]:
+        return tuple(snapped_downsample(self.sizes[0], size) for size in self.sizes)
+
+    def scale(self) -> Scale | None:
+        """OME-XML first, then Aperio's header, then the resolution tags, which many programs fill with defaults."""
+        with blaming(self.path, "reading its scale"):
+            return self._scale()
+
+    def _scale(self) -> Scale | None:
+        page = self.pages[0]
+        if self.is_ome and self._tiff.ome_metadata:
+            scale = scale_from_ome(self._tiff.ome_metadata, *self.sizes[0])
+            if scale is not None:
+                return scale
+        description = page.description or ""
+        if description.startswith("Aperio"):
+            for part in description.split("|"):
+                key, _, value = part.partition("=")
+                if key.strip() == "MPP":
+                    scale = scale_from(value, value, "metadata (aperio)")
+                    if scale is not None:
+                        return scale
+        if 282 in page.tags and 283 in page.tags:
+            unit = int(page.tags[296].value) if 296 in page.tags else 2
+            return scale_from_resolution(page.tags[282].value, page.tags[283].value, unit)
+        return None
+
+    def damage(self) -> str:
+        """What the directories tell of damage before any pixel is read: a copy that stopped, a size gone wild."""
+        with blaming(self.path, "reading where its tiles lie"):
+            end = self.path.stat().st_size
+            total = beyond = 0
+            for first, page in ((pages[0], page) for pages in self._levels for page in pages):
+                offsets = np.asarray(page.dataoffsets, dtype=np.uint64)
+                counts = np.asarray(page.databytecounts, dtype=np.uint64)
+                # A further colour plane is laid out as the first, and tifffile keeps no second copy of that.
+                width, height = _segment_size(first)
+                planes = int(first.samplesperpixel) if int(first.planarconfig) == 2 else 1
+                due = -(-int(first.imagewidth) // width) * -(-int(first.imagelength) // height) * planes
+                if not len(offsets) == len(counts) == due:
+                    size = f"{first.imagewidth} x {first.imagelength} px"
+                    return f"damaged: {size} take {due} tiles, it lists {len(offsets)}"
+                total += len(offsets)
+                beyond += int(np.sum((offsets + counts > end) & (counts > 0)))
+            if beyond:
+                return f"truncated: {beyond} of {total} tiles lie beyond the end of the file; copy or download it again"
+        return ""
+
+    # ---- pixels
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """(height, width, 3); white outside the level. x, y in the level's own pixels."""
+        out = np.full((height, width, 3), 255, dtype=np.uint8)
+        level_width, level_height = self.sizes[level]
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + width, level_width), min(y + height, level_height)
+        if left >= right or top >= bottom:
+            return out
+        with self._lock, blaming(self.path, f"reading level {level} at {x}, {y}"):
+            box = out[top - y : bottom - y, left - x : right - x]
+            self._fill(level, left, top, right, bottom, box)
+        return out
+
+    def _fill(self, level: int, left: int, top: int, right: int, bottom: int, box: NDArray[np.uint8]) -> None:
+        pages = self._levels[level]
+        page = pages[0]
+        if len(pages) == 1 and _plain_rows(page):
+            box[:] = _as_rgb(page, self._rows(page, left, top, right, bottom))
+            return
+        width, height = _segment_size(page)
+        across = -(-int(page.imagewidth) // width)
+        for row in range(top // height, -(-bottom // height)):
+            for column in range(left // width, -(-right // width)):
+                segment = self._segment(level, row * across + column)
+                x, y = column * width, row * height
+                x0, x1 = max(left, x), min(right, x + segment.shape[1])
+                y0, y1 = max(top, y), min(bottom, y + segment.shape[0])
+                if x0 < x1 and y0 < y1:
+                    box[y0 - top : y1 - top, x0 - left : x1 - left] = segment[y0 - y : y1 - y, x0 - x : x1 - x]
+
+    def _rows(self, page: Any, left: int, top: int, right: int, bottom: int) -> NDArray[Any]:
+        """A box of an uncompressed image: read where it lies, without the rest of its rows."""
+        samples = int(page.samplesperpixel)
+        dtype = page.dtype.newbyteorder(self._tiff.byteorder)
+        pixel = samples * dtype.itemsize
+        stride = int(page.imagewidth) * pixel
+        file = self._tiff.filehandle
+        data = bytearray()
+        for row in range(top, bottom):
+            file.seek(int(page.dataoffsets[0]) + row * stride + left * pixel)
+            data += file.read((right - left) * pixel)
+        if len(data) != (bottom - top) * (right - left) * pixel:
+            raise SlideError(f"{self.path.name}: ends in the middle of its image; copy or download it again")
+        return np.frombuffer(data, dtype).reshape(bottom - top, right - left, samples)
+
+    def _segment(self, level: int, index: int) -> NDArray[np.uint8]:
+        """One tile or strip as RGB, decoded or from the cache. A tile that the file leaves out is white."""
+        key = (level, index, 0)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        pages = self._levels[level]
+        page = pages[0]
+        planes = int(page.samplesperpixel) if int(page.planarconfig) == 2 else 1
+        if planes > 1:
+            step = len(page.dataoffsets) // planes
+            parts = [self._decoded(page, plane * step + index) for plane in range(planes)]
+        else:
+            parts = [self._decoded(one, index) for one in pages]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            width, height = _segment_size(page)
+            rgb = np.full((height, width, 3), 255, dtype=np.uint8)
+        else:
+            height, width = known[0].shape[:2]
+            rgb = np.empty((height, width, 3), dtype=np.uint8)
+            for top in range(0, height, BAND):  # a copy on the way to RGB is as large as what it is made of
+                band = [part[top : top + BAND] for part in known]
+                rgb[top : top + BAND] = _as_rgb(page, np.concatenate(band, axis=2) if len(band) > 1 else band[0])
+        self._cache[key] = rgb
+        self._cached_bytes += rgb.nbytes
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return rgb
+
+    def _decoded(self, page: Any, index: int) -> NDArray[Any] | None:
+        if not page.databytecounts[index]:
+            return None
+        self._tiff.filehandle.seek(int(page.dataoffsets[index]))
+        data = self._tiff.filehandle.read(int(page.databytecounts[index]))
+        if len(data) != page.databytecounts[index]:
+            raise SlideError(f"{self.path.name}: ends in the middle of a tile; copy or download it again")
+        tables, header = getattr(page, "jpegtables", None), getattr(page, "jpegheader", None)
+        segment, _, shape = page.decode(data, index, jpegtables=tables, jpegheader=header)
+        if segment is None:
+            return None
+        array: NDArray[Any] = np.asarray(segment).reshape(segment.shape[-3:])[: shape[-3], : shape[-2]]
+        return array
+
+    # ---- native tiles
+
+    def native_level(self, level: int) -> NativeLevel | None:
+        """None if this level is not one plane of tiles."""
+        if len(self._levels[level]) != 1:
+            return None
+        page = self.pages[level]
+        if not page.is_tiled or int(page.planarconfig) != 1:
+            return None
+        return NativeLevel(
+            downsample=snapped_downsample(self.sizes[0], self.sizes[level]),
+            width_px=int(page.imagewidth),
+            height_px=int(page.imagelength),
+            tile_width_px=int(page.tilewidth),
+            tile_height_px=int(page.tilelength),
+            compression=COMPRESSIONS.get(int(page.compression), str(page.compression)),
+            photometric=str(getattr(page.photometric, "name", page.photometric)),
+            subsampling=_subsampling(page),
+            jpeg_tables=bytes(page.jpegtables) if page.jpegtables else None,
+            offsets=tuple(int(one) for one in page.dataoffsets),
+            byte_counts=tuple(int(one) for one in page.databytecounts),
+        )
+
+    @cached_property
+    def native(self) -> tuple[NativeLevel | None, ...]:
+        with blaming(self.path, "reading where its tiles lie"):
+            return tuple(self.native_level(level) for level in range(len(self.sizes)))
+
+
+def snapped_downsample(size_l0: tuple[int, int], size: tuple[int, int]) -> float:
+    """Level 0 pixels per pixel of a level. Levels are rounded to whole pixels: 4.0007 means 4."""
+    ratio = (size_l0[0] / size[0] + size_l0[1] / size[1]) / 2
+    whole = round(ratio)
+    if whole >= 1 and all(abs(l0 / whole - px) < 1.0 for l0, px in zip(size_l0, size, strict=True)):
+        return float(whole)
+    return ratio
+
+
+def _size(level: Any) -> tuple[int, int]:
+    sizes = dict(zip(level.axes, level.shape, strict=True))
+    return int(sizes.get("X", 0)), int(sizes.get("Y", 0))
+
+
+def _pages(path: Path, level: Any) -> list[Any]:
+    """The one page of a level, or its three colour channels; anything else is not a brightfield slide."""
+    page = level.pages[0]
+    if page is None:
+        raise SlideError(f"{path.name}: its first image is missing")
+    sizes = dict(zip(level.axes, level.shape, strict=True))
+    depth = {axis: count for axis, count in sizes.items() if axis not in "XYSC" and count > 1}
+    if depth:
+        raise SlideError(
+            f"{path.name}: a stack of {'x'.join(map(str, depth.values()))} images; export one plane as RGB"
+        )
+    if page.dtype not in (np.uint8, np.uint16):
+        raise SlideError(f"{path.name}: {page.dtype} pixels; histossl reads 8 or 16 bit brightfield images")
+    if int(page.compression) not in COMPRESSIONS:
+        raise SlideError(f"{path.name}: TIFF compression {int(page.compression)} is not known; convert it")
+    samples, channels = int(sizes.get("S", 1)), int(sizes.get("C", 1))
+    if channels not in (1, 3) or (channels == 3 and samples != 1) or samples > 4:
+        raise SlideError(
+            f"{path.name}: {max(channels, samples)} channels (fluorescence?); histossl reads RGB or grey brightfield"
+        )
+    if page.photometric.name not in ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE"):
+        raise SlideError(f"{path.name}: {page.photometric.name} colour; convert it to RGB")
+    if (
+        _in_ycc(page)
+        and getattr(page, "subsampling", None) not in (None, (1, 1))
+        and int(page.compression) != APERIO_YCC
+    ):
+        raise SlideError(f"{path.name}: YCbCr with thinned-out colours and no JPEG; convert it to RGB")
+    width, height = _segment_size(page)
+    segment_bytes = width * height * max(samples, channels) * page.dtype.itemsize
+    if not _plain_rows(page) and 2 * segment_bytes + 3 * width * height > MAX_SEGMENT_BYTES:
+        raise SlideError(
+            f"{path.name}: stored in pieces of {segment_bytes / 1e6:,.0f} MB, too large to read one by one; "
+            "convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg --Q 90"
+        )
+    pages = list(level.pages) if channels == 3 else [page]
+    if len(pages) != channels or any(one is None for one in pages):
+        raise SlideError(f"{path.name}: says {channels} channels and holds {len(pages)}")
+    return pages
+
+
+def _segment_size(page: Any) -> tuple[int, int]:
+    if page.is_tiled:
+        return int(page.tilewidth), int(page.tilelength)
+    return int(page.imagewidth), max(1, min(int(page.rowsperstrip), int(page.imagelength)))
+
+
+def _plain_rows(page: Any) -> bool:
+    """Uncompressed rows one after the other, which need no decoder."""
+    if page.is_tiled or int(page.compression) != 1 or int(page.planarconfig) != 1 or page.bitspersample not in (8, 16):
+        return False
+    offsets, counts = page.dataoffsets, page.databytecounts
+    return all(offset + count == after for offset, count, after in zip(offsets, counts, offsets[1:], strict=False))
+
+
+def _as_rgb(page: Any, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8 from what a page stores: grey, inverted, palette, alpha, 16 bit."""
+    if page.photometric.name == "PALETTE":
+        table = (np.asarray(page.colormap) >> 8).astype(np.uint8)  # (3, 2**bits)
+        return np.ascontiguousarray(table[:, pixels[..., 0]].transpose(1, 2, 0))
+    if pixels.dtype != np.uint8:
+        pixels = (pixels // 257).astype(np.uint8)
+    if page.photometric.name == "MINISWHITE":
+        pixels = 255 - pixels
+    if pixels.shape[2] in (2, 4):
+        colour, alpha = pixels[..., :-1].astype(np.uint16), pixels[..., -1:].astype(np.uint16)
+        pixels = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    if _in_ycc(page):
+        image = Image.frombytes("YCbCr", pixels.shape[1::-1], np.ascontiguousarray(pixels).tobytes())
+        pixels = np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(pixels)
+
+
+def _in_ycc(page: Any) -> bool:
+    """Whether decoded pixels are luma and chroma."""
+    compression = int(page.compression)
+    verbatim = COMPRESSIONS.get(compression) in VERBATIM
+    return compression == APERIO_YCC or (page.photometric.name == "YCBCR" and verbatim)
+
+
+def _subsampling(page: Any) -> tuple[int, int]:
+    if page.photometric.name != "YCBCR":
+        return 1, 1
+    value = page.tags[530].value if 530 in page.tags else (2, 2)
+    return int(value[0]), int(value[1])
