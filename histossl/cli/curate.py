@@ -11,7 +11,8 @@ from histossl.cli.options import ConfigOption, WorkspaceOption, above_0
 from histossl.core import console
 from histossl.core.config import CurateConfig, EmbedConfig
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace, refuse_while_tiling
+from histossl.core.workspace import Workspace
+from histossl.runtime.locks import refuse_while_tiling
 
 DEFAULTS = CurateConfig()
 RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)

@@ -20,8 +20,9 @@ from histossl.cli.tile import tell_tiled
 from histossl.core import console
 from histossl.core.config import DistillConfig, PretrainConfig
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace, refuse_while_tiling
+from histossl.core.workspace import Workspace
 from histossl.runtime.launcher_messages import is_launched
+from histossl.runtime.locks import refuse_while_tiling
 
 if TYPE_CHECKING:
     from histossl.backbones.loading import BackboneInfo

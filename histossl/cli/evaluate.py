@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from histossl.cli.options import ON_OFF, ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
+from histossl.core import console
 from histossl.core.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.core.errors import UsageError
 from histossl.core.workspace import Workspace
@@ -341,7 +342,11 @@ def finetune(
         raise UsageError(f"--device {device} --gpus {gpus}: with several processes each takes its own GPU; drop one")
     if num_processes > 1:
         return launch(num_processes, sys.argv[1:], MAX_RESTARTS)
-    stage(place, name, settings, EmbedConfig(embed_batch_size, workers, device), dry_run)
+    result = stage(place, name, settings, EmbedConfig(embed_batch_size, workers, device), dry_run)
+    if result.finished:
+        from histossl.report.html import write_report
+
+        console.say(f"report: {write_report(result.run, place)}")
     return 0
 
 

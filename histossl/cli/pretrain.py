@@ -286,11 +286,12 @@ def pretrain(
     ] = True,
 ) -> int:
     """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
-    from histossl.core.workspace import Workspace, refuse_while_tiling
+    from histossl.core.workspace import Workspace
     from histossl.evaluation.probe import probe_of
     from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
     from histossl.runtime.distributed import is_worker, launch, num_processes_for
     from histossl.runtime.launcher_messages import is_launched
+    from histossl.runtime.locks import refuse_while_tiling
     from histossl.tiles.store.index import TileIndex
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain

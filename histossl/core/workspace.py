@@ -14,17 +14,14 @@ WORKSPACE/
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from histossl.core.errors import HistosslError, StoreError, UsageError
-from histossl.runtime.launcher_messages import is_launched
+from histossl.core.errors import HistosslError, UsageError
 
 DEFAULT = "histossl-workspace"
 VARIABLE = "HISTOSSL_WORKSPACE"
@@ -277,65 +274,6 @@ def _safe(name: str) -> str:
 
 
 @contextmanager
-def alone_in(workspace: Workspace, command: str) -> Iterator[None]:
-    """One `scan` or `tile` at a time per workspace: both write the ledger. The kernel lets go however a process ends.
-
-    Shows before any work that the workspace can be written to. One that this run made and left empty (its settings
-    were refused, say) goes with it.
-    """
-    new = not workspace.root.exists()
-    workspace.make()
-    path = workspace.root / ".lock"
-    told = f"workspace {workspace.root}: cannot be written"
-    remedy = "make room, mend its permissions, or pass --workspace DIR"
-    try:
-        lock = path.open("a+b", buffering=0)  # buffered, a full disk would complain once more when it is closed
-    except OSError as error:
-        raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
-    with lock:
-        if not locked(lock.fileno()) and not _in_a_moment(lock.fileno()):
-            lock.seek(0)
-            raise StoreError(f"{workspace.root}: another {lock.read().decode().strip()} is at work in it")
-        try:
-            lock.truncate(0)
-            lock.write(f"`histossl {command}` (process {os.getpid()})\n".encode())
-        except OSError as error:
-            raise HistosslError(f"{told} ({error.strerror}); {remedy}") from error
-        try:
-            yield
-        finally:
-            if new and {*workspace.root.iterdir()} <= {path, workspace.tiles}:
-                with suppress(OSError):  # there are tiles
-                    if workspace.tiles.exists():
-                        workspace.tiles.rmdir()
-                    path.unlink(missing_ok=True)
-                    workspace.root.rmdir()
-
-
-def refuse_while_tiling(workspace: Workspace) -> None:
-    """Part of an archive looks like a whole one: what reads all tiles waits until `tile` has made them.
-
-    A lock file that a process left which is no more says nothing: what counts is who holds the lock. Processes that a
-    launcher of ours starts, or starts again in the middle of a run, do not ask: it has.
-    """
-    if is_launched():
-        return
-    try:
-        lock = (workspace.root / ".lock").open("rb")
-    except OSError:
-        return  # nobody has tiled here, or it is not ours to see
-    with lock:
-        if locked(lock.fileno(), shared=True):
-            return
-        holder = lock.read().decode(errors="replace").strip()
-    if holder.startswith("`histossl tile`"):
-        raise StoreError(
-            f"{workspace.root}: {holder} is at work in it, and has not tiled every slide yet; wait until it is done, "
-            "or stop it to go on with the tiles that there are"
-        )
-
-
-@contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Write to a neighbour, flush it to disk, rename over `path`: the file is whole or absent, whatever kills us.
 
@@ -354,22 +292,3 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # of a read-only disk, say: what went wrong there is told already
             aside.unlink(missing_ok=True)
-
-
-def locked(descriptor: int, shared: bool = False) -> bool:
-    """Whether this process now holds the lock of an open file, until it closes it or ends; `shared`: with others."""
-    try:
-        import fcntl
-    except ImportError:
-        return True  # not on this system: nobody is kept out
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
-    return True
-
-
-def _in_a_moment(descriptor: int) -> bool:
-    """Whether the lock is free again after a blink: `refuse_while_tiling` holds it for so long, and is no work."""
-    time.sleep(0.1)
-    return locked(descriptor)

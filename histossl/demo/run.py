@@ -83,6 +83,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
     """Paint, scan, tile, pretrain, finetune. The path of the report; the signal, if one stopped it on the way."""
     # These bring torch and scikit-learn, which painting alone does not need.
     from histossl.evaluation.finetune import finetune
+    from histossl.report.html import write_report
     from histossl.slides.scan import scan
     from histossl.tiles.store.index import TileIndex
     from histossl.tiles.tiling import tile_archive
@@ -127,8 +128,8 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
 
     # ---- with labels
     _heading(5, "finetune", f"finetune --labels {at.labels} --name {NAME} --draws {DRAWS} --seed {config.seed} {where}")
-    finetune(workspace, NAME, FinetuneConfig(labels=str(at.labels), draws=DRAWS, seed=config.seed))
-    report = workspace.finetune(NAME).report.resolve()
+    curve = finetune(workspace, NAME, FinetuneConfig(labels=str(at.labels), draws=DRAWS, seed=config.seed))
+    report = write_report(curve.run, workspace).resolve()
     console.say(
         "\nThe slides are painted: this shows that the whole road works here, and says nothing about your tissue.\n"
         f"{(time.monotonic() - started_s) / 60:.1f} minutes. The report: {report}"

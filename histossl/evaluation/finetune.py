@@ -28,7 +28,7 @@ from histossl.core.config import (
     write_run,
 )
 from histossl.core.errors import LabelsError
-from histossl.core.workspace import FinetuneDir, Workspace, refuse_while_tiling
+from histossl.core.workspace import FinetuneDir, Workspace
 from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
 from histossl.evaluation.model_selection import comes_before, for_use, other_model, scored_higher
 from histossl.evaluation.run_identity import (
@@ -54,7 +54,7 @@ from histossl.labels.load_labels import labelled_items, show_labels, show_missin
 from histossl.labels.slide_lookup import SlideNames
 from histossl.labels.splits import Part, Splits, make_splits, read_splits, seed_of, site_names, write_splits
 from histossl.labels.training_slides import contents_of
-from histossl.report.html import write_report
+from histossl.runtime.locks import refuse_while_tiling
 from histossl.slides.ledger import read_ledger
 from histossl.stats import tables
 from histossl.stats import verdict as curves
@@ -68,7 +68,7 @@ MAY_CHANGE = ("labels", "starts", "adapted", "weights", "backbone")  # labels an
 class Result:
     run: FinetuneDir
     table: LabelTable
-    finished: bool  # False after a dry run
+    finished: bool  # False after a dry run, and of a process that only helps another
 
 
 def finetune(
@@ -160,9 +160,9 @@ def _finetune(
         learners.setdefault(start.name, learner)
 
     if not team.leads:
-        return Result(run, table, True)
+        return Result(run, table, False)
 
-    # ---- from the journals to the tables, the curve and the report
+    # ---- from the journals to the tables and the curve
     predictions = list(_predictions(_complete(run, facts["starts"], splits), table, splits, config))
     tables.write_predictions(run.predictions, predictions, table.classes)
     split = facts["split"]
@@ -175,9 +175,7 @@ def _finetune(
     facts["verdict"] = _verdict(measured, table, facts)
     write_run(run.run_json, config, **facts)
     _save_model(run, learners, index, table, splits, starts, config, facts, in_order, summary)
-    report = write_report(run, workspace)
     _show_curve(summary, facts["verdict"], table, splits.group)
-    console.say(f"report: {report}")
     return Result(run, table, True)
 
 

@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from histossl.core import console
 from histossl.core.config import EmbedConfig, TileConfig, TissueConfig, read_run, write_run
 from histossl.core.errors import MismatchError, StoreError, UsageError
-from histossl.core.workspace import PredictionDir, Workspace, refuse_while_tiling, written_aside
+from histossl.core.workspace import PredictionDir, Workspace, written_aside
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
 from histossl.features.extraction import Bags, device_of, embed_slides, slide_tiles
 from histossl.heads.abmil import FittedAbmil
 from histossl.heads.feature_heads import Floats
 from histossl.heads.model_folder import Model, distances, load_model
 from histossl.labels.training_slides import Learnt, slides_learnt
+from histossl.runtime.locks import refuse_while_tiling
 from histossl.slides.ledger import LedgerRow
 from histossl.tiles.store.anonymisation import holders
 from histossl.tiles.store.index import TileIndex

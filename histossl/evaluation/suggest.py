@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from histossl.core import console
 from histossl.core.config import EmbedConfig, FinetuneConfig
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace, refuse_while_tiling, written_aside
+from histossl.core.workspace import Workspace, written_aside
 from histossl.evaluation.model_selection import PREFERRED
 from histossl.features.extraction import COLOUR, Bags, device_of, embed_slides, slide_tiles
 from histossl.features.initialisations import resolve_starts
 from histossl.heads.feature_heads import Floats, Ints, MeanHead
 from histossl.labels.load_labels import labelled_items
+from histossl.runtime.locks import refuse_while_tiling
 from histossl.tiles.store.index import TileIndex
 
 NUM_HEADS = 12

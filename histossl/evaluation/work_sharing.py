@@ -22,7 +22,7 @@ from histossl.core.errors import HistosslError, UsageError
 from histossl.core.workspace import FinetuneDir
 from histossl.features.extraction import device_of
 from histossl.runtime.distributed import is_worker, joined
-from histossl.runtime.run_lock import alone_in
+from histossl.runtime.locks import alone_in_run
 
 T = TypeVar("T")
 # Pieces end at different times, and a launcher ends all processes when one dies: waiting long is no danger.
@@ -60,7 +60,7 @@ def held_by(team: Team, run: FinetuneDir) -> Iterator[None]:
         refused: list[HistosslError | None] = [None]
         if team.leads:
             try:
-                stack.enter_context(alone_in(run))
+                stack.enter_context(alone_in_run(run))
             except HistosslError as error:
                 refused = [error]
         if team.count > 1:

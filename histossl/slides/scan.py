@@ -35,7 +35,8 @@ from histossl.core import console
 from histossl.core.config import ScanConfig, plain
 from histossl.core.errors import HistosslError, SlideError
 from histossl.core.units import um_from_l0
-from histossl.core.workspace import Workspace, alone_in
+from histossl.core.workspace import Workspace
+from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Job, Report, num_cores, run_jobs
 from histossl.slides.annotations import MIN_INSIDE, match_regions, read_regions
 from histossl.slides.archive import SlideFile, Walk, find_slides, relative, walk
@@ -148,7 +149,7 @@ def scan(
         _tell_unused(table, walked)
     given = table.among([(relative(one.path, directory), one.slide) for one in walked.found]) if table else {}
     drawn = match_regions(walked.found, regions)
-    with alone_in(workspace, "scan"):
+    with alone_in_workspace(workspace, "scan"):
         known = {row.file: row for row in read_ledger(workspace.archive_csv)}
         rows: dict[str, LedgerRow] = {}
         jobs: list[ScanJob] = []

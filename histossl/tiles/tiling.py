@@ -22,7 +22,8 @@ from typing import Any
 from histossl.core import console
 from histossl.core.config import TileConfig, TissueConfig, plain, require
 from histossl.core.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
-from histossl.core.workspace import Workspace, alone_in
+from histossl.core.workspace import Workspace
+from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event, Report, num_cores, run_jobs
 from histossl.slides.annotations import match_regions
 from histossl.slides.archive import SlideFile, relative, walk
@@ -87,7 +88,7 @@ def tile_archive(
     files = walk(directory).found
     if not files:
         raise HistosslError(f"{directory}: no slides in it or its subfolders; give the folder that holds the slides")
-    with alone_in(workspace, "tile"):
+    with alone_in_workspace(workspace, "tile"):
         _sweep(workspace.tiles)
         refuse_other_settings(workspace, config)
         plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)

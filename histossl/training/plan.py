@@ -13,7 +13,7 @@ from histossl.core.config import PretrainConfig, read_run
 from histossl.core.errors import MismatchError
 from histossl.core.workspace import PretrainDir
 from histossl.runtime.distributed import Processes, joined
-from histossl.runtime.run_lock import refuse_held
+from histossl.runtime.locks import refuse_held
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.sampler import TileOrder
 from histossl.training.run_files.run_identity import refuse_other_run

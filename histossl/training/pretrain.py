@@ -26,7 +26,7 @@ from histossl.methods.schedules import warmup_cosine
 from histossl.runtime import launcher_messages
 from histossl.runtime.collectives import max_over_processes, mean_over_processes
 from histossl.runtime.distributed import RESTART, agreed, is_lost_process, joined, others_lost, others_wait
-from histossl.runtime.run_lock import alone_in
+from histossl.runtime.locks import alone_in_run
 from histossl.runtime.signals import Stop, stop_on_signal
 from histossl.tiles.store.index import TileIndex
 from histossl.training.loop import HalfDoneError, Step, train
@@ -75,7 +75,7 @@ def pretrain(
     refuse_other_run(index, run, config)
     if run.backbone.exists():
         return Result(run, True, f"finished before: {run.backbone}")
-    with stop_on_signal() as stop, joined() as processes, alone_in(run) if processes.writes else nullcontext():
+    with stop_on_signal() as stop, joined() as processes, alone_in_run(run) if processes.writes else nullcontext():
         settled = settle_batch(index, run, config, operation, processes, teacher)
         prepared = Prepared(index, run, settled, operation, processes, teacher)
         return replace(_Pretraining(prepared, probe, config).carry_out(stop), stopped_by=stop.number)

@@ -1,0 +1,1 @@
+"""A batch of tiles becomes augmented views, on the device the model is on."""

@@ -19,7 +19,8 @@ from histossl.evaluation.finetune import finetune
 from histossl.evaluation.journal import Journal
 from histossl.features.extraction import Bags, backbone_embedder, colour_embedder, embed_slides, slide_tiles
 from histossl.features.initialisations import resolve_starts
-from histossl.runtime.run_lock import alone_in
+from histossl.report.html import write_report
+from histossl.runtime.locks import alone_in_run
 from histossl.stats.tables import read_points, read_predictions, read_summary
 from histossl.tiles.store.index import TileIndex
 
@@ -306,7 +307,7 @@ def test_the_same_labelled_slides_give_the_same_head_in_every_draw(ready):
 
 
 def test_two_at_once_into_one_curve_are_refused(ready):
-    with alone_in(ready.finetune("a")):
+    with alone_in_run(ready.finetune("a")):
         with pytest.raises(TrainingError, match="another process is at work on this run"):
             finetune(ready, "a", config_of(ready, **ONE))
         finetune(ready, "a", config_of(ready, **ONE), dry_run=True)
@@ -357,7 +358,7 @@ def test_the_pretraining_pool_is_found_under_other_folders_and_unknown_names_are
     assert anonymous["seen"] == {"adapted": None}
     assert "cannot be told" in anonymous["statement"]
     assert "pretraining pool is not known" in limits
-    assert "pretraining pool is not known" in ready.finetune("h0").report.read_text()
+    assert "pretraining pool is not known" in write_report(ready.finetune("h0"), ready).read_text()
 
 
 def test_tiles_and_regions_can_carry_the_labels(ready):
@@ -530,7 +531,7 @@ def test_a_backbone_of_another_scale_is_told_on_the_page_too(ready, capsys):
     told = "adapted learnt from tiles at 2 microns per pixel, those here are at 0.5"
     assert told in " ".join(capsys.readouterr().err.split())
     finetune(ready, "a", config_of(ready, starts=("random",), **ONE))
-    assert told in ready.finetune("a").report.read_text()
+    assert told in write_report(ready.finetune("a"), ready).read_text()
 
 
 def test_a_start_added_later_is_shown_tiles_at_the_size_of_the_first(ready):

@@ -12,6 +12,7 @@ from histossl.evaluation.finetune import finetune
 from histossl.evaluation.model_selection import comes_before, for_use, other_model, scored_higher
 from histossl.heads.model_folder import load_model
 from histossl.report.content import read_content
+from histossl.report.html import write_report
 from histossl.stats.tables import SummaryRow
 
 
@@ -69,7 +70,7 @@ def test_a_better_start_than_the_saved_models_is_told_and_its_model_can_be_made(
     assert "for a model from random add --starts random --name random to the command" in said
     content = read_content(workspace.finetune("a"), workspace)
     assert "random scored higher than adapted" in content.higher_than("adapted")
-    report = workspace.finetune("a").report.read_text()
+    report = write_report(workspace.finetune("a"), workspace).read_text()
     assert "not of the best: random scored higher than adapted" in " ".join(report.split())
 
     finetune(workspace, "random", replace(config, starts=("random",)))

@@ -10,15 +10,16 @@ from synthetic_store import write_synthetic_store
 
 from histossl.core.config import FinetuneConfig
 from histossl.core.errors import StoreError
-from histossl.core.workspace import alone_in, locked, refuse_while_tiling
 from histossl.evaluation.finetune import embed_start, finetune
 from histossl.evaluation.suggest import suggest
+from histossl.runtime.locks import alone_in_workspace, locked, refuse_while_tiling
 
 HOLDER = """
 import sys
 from pathlib import Path
-from histossl.workspace import Workspace, alone_in
-with alone_in(Workspace(Path(sys.argv[1])), "tile"):
+from histossl.core.workspace import Workspace
+from histossl.runtime.locks import alone_in_workspace
+with alone_in_workspace(Workspace(Path(sys.argv[1])), "tile"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -35,7 +36,7 @@ def tiled(workspace):
 def test_what_reads_all_tiles_is_refused_while_tile_is_at_work(tiled, cli):
     labels = tiled.root / "labels.csv"
     config = FinetuneConfig(labels=str(labels), starts=("random",), backbone="test_vit", input_px=32)
-    with alone_in(tiled, "tile"):
+    with alone_in_workspace(tiled, "tile"):
         for stage in (
             lambda: finetune(tiled, "a", config),
             lambda: finetune(tiled, "a", config, dry_run=True),
@@ -58,7 +59,7 @@ def test_predict_is_refused_too(tiled, cli):
         labels=str(labels), starts=("random",), backbone="test_vit", input_px=32, draws=1, budgets=(1,)
     )
     finetune(tiled, "a", config)
-    with alone_in(tiled, "tile"):
+    with alone_in_workspace(tiled, "tile"):
         told = cli("predict", "--model", tiled.finetune("a").model, "-w", tiled.root, "--no-heatmaps")
     assert told.code == 1
     assert "is at work in it, and has not tiled every slide yet" in " ".join(told.err.split())
@@ -78,7 +79,7 @@ def test_the_lock_file_of_a_tile_that_was_killed_refuses_nobody(tiled):
 
 
 def test_scan_makes_no_tiles_and_refuses_nobody(tiled):
-    with alone_in(tiled, "scan"):
+    with alone_in_workspace(tiled, "scan"):
         refuse_while_tiling(tiled)
 
 
@@ -89,5 +90,5 @@ def test_to_look_is_not_to_be_at_work(tiled):
     assert locked(looking.fileno(), shared=True)
     refuse_while_tiling(tiled)
     threading.Timer(0.02, looking.close).start()
-    with alone_in(tiled, "tile"), pytest.raises(StoreError, match="is at work in it, and has"):
+    with alone_in_workspace(tiled, "tile"), pytest.raises(StoreError, match="is at work in it, and has"):
         refuse_while_tiling(tiled)

@@ -25,6 +25,7 @@ from histossl.heads.end_to_end import TileSource, Tuned, _kept_for_validation, _
 from histossl.heads.model_folder import load_model
 from histossl.report.content import read_content
 from histossl.report.features import look_at_features
+from histossl.report.html import write_report
 from histossl.stats.tables import read_points
 
 CPU = torch.device("cpu")
@@ -165,7 +166,7 @@ def test_a_curve_end_to_end_leaves_points_and_a_model_that_loads(ready, tmp_path
         ("random", "end-to-end (last)"),
         ("colour", "mean"),
     }
-    page = ready.finetune("a").report.read_text()
+    page = write_report(ready.finetune("a"), ready).read_text()
     assert "no map of features" in page  # end to end no start was embedded
     assert 'id="figure-deciding"' in page
     shown = look_at_features(read_content(ready.finetune("a"), ready), ready)

@@ -21,8 +21,9 @@ from PIL import Image
 from histossl.cli.scan import copies_at_other_size
 from histossl.core.config import ScanConfig, TileConfig, TissueConfig
 from histossl.core.errors import HistosslError, SlideError, StoreError
-from histossl.core.workspace import Workspace, alone_in
+from histossl.core.workspace import Workspace
 from histossl.demo.paint import PaintedSlide
+from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event
 from histossl.slides import scan as scanning
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
@@ -589,6 +590,6 @@ def test_a_read_only_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_no_scan_while_a_run_writes_the_same_ledger(painted_slide: PaintedSlide, workspace: Workspace) -> None:
-    with alone_in(workspace, "tile"), pytest.raises(StoreError, match=r"another .histossl tile. \(process"):
+    with alone_in_workspace(workspace, "tile"), pytest.raises(StoreError, match=r"another .histossl tile. \(process"):
         scan(painted_slide.path.parent, workspace, ScanConfig())
     assert not workspace.archive_csv.exists()

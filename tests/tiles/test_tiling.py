@@ -27,9 +27,10 @@ from histossl.bench import tiling_rates
 from histossl.cli.tile import tell
 from histossl.core.config import TileConfig, TissueConfig, noted_commands
 from histossl.core.errors import HistosslError, MismatchError, StoreError
-from histossl.core.workspace import Workspace, alone_in
+from histossl.core.workspace import Workspace
 from histossl.demo.paint import paint_slide
 from histossl.labels.slide_lookup import SlideNames
+from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reading import slide as reader
@@ -360,7 +361,7 @@ def test_a_damaged_zip_is_made_anew(workspace, paint):
 
 def test_two_runs_in_one_workspace_do_not_meet(workspace, painted_slide):
     told = r"another .histossl scan. \(process .* is at work"
-    with alone_in(workspace, "scan"), pytest.raises(StoreError, match=told):
+    with alone_in_workspace(workspace, "scan"), pytest.raises(StoreError, match=told):
         tile_archive(painted_slide.path.parent, workspace, TileConfig(), 0)
     tile_archive(painted_slide.path.parent, workspace, TileConfig(), 0)
 
@@ -637,7 +638,7 @@ def test_a_full_disk_at_the_very_start_is_one_line(workspace):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
-        with pytest.raises(HistosslError, match="cannot be written"), alone_in(workspace, "tile"):
+        with pytest.raises(HistosslError, match="cannot be written"), alone_in_workspace(workspace, "tile"):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -36,7 +36,7 @@ from histossl.methods.method import Outcome, Views
 from histossl.methods.mocov2 import Keys, MoCoV2
 from histossl.methods.modules.batchnorm import GroupedBatchNorm2d
 from histossl.runtime.distributed import Processes
-from histossl.runtime.run_lock import alone_in
+from histossl.runtime.locks import alone_in_run
 from histossl.runtime.signals import Stop
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.store.subset import write_subset
@@ -743,7 +743,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(index: TileIndex, tmp_p
 
 def test_a_run_that_somebody_is_at_is_refused_before_processes_are_started(index: TileIndex, cli) -> None:
     workspace = index.path.parents[1]
-    with alone_in(PretrainDir(workspace / "pretrain" / "busy")):
+    with alone_in_run(PretrainDir(workspace / "pretrain" / "busy")):
         told = cli(*command(workspace, "--gpus", "2", "--name", "busy"))
     assert told.code == 1
     assert "another process is at work on this run (process " in told.err
@@ -968,7 +968,7 @@ def test_settings_of_a_run_that_saved_nothing_may_be_given_up(index: TileIndex, 
     run.backbone.unlink()
     with pytest.raises(MismatchError, match=r"batch_size was 8, now 16.*Nothing was saved in it yet"):
         pretrain(index, run, replace(TINY, batch_size=16), QUICK)
-    with alone_in(run), pytest.raises(MismatchError) as under_way:
+    with alone_in_run(run), pytest.raises(MismatchError) as under_way:
         pretrain(index, run, replace(TINY, batch_size=16), QUICK)
     assert "Nothing was saved" not in str(under_way.value)
 

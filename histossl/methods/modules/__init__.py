@@ -1,0 +1,1 @@
+"""Parts that several methods share: projection heads, queue, EMA, BatchNorm over processes, masked ViTs."""

@@ -1,0 +1,1 @@
+"""Pretext tasks: one view and a question whose answer is known."""

@@ -1,0 +1,1 @@
+"""One file becomes a `Slide`: pixels of any region at any scale, through OpenSlide, tifffile or Pillow."""

@@ -45,7 +45,8 @@ class TileOrder:
     share of it is kept to within two draws, and its own tiles are gone through completely before any comes again.
 
     `keep` narrows the pool to slides: one bool per slide of the index (patients left out). `tiles` narrows it to the
-    tiles of a subset, by their numbers; sorted and memory-mapped (`tiles/store/subset.py`) they are read where they lie.
+    tiles of a subset, by their numbers; sorted and memory-mapped (`tiles/store/subset.py`) they are read where they
+    lie.
     """
 
     def __init__(

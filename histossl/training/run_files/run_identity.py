@@ -11,7 +11,7 @@ from histossl.backbones.loading import file_digest, from_anywhere
 from histossl.core.config import PretrainConfig, read_run, refuse_other_config
 from histossl.core.errors import MismatchError
 from histossl.core.workspace import PretrainDir
-from histossl.runtime.run_lock import held
+from histossl.runtime.locks import held
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.store.subset import open_subset
 

@@ -11,7 +11,7 @@ import torch
 from histossl.backbones.loading import create_backbone, save_backbone
 from histossl.core.errors import HistosslError, TrainingError
 from histossl.core.workspace import PretrainDir
-from histossl.runtime.run_lock import alone_in
+from histossl.runtime.locks import alone_in_run
 from histossl.training.run_files.checkpoint import save_checkpoint
 
 
@@ -45,24 +45,24 @@ def test_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path: Path) -> Non
 
 def test_a_second_process_in_a_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     run = PretrainDir(tmp_path / "run")
-    with alone_in(run):
+    with alone_in_run(run):
         with (
             pytest.raises(TrainingError, match=r"another process is at work on this run \(process \d+\)"),
-            alone_in(run),
+            alone_in_run(run),
         ):
             pass
         run.log.touch()
-    with alone_in(run):
+    with alone_in_run(run):
         pass
 
 
 def test_what_a_kill_left_half_written_is_removed_and_an_unused_directory_goes(tmp_path: Path) -> None:
     run = PretrainDir(tmp_path / "run")
-    with alone_in(run):
+    with alone_in_run(run):
         pass
     assert not run.root.exists()
     left = run.best_backbone.with_name(".backbone.safetensors.1-abcd.part")
     left.parent.mkdir(parents=True)
     left.touch()
-    with alone_in(run):
+    with alone_in_run(run):
         assert not left.exists()
