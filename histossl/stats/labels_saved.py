@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from histossl.stats.bootstrap import Floats, Measured, estimate
 from histossl.stats.confidence_intervals import chance_level, contrast, half_width, has_budget, interval, one_cell
@@ -62,12 +63,11 @@ def labels_saved(
     chance = chance_level(metric, sum(count > 0 for count in measured.patients_per_class.values()))
     rows = []
     for number, column in enumerate(there):
-        target_1 = theirs_B[number, None]
         cell = one_cell(measured, b, int(column))
         # Between budgets a half width, too, is read off straight: there it is no less than it ought to be.
         half_B = np.array([half_width(contrast(measured, metric, one_cell(measured, a, int(c)) - cell)) for c in there])
         x, low, high = (
-            float(reached(x_B, rising(curve_B)[None], target_1)[0])
+            first_crossing(x_B, rising(curve_B), theirs_B[number])
             for curve_B in (ours_B, ours_B + half_B, ours_B - half_B)
         )
         found = estimate(measured, metric, cell)
@@ -90,31 +90,18 @@ def labels_saved(
     return rows
 
 
-def rising(curves: Floats) -> Floats:
-    """The nearest curve that never falls (isotonic regression, by its max-min formula), over the last axis."""
-    num = curves.shape[-1]
-    total = np.concatenate([np.zeros((*curves.shape[:-1], 1)), curves.cumsum(-1)], -1)
-    best = np.full(curves.shape, -np.inf)
-    for left in range(num):
-        ahead = np.stack(
-            [(total[..., right] - total[..., left]) / (right - left) for right in range(left + 1, num + 1)], -1
-        )
-        least = np.minimum.accumulate(ahead[..., ::-1], -1)[..., ::-1]
-        best[..., left:] = np.maximum(best[..., left:], least)
-    return best
+def rising(curve_B: Floats) -> Floats:
+    """The nearest curve that never falls."""
+    return np.asarray(isotonic_regression(curve_B).x)
 
 
-def reached(x_B: Floats, curves_RB: Floats, targets_R: Floats) -> Floats:
-    """The smallest x where each rising curve reaches its target, (R,): the first x if it starts above, inf if never."""
-    above_RB = curves_RB >= targets_R[:, None] - 1e-12
-    first_R = np.where(above_RB.any(1), above_RB.argmax(1), len(x_B))
-    right = np.clip(first_R, 1, len(x_B) - 1) if len(x_B) > 1 else np.zeros_like(first_R)
-    left = np.maximum(right - 1, 0)
-    row = np.arange(len(curves_RB))
-    rise = curves_RB[row, right] - curves_RB[row, left]
-    share = np.clip(np.divide(targets_R - curves_RB[row, left], rise, out=np.ones_like(rise), where=rise > 0), 0, 1)
-    between = x_B[left] + share * (x_B[right] - x_B[left])
-    return np.where(first_R == 0, x_B[0], np.where(first_R == len(x_B), np.inf, between))
+def first_crossing(x_B: Floats, curve_B: Floats, target: float) -> float:
+    """The smallest x where a rising curve reaches its target: the first x if it starts above, inf if it never does."""
+    above = np.flatnonzero(curve_B >= target - 1e-12)
+    if not len(above):
+        return math.inf
+    first = int(above[0])
+    return float(np.interp(target, curve_B[first - 1 : first + 1], x_B[first - 1 : first + 1]) if first else x_B[0])
 
 
 def _slides(x: float) -> float | None:

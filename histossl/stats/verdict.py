@@ -35,7 +35,7 @@ from histossl.stats.confidence_intervals import (
     summarise,
     wilson,
 )
-from histossl.stats.labels_saved import Saved, labels_saved, most_telling, reached, rising, where_saved
+from histossl.stats.labels_saved import Saved, labels_saved, most_telling, where_saved
 from histossl.stats.tables import (
     ALL,
     Budget,
@@ -80,11 +80,9 @@ __all__ = [
     "most_telling",
     "points_from",
     "pool_of",
-    "reached",
     "read_points",
     "read_predictions",
     "read_summary",
-    "rising",
     "signed",
     "summarise",
     "too_few",

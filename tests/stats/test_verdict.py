@@ -11,6 +11,7 @@ from histossl.core.errors import StoreError
 from histossl.stats import bootstrap
 from histossl.stats import verdict as curves
 from histossl.stats.draw_variance import Pool
+from histossl.stats.labels_saved import first_crossing
 from histossl.stats.verdict import (
     Point,
     Prediction,
@@ -21,8 +22,6 @@ from histossl.stats.verdict import (
     labels_saved,
     measure,
     points_from,
-    reached,
-    rising,
     summarise,
     verdict,
     wilson,
@@ -80,23 +79,15 @@ def test_holm_is_the_textbook_correction():
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
 
 
-def test_rising_is_isotonic_regression():
-    from sklearn.isotonic import isotonic_regression
-
-    rng = np.random.default_rng(0)
-    table = rng.random((50, 7))
-    assert np.allclose(rising(table), [isotonic_regression(row) for row in table])
-
-
 def test_a_score_is_reached_on_the_log_axis_between_budgets():
     x = np.log2([1.0, 2, 4, 8])
-    curve = np.array([[0.5, 0.6, 0.7, 0.9]])
-    assert 2 ** reached(x, curve, np.array([0.7]))[0] == pytest.approx(4)
-    assert 2 ** reached(x, curve, np.array([0.65]))[0] == pytest.approx(2 * 2**0.5)
-    assert 2 ** reached(x, curve, np.array([0.4]))[0] == pytest.approx(1)
-    assert reached(x, curve, np.array([0.91]))[0] == np.inf
-    flat = np.array([[0.5, 0.7, 0.7, 0.7]])
-    assert 2 ** reached(x, flat, np.array([0.7]))[0] == pytest.approx(2)  # the first place, not the last
+    curve = np.array([0.5, 0.6, 0.7, 0.9])
+    assert 2 ** first_crossing(x, curve, 0.7) == pytest.approx(4)
+    assert 2 ** first_crossing(x, curve, 0.65) == pytest.approx(2 * 2**0.5)
+    assert 2 ** first_crossing(x, curve, 0.4) == pytest.approx(1)
+    assert first_crossing(x, curve, 0.91) == np.inf
+    flat = np.array([0.5, 0.7, 0.7, 0.7])
+    assert 2 ** first_crossing(x, flat, 0.7) == pytest.approx(2)  # the first place, not the last
 
 
 def test_area_is_the_mean_height_over_log2():
@@ -775,7 +766,7 @@ def coverage_of_labels_saved(archive: Archive, num_runs: int) -> tuple[list[floa
         for start in archive.separation
     }
     x = np.log2(np.array(archive.budgets, dtype=float))
-    truth = [2 ** reached(x, height["adapted"][None], height["imagenet"][[b]])[0] for b in range(len(x))]
+    truth = [2 ** first_crossing(x, height["adapted"], height["imagenet"][b]) for b in range(len(x))]
     rng = np.random.default_rng(5)
     held = np.zeros(len(x))
     for run in range(num_runs):
