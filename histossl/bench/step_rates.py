@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from histossl.bench.view_rates import Figure, SyntheticStore, ViewRates, view_rates
-from histossl.core.config import PretrainConfig, TileConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig, TileConfig
 from histossl.core.workspace import Workspace
 from histossl.methods import entry_of
 from histossl.runtime.distributed import joined
@@ -21,7 +21,6 @@ from histossl.tiles.store.index import TileIndex
 from histossl.tiles.store.zip_store import new_store, scale_name
 from histossl.training.setup.dry_run import fit_memory, timed_step_s
 from histossl.training.setup.run import Prepared
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import recipe_named
 
 ROUNDS = 2  # both kinds of step in turn, the faster of each counts: other work on the machine only ever slows
@@ -59,7 +58,7 @@ class Rates:
         return [seen.read, seen.decode, seen.loaded, seen.views, *between, self.at_hand, self.as_it_runs]
 
 
-def measure(index: TileIndex, config: PretrainConfig, operation: Operation, num_steps: int) -> Rates:
+def measure(index: TileIndex, config: PretrainConfig, operation: RuntimeConfig, num_steps: int) -> Rates:
     """Needs `config.batch_size` and no GPU; about a minute for a small backbone on two cores."""
     recipe = recipe_named(config.recipe or entry_of(config.method).default_recipe, config.view_px)
     seen = view_rates(index, recipe, max(1, operation.num_workers), num_tiles=128, repeats=2)

@@ -77,8 +77,7 @@ def whole(
     import torch
 
     from histossl.bench.step_rates import advice, measure
-    from histossl.core.config import PretrainConfig
-    from histossl.training.setup.run_options import Operation
+    from histossl.core.config import PretrainConfig, RuntimeConfig
 
     gpu = torch.cuda.is_available()
     config = PretrainConfig(
@@ -89,7 +88,7 @@ def whole(
         batch_size=batch_size or (64 if gpu else 16),
         view_px=view_px,
     )
-    operation = Operation(num_workers=workers or _cores())
+    operation = RuntimeConfig(num_workers=workers or _cores())
     with _tiles(workspace, tile_px) as index:
         rates = measure(index, config, operation, steps or (STEPS_GPU if gpu else STEPS_CPU))
     console.table(
@@ -191,15 +190,14 @@ def train(
 
     import torch
 
-    from histossl.core.config import PretrainConfig
+    from histossl.core.config import PretrainConfig, RuntimeConfig
     from histossl.tiles.store.index import TileIndex
     from histossl.training.plan import step_times_s
-    from histossl.training.setup.run_options import Operation
 
     at = Workspace.at(workspace)
     index = TileIndex.open(at)
     config = PretrainConfig(method=method, backbone=backbone, weights="random", batch_size=batch_size, view_px=view_px)
-    operation = Operation(num_workers=workers, precision=precision, compiled=compiled)
+    operation = RuntimeConfig(num_workers=workers, precision=precision, compiled=compiled)
     with tempfile.TemporaryDirectory() as nowhere:
         run = Workspace(Path(nowhere)).pretrain("bench")
         loop_s, resident_s = step_times_s(index, run, config, operation, steps)

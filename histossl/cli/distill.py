@@ -1,25 +1,23 @@
-"""`histossl distill`: a model of labelled slides teaches a student on all tiles, labelled or not.
-
-Options that `histossl pretrain` has too are that command's own, word for word.
-"""
+"""`histossl distill`: a model of labelled slides teaches a student on all tiles, labelled or not."""
 
 from __future__ import annotations
 
-import inspect
 import os
+import shlex
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli import pretrain as pretraining
-from histossl.cli.options import above_0
+from histossl.cli.from_config import command
+from histossl.cli.pretrain import OnlyPlan, exit_code_of, named
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
-from histossl.core.config import DistillConfig, PretrainConfig
+from histossl.core.config import MOST, DistillConfig, LaunchConfig, PretrainData, RuntimeConfig
 from histossl.core.errors import UsageError
+from histossl.core.options import REQUIRED, Checked, above, between, option
 from histossl.core.workspace import Workspace
 from histossl.runtime.launcher_messages import is_launched
 from histossl.runtime.locks import refuse_while_tiling
@@ -29,77 +27,64 @@ if TYPE_CHECKING:
     from histossl.heads.model_folder import Model
     from histossl.methods.distillation import Teacher
     from histossl.tiles.store.index import TileIndex
-    from histossl.training.setup.run_options import Operation
 
 NAME = "distillation"
-# Of pretrain's options: those that a teacher decides, or that are spelled otherwise here.
-NOT_SHARED = ("name", "method", "backbone", "weights", "view_px", "tile_px", "mpp", "set_", "labels")
+
+
+@dataclass(frozen=True)
+class TeacherData(Checked):
+    """Who teaches whom."""
+
+    teacher: Path = option(
+        REQUIRED,
+        "The model that teaches: WORKSPACE/finetune/NAME/model, as predict takes it.",
+        metavar="DIR",
+        flag="--teacher/--model",
+    )
+    student: str = option("", "Any timm model.", metavar="NAME", unset="the teacher's own (self-distillation)")
+    weights: str = option(
+        "",
+        "Where the student starts: teacher, imagenet, random or a weights file.",
+        unset="teacher where it is of the same architecture, else imagenet",
+    )
+    targets: str = option(
+        "soft", "What it learns: soft (the teacher's class probabilities) or hard (its first choice)."
+    )
+    temperature: float = option(
+        1.0, "Above 1 softens the labels of a teacher that is too sure.", check=above(0, most=MOST)
+    )
+    view_px: int = option(
+        0,
+        "Side of the student's views.",
+        check=between(16, 1024, "a side of 16 to 1024 pixels"),
+        unset="as the teacher sees tiles",
+    )
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
+    command(
+        app,
         epilog="Example: histossl distill --teacher histossl-workspace/finetune/default/model --student resnet18\n\n"
-        "then histossl predict --model histossl-workspace/pretrain/distillation/model --slides DIR"
+        "then histossl predict --model histossl-workspace/pretrain/distillation/model --slides DIR",
+        without=("backbone", "set", "tile_px", "mpp"),  # which the teacher decides
+        change={
+            "name": {"unset": NAME},
+            "labels": {
+                "help": "Patients marked `test` are left out too, besides those that the teacher was tested on; the "
+                "rest judge the run as it goes. Nobody's label is learned from."
+            },
+        },
     )(distill)
 
 
 def distill(
-    teacher: Annotated[
-        Path,
-        typer.Option(
-            "--teacher",
-            "--model",
-            metavar="DIR",
-            help="The model that teaches: WORKSPACE/finetune/NAME/model, as predict takes it.",
-            show_default=False,
-        ),
-    ],
-    student: Annotated[
-        str,
-        typer.Option(
-            "--student", metavar="NAME", help="Any timm model. Default: the teacher's own (self-distillation)."
-        ),
-    ] = "",
-    weights: Annotated[
-        str,
-        typer.Option(
-            "--weights",
-            help="Where the student starts: teacher, imagenet, random or a weights file. Default: teacher where it is "
-            "of the same architecture, else imagenet.",
-            show_default=False,
-        ),
-    ] = "",
-    targets: Annotated[
-        str,
-        typer.Option(
-            "--targets", help="What it learns: soft (the teacher's class probabilities) or hard (its first choice)."
-        ),
-    ] = "soft",
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Above 1 softens the labels of a teacher that is too sure.")
-    ] = 1.0,
-    view_px: Annotated[
-        int,
-        typer.Option(
-            "--view-px",
-            help="Side of the student's views. Default: as the teacher sees tiles.",
-            show_default=False,
-            callback=above_0,
-        ),
-    ] = 0,
-    name: Annotated[
-        str, typer.Option("--name", help="Name of the run: its directory under WORKSPACE/pretrain.")
-    ] = NAME,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            "--labels",
-            metavar="FILE.csv",
-            help="Patients marked `test` are left out too, besides those that the teacher was tested on; the rest "
-            "judge the run as it goes. Nobody's label is learnt from.",
-        ),
-    ] = None,
-    **shared: Any,
+    workspace: Workspace,
+    teaching: TeacherData,
+    data: PretrainData,
+    config: DistillConfig,
+    runtime: RuntimeConfig,
+    launching: LaunchConfig,
+    only: OnlyPlan,
 ) -> int:
     """Teach a student, small or large, on all tiles what a finetuned model says of each: no label is needed.
 
@@ -117,92 +102,74 @@ def distill(
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
-    at = Workspace.at(shared["workspace"])
-    model = load_model(teacher, "--teacher")
-    DistillationConfig(temperature, targets)  # refuses what no run could use
-    settings = _settings(model, student, weights, targets, temperature, view_px, shared)
-    num_processes = 1 if is_worker() else num_processes_for(shared["gpus"])
-    slides, only_plan = shared["slides"], shared["only_plan"]
-    if slides is not None and not only_plan and not is_worker():
+    model = load_model(teaching.teacher, "--teacher")
+    DistillationConfig(teaching.temperature, teaching.targets)  # refuses what no run could use
+    config = _settings(model, teaching, config)
+    num_processes = 1 if is_worker() else num_processes_for(launching.gpus)
+    if data.slides is not None and not only.only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive
 
         tiling = tile_config(model)
-        scale = {name: shared[name] for name in ("slide_mpp", "mpp_csv")}
-        tell_tiled(tile_archive(slides, at, tiling, **scale), at, tiling.mpps)
-    refuse_while_tiling(at)
-    index = TileIndex.open(at)
+        rows = tile_archive(data.slides, workspace, tiling, slide_mpp=data.slide_mpp, mpp_csv=data.mpp_csv)
+        tell_tiled(rows, workspace, tiling.mpps)
+    refuse_while_tiling(workspace)
+    index = TileIndex.open(workspace)
     refuse_other_tiles(model, index, "--teacher")
     told_already = is_launched() or os.environ.get("RANK", "0") != "0"  # by the launcher, or by the first process
     with console.muted(told_already):
-        table = labelled_slides(labels, index) if labels else None
+        table = labelled_slides(data.labels, index) if data.labels else None
         tested = slides_held_out(model, index)
-        left_out = tested | excluded_slides(shared["exclude"], index)
-        left_out |= slides_of_test_patients(labels, index) if labels else set()
-    student_info = _student_info(settings)
+        left_out = tested | excluded_slides(data.exclude, index)
+        left_out |= slides_of_test_patients(data.labels, index) if data.labels else set()
+    student_info = _student_info(config)
     taught = teacher_of(model, student_info)
-    settings = replace(settings, excluded_slides=tuple(left_out), teacher=taught.facts["digest"])
-    run, operation = at.pretrain(name), _operation(shared, num_processes)
+    config = replace(config, excluded_slides=tuple(left_out), teacher=taught.facts["digest"])
+    run = workspace.pretrain(data.name or NAME)
     if not is_worker():
-        _say_who(settings, model, taught, tested, index)
+        _say_who(config, model, taught, tested, index)
         if not run.run_json.exists():
-            look_at_teacher(sample_of(index, settings), taught, student_info, settings)
+            look_at_teacher(sample_of(index, config), taught, student_info, config)
     with console.muted(told_already):
-        judge = probe_of(index, without(table, left_out), settings.view_px) if table else None
-    if only_plan:
-        show_plan(index, run, settings, operation, num_processes, judge, teacher=taught)
+        judge = probe_of(index, without(table, left_out), config.view_px) if table else None
+    if only.only_plan:
+        show_plan(index, run, config, runtime, num_processes, judge, teacher=taught)
         return 0
     if num_processes > 1:
-        check(index, run, settings, operation, num_processes, teacher=taught)
-        return launch(num_processes, sys.argv[1:], shared["max_restarts"])
-    result = run_pretrain(index, run, settings, operation, judge, teacher=taught)
+        check(index, run, config, runtime, num_processes, teacher=taught)
+        return launch(num_processes, sys.argv[1:], launching.max_restarts)
+    result = run_pretrain(index, run, config, runtime, judge, teacher=taught)
     if int(os.environ.get("RANK", "0")) == 0:
         console.panel("finished" if result.finished else "stopped", result.text)
         if result.finished:
-            text, fit = leave_model(index, run, model, taught, settings)
+            text, fit = leave_model(index, run, model, taught, config)
             console.say(text)
-            here = f" -w {shared['workspace']}" if shared["workspace"] else ""
             if fit:
-                console.say(f"next: histossl predict --model {run.model}{here}")
-    return pretraining.exit_code_of(result)
-
-
-def _with_shared_options(command: Any) -> None:
-    """Give `command`, in place of its **shared, the options of `pretrain` that mean the same here."""
-    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "shared"]
-    theirs = inspect.signature(pretraining.pretrain, eval_str=True).parameters.values()
-    taken = [*own, *(each for each in theirs if each.name not in NOT_SHARED)]
-    every = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in taken]
-    command.__signature__ = inspect.Signature(every, return_annotation=int)
-    command.__annotations__ = {each.name: each.annotation for each in every}
-
-
-_with_shared_options(distill)
+                said = ["histossl", "predict", "--model", str(run.model), *named(workspace)]
+                console.say(f"next: {shlex.join(said)}")
+    return exit_code_of(result)
 
 
 # ---- what the options say
 
 
-def _settings(
-    model: Model, student: str, weights: str, targets: str, temperature: float, view_px: int, shared: dict[str, Any]
-) -> DistillConfig:
+def _settings(model: Model, teaching: TeacherData, config: DistillConfig) -> DistillConfig:
     from histossl.backbones.loading import load_backbone
 
     of_teacher = model.folder / "backbone.safetensors"
     timm_name = load_backbone(of_teacher)[1].timm_name
+    student, weights = teaching.student, teaching.weights
     same = student in ("", timm_name)
     if weights == "teacher" and not same:
         raise UsageError(
             f"--weights teacher: the teacher is a {timm_name}, the student a {student}; use imagenet, random or a file"
         )
     start = str(of_teacher) if weights in ("", "teacher") and same else weights or "imagenet"
-    known = {field.name for field in fields(PretrainConfig)} - {"batch_size"}
-    return DistillConfig(
+    return replace(
+        config,
         backbone=student or timm_name,
         weights=start,
-        view_px=view_px or model.info.input_px,
-        batch_size=pretraining._batch(shared["batch_size"]),
-        set=(f"targets={targets}", f"temperature={temperature:g}"),
-        **{key: value for key, value in shared.items() if key in known},
+        view_px=teaching.view_px or model.info.input_px,
+        set=(f"targets={teaching.targets}", f"temperature={teaching.temperature:g}"),
     )
 
 
@@ -210,26 +177,6 @@ def _student_info(settings: DistillConfig) -> BackboneInfo:
     from histossl.backbones.loading import create_backbone
 
     return create_backbone(settings.backbone, "random")[1]
-
-
-def _operation(shared: dict[str, Any], num_processes: int) -> Operation:
-    from histossl.training.setup.run_options import Operation
-
-    every_s, every_steps = pretraining._every(shared["checkpoint_every"])
-    workers = shared["workers"]
-    return Operation(
-        num_workers=workers if workers >= 0 else pretraining._loader_threads(num_processes),
-        micro_batches=shared["accumulate"],
-        checkpoint_every_s=every_s,
-        checkpoint_every_steps=every_steps,
-        **{
-            key: shared[key]
-            for key in (
-                "precision", "decode_on_gpu", "compiled", "recompute", "deterministic", "log_every", "monitor_every",
-                "stop_on_collapse",
-            )
-        },
-    )  # fmt: skip
 
 
 def _say_who(settings: DistillConfig, model: Model, taught: Teacher, tested: set[str], index: TileIndex) -> None:

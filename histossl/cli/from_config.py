@@ -75,7 +75,7 @@ class Slot:
             "help": f"{self.option.help} Default: {self.option.unset}." if self.option.unset else self.option.help,
             "metavar": self.option.metavar or None,
             "rich_help_panel": ON_OFF if switched_on else self.option.panel or None,
-            "show_default": default not in (None, "", False),
+            "show_default": default is not None and default is not False and default != "",
         }
         names = self.option.flag.split("/") if self.option.flag else [self.flag]
         if switched_on:
@@ -143,17 +143,21 @@ def command(
         hints = {one: kind for one, kind in typing.get_type_hints(function).items() if one != "return"}
         configs = {one: kind for one, kind in hints.items() if is_dataclass(kind) and kind not in (Given, Workspace)}
         slots: dict[str, Slot] = {}
-        for kind in configs.values():
+        owned: dict[str, list[str]] = {one: [] for one in configs}  # of two configs with one field the first has it
+        for one, kind in configs.items():
             for slot in slots_of(kind):
-                if slot.name not in without:
+                if slot.name not in without and slot.name not in slots:
                     told = (change or {}).get(slot.name, {})
-                    slots.setdefault(slot.name, replace(slot, option=replace(slot.option, **told)))
+                    slots[slot.name] = replace(slot, option=replace(slot.option, **told))
+                    owned[one].append(slot.name)
 
         def run(context: typer.Context, **typed: Any) -> Any:
             at = typed.pop("workspace", None)
             given = _given(context)
             values = {slot.name: slot.value(typed[slot.name], given) for slot in slots.values()}
-            arguments: dict[str, Any] = {one: build(kind, values) for one, kind in configs.items()}
+            arguments: dict[str, Any] = {
+                one: build(kind, {name: values[name] for name in owned[one]}) for one, kind in configs.items()
+            }
             arguments |= {one: given for one, kind in hints.items() if kind is Given}
             arguments |= {one: Workspace.at(at) for one, kind in hints.items() if kind is Workspace}
             return function(**arguments)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.core.config import read_toml
+from histossl.core.config import MPP_CSV_HELP, SLIDE_MPP_HELP, SLIDES_HELP, read_toml
 from histossl.core.errors import UsageError
 
 
@@ -66,7 +66,7 @@ SlidesOption = Annotated[
     typer.Option(
         "--slides",
         metavar="DIR",
-        help="Folder with the slides (searched through all its subfolders).",
+        help=SLIDES_HELP,
         show_default=False,
     ),
 ]
@@ -89,8 +89,6 @@ def archive_of(directory: Path | None, slides: Path | None) -> Path:
 
 # ---- what scan and tile mean by scale and by tissue
 
-SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
-MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
 SlideMppOption = Annotated[float | None, typer.Option(help=SLIDE_MPP_HELP, show_default=False)]
 MppCsvOption = Annotated[
     Path | None,

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 from histossl import __version__
 from histossl.core.errors import MismatchError, UsageError
+from histossl.core.options import Check, Checked, above, between, one_of, option
 from histossl.core.workspace import VARIABLE, written_aside
 
 # ---- refusing
@@ -176,57 +178,238 @@ class TileConfig:
 OPTIMIZERS = ("sgd", "adamw", "lars")
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """What defines a pretraining run: change any of it and it is another run. 0 or '' means 'work it out' (planner)."""
+DATA, METHOD, LENGTH, MACHINE, WATCHING = "Data", "Method", "Length and batch", "Machine", "Watching"  # panels of help
+METHODS = "the method's own (histossl methods NAME)"
+SEED = between(0, 2**32 - 1, f"a whole number from 0 to {2**32 - 1}")
+MOST = 1e38  # what float32 holds
 
-    method: str = "mocov2"
-    backbone: str = "resnet50"
-    weights: str = "imagenet"  # imagenet, random, or a file
-    steps: int = 0
-    epochs: float = 0.0
-    hours: float = 0.0
-    batch_size: int = 256  # tiles per optimizer step, over all processes and micro-batches; 0: what fits
-    view_px: int = 224
-    recipe: str = ""  # '': the method's own with what tissue needs (mocov2-histology)
-    optimizer: str = ""  # sgd, adamw, lars
-    lr: float = 0.0
-    weight_decay: float = -1.0  # -1: the method's
-    layer_decay: float = 0.0  # learning rate falls by this factor from each block to the one before it
-    warmup: float = -1.0  # share of the steps; -1: the method's
-    final_lr: float = -1.0  # share of the peak at the end of the cosine; -1: the method's
-    clip_norm: float = 3.0
-    slide_balance: float = 0.0
-    seed: int = 0
-    set: tuple[str, ...] = ()  # KEY=VALUE of the method's own knobs
-    excluded_slides: tuple[str, ...] = ()
-    subset: str = ""  # of the tiles, by its name; '': all
-    view_set: tuple[str, ...] = ()  # KEY=VALUE of every view, over the recipe's
+
+def read_batch_size(text: str) -> int:
+    """'auto' is 0: worked out from the tiles and the GPU's memory."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not int(text):
+        raise ValueError(BATCH_SIZE.words)
+    return int(text)
+
+
+BATCH_SIZE = Check(lambda value: value == 0 or 2 <= value <= 10**6, "auto, or 2 or more tiles, at most 1000000")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Checked):
+    """What defines a pretraining run: change any of it and it is another run."""
+
+    backbone: str = option("resnet50", "Any timm model.")
+    weights: str = option("imagenet", "Where to start: imagenet (timm's cache or the hub), random, or a weights file.")
+    subset: str = option("", "Only the tiles of this subset; `histossl curate` makes them.", DATA, metavar="NAME")
+    slide_balance: float = option(
+        0.0,
+        "0: every tile equally often; 1: every slide.",
+        DATA,
+        check=between(0, 1, "0 (every tile equally often) to 1 (every slide)"),
+    )
+    method: str = option("mocov2", "What the backbone is trained on; see `histossl methods`.", METHOD)
+    recipe: str = option("", "Augmentation recipe; see `histossl views`.", METHOD, unset="the method's, for tissue")
+    view_px: int = option(
+        224, "Side of the views in pixels.", METHOD, check=between(16, 1024, "a side of 16 to 1024 pixels")
+    )
+    set: tuple[str, ...] = option((), "A setting of the method; repeat as needed.", METHOD, metavar="KEY=VALUE")
+    view_set: tuple[str, ...] = option(
+        (),
+        "A setting of every view, over the recipe's: jpeg_p=0.5, rotation_deg=20, scale=0.4,1.",
+        METHOD,
+        metavar="KEY=VALUE",
+    )
+    optimizer: str = option(
+        "",
+        "sgd, adamw or lars.",
+        METHOD,
+        check=one_of(*OPTIMIZERS),
+        unset="the method's; mostly sgd with BatchNorm, else adamw",
+    )
+    lr: float = option(
+        0.0, "Peak learning rate.", METHOD, check=above(0, most=MOST), unset="worked out from the batch size"
+    )
+    weight_decay: float = option(-1.0, "Weight decay.", METHOD, check=between(0, MOST, "0 or more"), unset=METHODS)
+    layer_decay: float = option(
+        0.0,
+        "Factor on the learning rate from block to block.",
+        METHOD,
+        check=above(0, "above 0 and at most 1 (1: none)", most=1),
+        unset="the method's with adamw, else 1",
+    )
+    warmup: float = option(
+        -1.0,
+        "Share of the steps in which the learning rate rises.",
+        METHOD,
+        check=Check(lambda value: 0 <= value < 1, "a share of the steps, 0 to 1"),
+        unset=METHODS,
+    )
+    final_lr: float = option(
+        -1.0,
+        "Share of the peak learning rate at the last step.",
+        METHOD,
+        check=between(0, 1, "a share of --lr, 0 to 1"),
+        unset=METHODS,
+    )
+    clip_norm: float = option(
+        3.0,
+        "Gradients longer than this are shortened to it.",
+        METHOD,
+        check=above(0, "more than 0, and finite (1e9 shortens nothing)", most=MOST),
+    )
+    seed: int = option(0, "Of tile order, views and heads.", METHOD, check=SEED)
+    steps: int = option(
+        0,
+        "Length in optimizer steps.",
+        LENGTH,
+        check=between(1, 10**9, "1 or more, at most 1000000000"),
+        unset="worked out from the number of tiles",
+    )
+    epochs: float = option(
+        0.0,
+        "Length in passes over the tiles, instead of --steps.",
+        LENGTH,
+        check=above(0, "a number above 0, at most 1000000", most=1e6),
+        unset="",
+    )
+    hours: float = option(
+        0.0,
+        "Length in hours, instead of --steps.",
+        LENGTH,
+        check=above(0, "a number above 0, at most 100000", most=1e5),
+        unset="",
+    )
+    batch_size: int = option(
+        256,
+        "Tiles per optimizer step, over all GPUs and micro-batches. auto: by tiles and GPU memory.",
+        LENGTH,
+        metavar="N|auto",
+        read=read_batch_size,
+        check=BATCH_SIZE,
+    )
+    excluded_slides: tuple[str, ...] = ()  # by test patients of --labels, and --exclude
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "set", tuple(self.set))
         object.__setattr__(self, "view_set", tuple(self.view_set or ()))
         object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
-        require(self.steps >= 0, "steps", self.steps, "1 or more")
-        for name in ("epochs", "hours"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, name, value, "a number above 0")
+        super().__post_init__()
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
         if len(given) > 1:
             raise UsageError(f"--{' and --'.join(given)}: give only one of them; each sets the length")
-        require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, "auto, or 2 or more tiles")
-        require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
-        require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
-        require(0 <= self.lr < math.inf, "lr", self.lr, "a number above 0")
-        decay = self.weight_decay
-        require(decay == -1 or 0 <= decay < math.inf, "weight-decay", decay, "0 or more, or -1: the method's")
-        require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")
-        require(self.warmup == -1 or 0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
-        require(self.final_lr == -1 or 0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")
-        require(self.clip_norm > 0, "clip-norm", self.clip_norm, "more than 0")
-        require(
-            0 <= self.slide_balance <= 1, "slide-balance", self.slide_balance, "0 (tiles alike) to 1 (slides alike)"
-        )
+
+
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+STEPS = between(1, 10**9, "1 or more steps, at most 1000000000")
+
+
+def read_interval(text: str) -> tuple[float, int]:
+    """'10m', '1h', '90s' or a number of steps -> (seconds, steps), the one that is not meant being inf or 0."""
+    match = re.fullmatch(r"(\d{1,9})\s*([smh]?)", text.strip())
+    if not match or int(match[1]) == 0:
+        raise ValueError("like 10m, 1h, 90s, or a number of steps")
+    number, unit = int(match[1]), match[2]
+    return (number * SECONDS[unit], 0) if unit else (math.inf, number)
+
+
+def _is_interval(text: str) -> bool:
+    try:
+        read_interval(text)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class RuntimeConfig(Checked):
+    """None of it changes what is learned; all of it may change when a run goes on."""
+
+    num_workers: int = option(
+        -1,
+        "Threads that read and decode tiles, per GPU. 0: none.",
+        MACHINE,
+        flag="--workers",
+        check=between(0, 1024, "0 to 1024"),
+        unset="all cores but one, shared among the processes",
+    )
+    precision: str = option(
+        "auto",
+        "auto: bf16 or fp16 on a GPU, fp32 on a CPU.",
+        MACHINE,
+        metavar="auto|fp32|bf16|fp16",
+        check=one_of("auto", "fp32", "bf16", "fp16"),
+    )
+    micro_batches: int = option(
+        0,
+        "Micro-batches per step.",
+        MACHINE,
+        flag="--accumulate",
+        check=between(1, 10**6, "1 or more micro-batches, at most 1000000"),
+        unset="as few as GPU memory allows",
+    )
+    decode_on_gpu: bool = option(False, "Decode tiles on the GPU; `histossl bench views` says when it pays.", MACHINE)
+    compiled: bool = option(False, "Compile the networks: minutes at first, faster after.", MACHINE, flag="--compile")
+    recompute: bool = option(
+        False,
+        "Norms and GELU of a ViT twice, for less memory. By itself where a pass would not fit.",
+        MACHINE,
+    )
+    deterministic: bool = option(False, "The same bits every time; slower on GPUs.", MACHINE)
+    checkpoint_every: str = option(
+        "10m",
+        "Minutes (10m), hours (1h), seconds (90s), or steps (500).",
+        WATCHING,
+        check=Check(_is_interval, "like 10m, 1h, 90s, or a number of steps"),
+    )
+    log_every: int = option(10, "Steps between two lines of log.jsonl.", WATCHING, check=STEPS)
+    monitor_every: int = option(100, "Steps between two checks of the features.", WATCHING, check=STEPS)
+    stop_on_collapse: bool = option(
+        True, "Stop when the features collapse, keeping the last healthy backbone.", WATCHING
+    )
+
+    @property
+    def checkpoint_every_s(self) -> float:
+        return read_interval(self.checkpoint_every)[0]
+
+    @property
+    def checkpoint_every_steps(self) -> int:
+        """0: by time alone."""
+        return read_interval(self.checkpoint_every)[1]
+
+
+SLIDES_HELP = "Folder with the slides (searched through all its subfolders)."
+SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
+MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
+
+
+@dataclass(frozen=True)
+class PretrainData(Checked):
+    """What a run is trained on, and what judges it."""
+
+    slides: Path | None = option(None, SLIDES_HELP, metavar="DIR")
+    labels: Path | None = option(
+        None,
+        "labels.csv: patients marked `test` are left out, and the rest judge the run as it goes.",
+        metavar="FILE.csv",
+    )
+    name: str = option("", "Name of the run: its directory under WORKSPACE/pretrain.", unset="the method")
+    exclude: Path | None = option(None, "Slides to leave out: one name a line.", DATA, metavar="FILE")
+    tile_px: int | None = option(None, "Side of the tiles in pixels. Default: as tiled, else 256.", DATA)
+    mpp: float | None = option(None, "Microns per pixel of the tiles. Default: as tiled, else 0.5.", DATA)
+    slide_mpp: float | None = option(None, SLIDE_MPP_HELP, DATA)
+    mpp_csv: Path | None = option(None, MPP_CSV_HELP, DATA, metavar="FILE.csv")
+
+
+@dataclass(frozen=True)
+class LaunchConfig(Checked):
+    """How many processes carry out a run, and how often one that dies is replaced."""
+
+    gpus: str = option("auto", "auto, or how many; on a machine without GPUs that many CPU processes.", MACHINE)
+    max_restarts: int = option(
+        3, "How often a dead GPU process is replaced.", MACHINE, check=between(0, 10**6, "0 to 1000000")
+    )
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,13 @@ class DemoDir:
 def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
     """Paint, scan, tile, pretrain, finetune. The path of the report; the signal, if one stopped it on the way."""
     # These bring torch and scikit-learn, which painting alone does not need.
+    from histossl.core.config import RuntimeConfig
     from histossl.evaluation.finetune import finetune
     from histossl.report.html import write_report
     from histossl.slides.scan import scan
     from histossl.tiles.store.index import TileIndex
     from histossl.tiles.tiling import tile_archive
     from histossl.training.pretrain import pretrain
-    from histossl.training.setup.run_options import Operation
 
     started_s = time.monotonic()
     at = DemoDir(output)
@@ -121,7 +121,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
             "The start is random weights, so that nothing is downloaded: the curve compares random with adapted. "
             "On your own slides the start is ImageNet weights unless you say otherwise (here too: --weights imagenet)."
         )
-    trained = pretrain(index, workspace.pretrain(NAME), settings, Operation(num_workers=1, checkpoint_every_s=30))
+    trained = pretrain(index, workspace.pretrain(NAME), settings, RuntimeConfig(num_workers=1, checkpoint_every="30s"))
     console.say(trained.text)
     if trained.stopped_by:
         return trained.stopped_by

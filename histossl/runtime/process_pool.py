@@ -43,6 +43,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def loader_threads(num_processes: int) -> int:
+    """Every core that this process may use, but one, shared among the processes of this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    # SLURM mostly binds each task to cores of its own, and a task that sees no others shares them with nobody.
+    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", num_cores()))
+    return max(1, min(num_cores(), on_node // here) - 1)
+
+
 def run_jobs(function: Job, jobs: Sequence[Any], num_workers: int, silence_s: float) -> Iterator[Event]:
     """Run function(job, report) for all jobs in `num_workers` processes; 0: here, one after the other, unguarded.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from histossl.backbones.loading import BackboneInfo
 from histossl.core.errors import StoreError, TrainingError
 from histossl.methods.method import Method, Outcome, Views
 from histossl.methods.modules.batchnorm import batchnorm_buffers
@@ -23,6 +24,8 @@ from histossl.runtime import collectives
 from histossl.training.setup.memory import is_out_of_memory
 
 MAX_SKIPPED_IN_A_ROW = 5
+# Scores a backbone on labelled training slides; higher is better.
+Probe = Callable[[nn.Module, BackboneInfo], float]
 
 
 @dataclass(frozen=True)

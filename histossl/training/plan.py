@@ -9,26 +9,26 @@ import torch
 from torch import nn
 
 from histossl.core import console
-from histossl.core.config import PretrainConfig, read_run
+from histossl.core.config import PretrainConfig, RuntimeConfig, read_run
 from histossl.core.errors import MismatchError
 from histossl.core.workspace import PretrainDir
 from histossl.runtime.distributed import Processes, joined
 from histossl.runtime.locks import refuse_held
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.sampler import TileOrder
+from histossl.training.loop import Probe
 from histossl.training.run_files.run_identity import refuse_other_run
 from histossl.training.setup.dry_run import expected_time, fewest_pieces, fit_hours, fit_memory, fits, timed_step_s
 from histossl.training.setup.plan_report import announce
 from histossl.training.setup.planner import batch_bounds
 from histossl.training.setup.run import Prepared, pool_of
-from histossl.training.setup.run_options import Operation, Probe
 
 
 def check(
     index: TileIndex,
     run: PretrainDir,
     config: PretrainConfig,
-    operation: Operation,
+    operation: RuntimeConfig,
     num_processes: int,
     teacher: nn.Module | None = None,
 ) -> None:
@@ -46,7 +46,7 @@ def show_plan(
     index: TileIndex,
     run: PretrainDir,
     config: PretrainConfig,
-    operation: Operation,
+    operation: RuntimeConfig,
     num_processes: int = 1,
     probe: Probe | None = None,
     teacher: nn.Module | None = None,
@@ -72,7 +72,7 @@ def settle_batch(
     index: TileIndex,
     run: PretrainDir,
     config: PretrainConfig,
-    operation: Operation,
+    operation: RuntimeConfig,
     processes: Processes,
     teacher: nn.Module | None = None,
 ) -> PretrainConfig:
@@ -92,7 +92,7 @@ def settle_batch(
 
 
 def step_times_s(
-    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: Operation, num_steps: int = 20
+    index: TileIndex, run: PretrainDir, config: PretrainConfig, operation: RuntimeConfig, num_steps: int = 20
 ) -> tuple[float, float]:
     """Seconds per step as it runs, and with views that never leave the device."""
     with joined() as processes:

@@ -17,7 +17,7 @@ from torch import nn
 
 from histossl.backbones.loading import save_backbone, save_tensors
 from histossl.core import console
-from histossl.core.config import PretrainConfig, write_run
+from histossl.core.config import PretrainConfig, RuntimeConfig, write_run
 from histossl.core.errors import StoreError, TrainingError, UsageError
 from histossl.core.workspace import PretrainDir
 from histossl.methods.modules.batchnorm import has_batchnorm
@@ -29,7 +29,7 @@ from histossl.runtime.distributed import RESTART, agreed, is_lost_process, joine
 from histossl.runtime.locks import alone_in_run
 from histossl.runtime.signals import Stop, stop_on_signal
 from histossl.tiles.store.index import TileIndex
-from histossl.training.loop import HalfDoneError, Step, train
+from histossl.training.loop import HalfDoneError, Probe, Step, train
 from histossl.training.monitoring.log import RunLog
 from histossl.training.monitoring.periodic_checks import Looks, probe_verdict
 from histossl.training.plan import settle_batch
@@ -42,7 +42,6 @@ from histossl.training.setup.optim import in_parallel, name_of
 from histossl.training.setup.plan_report import announce, note
 from histossl.training.setup.planner import Plan
 from histossl.training.setup.run import PREFILL, Prepared
-from histossl.training.setup.run_options import Operation, Probe
 from histossl.training.setup.time_estimate import Expected, Pace, clock
 
 DAMAGED_NAMED = 20  # of the damaged tiles, at the end
@@ -62,7 +61,7 @@ def pretrain(
     index: TileIndex,
     run: PretrainDir,
     config: PretrainConfig,
-    operation: Operation = Operation(),
+    operation: RuntimeConfig = RuntimeConfig(),
     probe: Probe | None = None,
     teacher: nn.Module | None = None,
 ) -> Result:

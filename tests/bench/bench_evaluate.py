@@ -42,7 +42,7 @@ from histossl.stats import verdict as curves
 from histossl.stats.tables import Prediction
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.tiling import tile_archive
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.pretrain import RuntimeConfig, pretrain
 
 STARTS, SLIDES, BUDGETS, DRAWS, DIM, TILES = 3, 200, (1, 2, 4, 8, 16, "all"), 10, 384, 300
 CPU = torch.device("cpu")
@@ -174,7 +174,7 @@ def bench_suggest(folder: Path, weights: str = "", num_draws: int = 20) -> None:
         embedder = backbone_embedder("imagenet", *create_backbone("deit_tiny_patch16_224", weights), 96, CPU)
     else:
         run, settings = workspace.pretrain("adapted"), pretraining(DemoConfig())
-        pretrain(index, run, settings, Operation(num_workers=1))
+        pretrain(index, run, settings, RuntimeConfig(num_workers=1))
         backbone = create_backbone(BACKBONE, str(run.backbone))
         embedder = backbone_embedder("adapted", *backbone, VIEW_PX, CPU)
     files = embed_slides(workspace, index, names, embedder, EmbedConfig())

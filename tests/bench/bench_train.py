@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from synthetic_store import write_synthetic_store
 
 from histossl.backbones.loading import create_backbone
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.workspace import Workspace
 from histossl.methods.method import Views
 from histossl.methods.mocov2 import MoCoV2, MoCoV2Config
@@ -34,7 +34,6 @@ from histossl.tiles.store.index import TileIndex
 from histossl.training.plan import step_times_s
 from histossl.training.pretrain import pretrain
 from histossl.training.setup.optim import tune
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import recipe_named
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,7 +122,9 @@ def with_tiles_beside_without(run: Path) -> None:
     config = PretrainConfig(backbone="resnet50", weights="random", batch_size=256 if DEVICE.type == "cuda" else 16)
     shares = []
     for _ in range(3):
-        loop_s, resident_s = step_times_s(index, Workspace(run).pretrain("x"), config, Operation(num_workers=14), 10)
+        loop_s, resident_s = step_times_s(
+            index, Workspace(run).pretrain("x"), config, RuntimeConfig(num_workers=14), 10
+        )
         shares.append(resident_s / loop_s)
     print(
         f"resnet50, 224 px, on {DEVICE.type}: {median(shares):.1%} of the rate with views that never leave the device"
@@ -146,7 +147,9 @@ def memory_over_steps(run: Path, num_steps: int = 2000) -> None:
         index,
         Workspace(run).pretrain("memory"),
         config,
-        Operation(monitor_every=every, checkpoint_every_steps=every, stop_on_collapse=False),  # noise teaches nothing
+        RuntimeConfig(
+            monitor_every=every, checkpoint_every=str(every), stop_on_collapse=False
+        ),  # noise teaches nothing
         probe=look,
     )
     print(

@@ -12,7 +12,7 @@ import torch
 from synthetic_store import write_synthetic_store
 
 from histossl.backbones.loading import BackboneInfo, create_backbone, load_backbone
-from histossl.core.config import DistillConfig, FinetuneConfig, PretrainConfig
+from histossl.core.config import DistillConfig, FinetuneConfig, PretrainConfig, RuntimeConfig
 from histossl.core.errors import UsageError
 from histossl.core.workspace import Workspace
 from histossl.evaluation.distill import compared, leave_model, look_at_teacher, sample_of, slides_held_out, verdict
@@ -33,12 +33,11 @@ from histossl.methods.distillation import Teacher
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.loader import decode_tiles
 from histossl.training.pretrain import pretrain
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import clean_view
 
 SLIDES = [f"s{number:02d}" for number in range(16)]
 CLASSES = ("pale", "dark")
-QUICK = Operation(num_workers=0, log_every=1, monitor_every=100)
+QUICK = RuntimeConfig(num_workers=0, log_every=1, monitor_every=100)
 TINY = DistillConfig(
     backbone="resnet10t", weights="random", steps=30, batch_size=16, view_px=32, lr=3e-3, set=("targets=soft",)
 )
@@ -226,9 +225,7 @@ def test_stopped_and_resumed_equals_the_unbroken_run(
     teacher, config = taught(model, short)
     broken = lab.pretrain("broken")
     with pytest.raises(RuntimeError, match="killed"):
-        pretrain(
-            index, broken, config, replace(QUICK, checkpoint_every_steps=4, monitor_every=5), die_at_step_5(), teacher
-        )
+        pretrain(index, broken, config, replace(QUICK, checkpoint_every="4", monitor_every=5), die_at_step_5(), teacher)
     run_one(index, lab, "broken", model, short)
     whole = lab.pretrain("unbroken")
     for one, two in ((broken.backbone, whole.backbone), (broken.head, whole.head)):

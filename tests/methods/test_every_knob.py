@@ -26,7 +26,7 @@ from histossl.methods import REGISTRY, classes_of
 from histossl.methods.method import Method, Rate, Training
 from histossl.tiles.store.index import TileIndex
 from histossl.training.loop import Precision, train
-from histossl.training.pretrain import Operation, pretrain
+from histossl.training.pretrain import RuntimeConfig, pretrain
 from histossl.training.setup.optim import optimizer_for
 from histossl.views.recipe import recipe_named
 
@@ -180,7 +180,7 @@ def pretrained(index: TileIndex, starts: dict[str, str], folder: Path, name: str
         set=(*chosen, *knobs), **more,
     )  # fmt: skip
     run = PretrainDir(folder)
-    pretrain(index, run, config, Operation(num_workers=0, stop_on_collapse=False))
+    pretrain(index, run, config, RuntimeConfig(num_workers=0, stop_on_collapse=False))
     return run.backbone.read_bytes()
 
 

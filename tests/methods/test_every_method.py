@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from histossl.backbones.loading import create_backbone
 from histossl.core import console
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import REGISTRY, TAUGHT, classes_of
 from histossl.methods.method import Method, Views
@@ -33,7 +33,6 @@ from histossl.training.loop import Precision, train
 from histossl.training.monitoring.diagnostics import LINES_ABOVE, Ceiling
 from histossl.training.pretrain import pretrain
 from histossl.training.run_files.checkpoint import load_checkpoint
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import ViewRecipe, make_views, recipe_named
 
 CPU = torch.device("cpu")
@@ -131,7 +130,7 @@ def test_a_resumed_run_equals_the_unbroken_one(name: str, index: TileIndex, tmp_
     config = PretrainConfig(
         method=name, backbone=backbone, weights="random", steps=4, batch_size=8, view_px=view_px, set=set_of(name)
     )
-    often = Operation(num_workers=0, log_every=1, monitor_every=3, checkpoint_every_steps=2, stop_on_collapse=False)
+    often = RuntimeConfig(num_workers=0, log_every=1, monitor_every=3, checkpoint_every="2", stop_on_collapse=False)
     unbroken, broken = PretrainDir(tmp_path / "unbroken"), PretrainDir(tmp_path / "broken")
     pretrain(index, unbroken, config, often)
     looks = iter(range(1))
@@ -166,7 +165,7 @@ def losses_in(precision: str, num_steps: int, name: str, index: TileIndex, run: 
         view_px=view_px,
         set=set_of(name),
     )
-    operation = Operation(num_workers=0, log_every=1, monitor_every=9, precision=precision, stop_on_collapse=False)
+    operation = RuntimeConfig(num_workers=0, log_every=1, monitor_every=9, precision=precision, stop_on_collapse=False)
     assert pretrain(index, run, config, operation).finished
     return [row["loss"] for line in run.log.read_text().splitlines() if "loss" in (row := json.loads(line))]
 

@@ -13,20 +13,19 @@ import torch
 from synthetic_store import write_synthetic_store
 from torch import nn
 
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.errors import UsageError
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.tiles.store.index import TileIndex
 from histossl.training.pretrain import pretrain
 from histossl.training.run_files.checkpoint import load_checkpoint
-from histossl.training.setup.run_options import Operation
 
 pytestmark = [  # torch's tracer asks for .grad where there is none, and warns itself of it
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 TINY = PretrainConfig(backbone="test_vit", weights="random", steps=6, batch_size=8, view_px=32, optimizer="sgd")
-EAGER = Operation(num_workers=0, log_every=1, monitor_every=3)
+EAGER = RuntimeConfig(num_workers=0, log_every=1, monitor_every=3)
 COMPILED = replace(EAGER, compiled=True)
 
 inductor = pytest.param(
@@ -98,7 +97,7 @@ def test_compiled_is_eager_to_tolerance_with_timm_s_keys_and_goes_on_from_it(
     assert not [name for name in loaded.state_dict() if "_orig_mod" in name]
 
     with pytest.raises(Killed):
-        pretrain(index, mixed, TINY, replace(COMPILED, checkpoint_every_steps=2), probe=killed_at_the_second_look())
+        pretrain(index, mixed, TINY, replace(COMPILED, checkpoint_every="2"), probe=killed_at_the_second_look())
     state = load_checkpoint(mixed)
     assert state is not None
     assert state["step"] == 2
@@ -116,7 +115,7 @@ def test_a_run_that_was_begun_eager_goes_on_compiled(
     config = replace(TINY, backbone="resnet10t", set=("batchnorm_group_tiles=4",))  # with BatchNorm groups
     pretrain(index, eager, config, EAGER)
     with pytest.raises(Killed):
-        pretrain(index, mixed, config, replace(EAGER, checkpoint_every_steps=2), probe=killed_at_the_second_look())
+        pretrain(index, mixed, config, replace(EAGER, checkpoint_every="2"), probe=killed_at_the_second_look())
     assert pretrain(index, mixed, config, COMPILED).finished
     assert backend
     assert losses(mixed) == pytest.approx(losses(eager), rel=1e-3)

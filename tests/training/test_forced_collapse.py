@@ -7,7 +7,7 @@ from methods.test_every_method import needs_vit, set_of
 from synthetic_store import write_synthetic_store
 
 from histossl.core import console
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.errors import TrainingError
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import REGISTRY, TAUGHT
@@ -15,7 +15,6 @@ from histossl.methods.pretext import base
 from histossl.tiles.store.index import TileIndex
 from histossl.training.monitoring.diagnostics import UNMOVED
 from histossl.training.pretrain import pretrain
-from histossl.training.setup.run_options import Operation
 
 NAMES = [name for name in REGISTRY if name not in TAUGHT]
 DISTILLED = ("dino", "ibot", "dinov2")
@@ -40,7 +39,7 @@ def carried_out(index: TileIndex, root: Path, name: str, lr: float, *knobs: str)
         method=name, backbone=backbone, weights="random", steps=30, batch_size=8, view_px=view_px, lr=lr,
         set=(*set_of(name), *knobs),
     )  # fmt: skip
-    pretrain(index, PretrainDir(root / name), config, Operation(num_workers=0, log_every=3, monitor_every=10))
+    pretrain(index, PretrainDir(root / name), config, RuntimeConfig(num_workers=0, log_every=3, monitor_every=10))
 
 
 @pytest.mark.parametrize("name", NAMES)

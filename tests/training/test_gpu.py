@@ -9,11 +9,10 @@ import pytest
 import torch
 from synthetic_store import write_synthetic_store
 
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import REGISTRY
 from histossl.training import loop, pretrain
-from histossl.training.setup.run_options import Operation
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +44,7 @@ def test_no_step_makes_the_host_wait(
             refuse_to_wait(2 <= step.number < 10)
 
     monkeypatch.setattr(pretrain, "train", watched)
-    operation = Operation(num_workers=2, precision=precision, log_every=4, monitor_every=100)
+    operation = RuntimeConfig(num_workers=2, precision=precision, log_every=4, monitor_every=100)
     assert pretrain.pretrain(index, PretrainDir(tmp_path / "run"), config, operation).finished
 
 
@@ -55,7 +54,7 @@ def test_every_method_trains_saves_and_goes_on(tmp_path: Path, name: str, precis
     index = write_synthetic_store(Workspace(tmp_path), slides=("A", "B"), tiles_per_slide=64, tile_px=64)
     backbone = "vit_tiny_patch16_224" if REGISTRY[name].backbones == "ViT" else "resnet18"
     config = PretrainConfig(method=name, backbone=backbone, weights="random", steps=12, batch_size=32, view_px=64)
-    operation = Operation(num_workers=2, precision=precision, log_every=4, monitor_every=6, checkpoint_every_steps=5)
+    operation = RuntimeConfig(num_workers=2, precision=precision, log_every=4, monitor_every=6, checkpoint_every="5")
 
     def stop_at_the_second_look(*_: object) -> float:
         looks.append(1)
@@ -78,7 +77,7 @@ def test_tiles_decoded_on_the_gpu_train_as_those_of_the_workers(tmp_path: Path) 
     last = []
     for on_gpu in (False, True):
         run = PretrainDir(tmp_path / str(on_gpu))
-        operation = Operation(num_workers=2, precision="fp32", log_every=1, decode_on_gpu=on_gpu)
+        operation = RuntimeConfig(num_workers=2, precision="fp32", log_every=1, decode_on_gpu=on_gpu)
         assert pretrain.pretrain(index, run, config, operation).finished
         rows = [json.loads(line) for line in run.log.read_text().splitlines()]
         last.append([row["loss"] for row in rows if "loss" in row][-1])
@@ -88,4 +87,4 @@ def test_tiles_decoded_on_the_gpu_train_as_those_of_the_workers(tmp_path: Path) 
 def test_auto_batch_is_settled_by_memory_and_runs(tmp_path: Path) -> None:
     index = write_synthetic_store(Workspace(tmp_path), slides=("A", "B"), tiles_per_slide=400, tile_px=64)
     config = PretrainConfig(backbone="resnet18", weights="random", steps=3, batch_size=0, view_px=64)
-    assert pretrain.pretrain(index, PretrainDir(tmp_path / "run"), config, Operation(log_every=1)).finished
+    assert pretrain.pretrain(index, PretrainDir(tmp_path / "run"), config, RuntimeConfig(log_every=1)).finished

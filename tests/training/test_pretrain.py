@@ -26,7 +26,7 @@ from synthetic_store import write_synthetic_store
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from histossl.backbones.loading import create_backbone, load_backbone, save_backbone
-from histossl.core.config import PretrainConfig, write_run
+from histossl.core.config import PretrainConfig, RuntimeConfig, write_run
 from histossl.core.errors import MismatchError, StoreError, TrainingError
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.evaluation.probe import probe_of
@@ -49,14 +49,13 @@ from histossl.training.pretrain import _Pretraining, _refuse_other_format, pretr
 from histossl.training.run_files.checkpoint import load_checkpoint, save_checkpoint
 from histossl.training.setup import dry_run
 from histossl.training.setup.run import Prepared
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import clean_view
 
 TINY = PretrainConfig(
     backbone="resnet10t", weights="random", steps=8, batch_size=8, view_px=32, set=("batchnorm_group_tiles=4",)
 )
 CPU = torch.device("cpu")
-QUICK = Operation(num_workers=0, log_every=1, monitor_every=3)
+QUICK = RuntimeConfig(num_workers=0, log_every=1, monitor_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_four_steps_then_resume_equals_the_unbroken_run(index: TileIndex, tmp_pa
     unbroken, broken = run_dir(tmp_path, "unbroken"), run_dir(tmp_path, "broken")
     pretrain(index, unbroken, TINY, QUICK)
     with pytest.raises(Killed):  # at the look after step 6, with checkpoints at 4 and nothing after it
-        pretrain(index, broken, TINY, replace(QUICK, checkpoint_every_steps=4), probe=die_at_look(2))
+        pretrain(index, broken, TINY, replace(QUICK, checkpoint_every="4"), probe=die_at_look(2))
     state = load_checkpoint(broken)
     assert state is not None
     assert state["step"] == 4
@@ -475,7 +474,7 @@ def test_a_tile_that_goes_bad_in_the_middle_of_a_run_is_missing_from_its_looks(t
             raise Killed
         return 0.5
 
-    operation = replace(QUICK, monitor_every=2, checkpoint_every_steps=1)
+    operation = replace(QUICK, monitor_every=2, checkpoint_every="1")
     with pytest.raises(Killed):
         pretrain(TileIndex.open(workspace), run, config, operation, probe=goes_bad)
     assert pretrain(TileIndex.open(workspace), run, config, operation, probe=goes_bad).finished
@@ -525,7 +524,7 @@ def test_a_damaged_checkpoint_in_a_run_goes_on_from_the_one_before(
     unbroken, run = run_dir(tmp_path, "unbroken"), run_dir(tmp_path)
     pretrain(index, unbroken, TINY, QUICK)
     with pytest.raises(Killed):  # checkpoints at 2 and 4
-        pretrain(index, run, TINY, replace(QUICK, checkpoint_every_steps=2, monitor_every=5), probe=die_at_look(1))
+        pretrain(index, run, TINY, replace(QUICK, checkpoint_every="2", monitor_every=5), probe=die_at_look(1))
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-1000])
     assert pretrain(index, run, TINY, QUICK).finished
     said = capsys.readouterr().err
@@ -809,7 +808,7 @@ def test_a_run_goes_on_with_another_number_of_processes(index: TileIndex, tmp_pa
     one, run = PretrainDir(workspace / "pretrain" / "alone"), PretrainDir(workspace / "pretrain" / "joined")
     pretrain(index, one, config, replace(QUICK, monitor_every=50))
     with pytest.raises(Killed):
-        pretrain(index, run, config, replace(QUICK, monitor_every=5, checkpoint_every_steps=4), probe=die_at_look(1))
+        pretrain(index, run, config, replace(QUICK, monitor_every=5, checkpoint_every="4"), probe=die_at_look(1))
     line = [sys.executable, "-m", "histossl", *command(workspace, "--name", "joined", "--gpus", "2", steps=8)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -877,7 +876,7 @@ def test_hours_become_steps_once_and_a_resumed_run_keeps_them(
     )  # whatever else this machine is doing
     monkeypatch.setattr("histossl.training.setup.dry_run.beside_steps", lambda *_: (0.02, 0.0))
     with pytest.raises(Killed):
-        pretrain(index, run, config, replace(QUICK, monitor_every=1, checkpoint_every_steps=1), probe=die_at_look(2))
+        pretrain(index, run, config, replace(QUICK, monitor_every=1, checkpoint_every="1"), probe=die_at_look(2))
     planned = json.loads(run.run_json.read_text())["plan"]["num_steps"]
     assert planned == 4
     monkeypatch.setattr("histossl.training.setup.dry_run.timed_step_s", lambda _: 0.1)
@@ -1028,7 +1027,7 @@ def test_memory_that_runs_out_while_weights_change_is_never_saved(
 
     monkeypatch.setattr(MoCoV2, "after_step", crowded)
     with pytest.raises(TrainingError, match=r"step 5: out of GPU memory while.*goes on from the last checkpoint"):
-        pretrain(index, run, replace(TINY, batch_size=0), replace(QUICK, checkpoint_every_steps=2))
+        pretrain(index, run, replace(TINY, batch_size=0), replace(QUICK, checkpoint_every="2"))
     state = load_checkpoint(run)
     assert state is not None
     assert state["step"] == 4

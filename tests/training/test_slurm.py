@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 from synthetic_store import write_synthetic_store
 
-from histossl.cli.pretrain import _loader_threads
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.runtime.distributed import is_worker, tasks_on_node
+from histossl.runtime.process_pool import loader_threads
 from histossl.tiles.store.index import TileIndex
 from histossl.training.pretrain import pretrain
 from histossl.training.run_files.checkpoint import load_checkpoint
@@ -141,7 +141,7 @@ def test_tasks_on_one_node_share_its_cores(
         step_of_slurm.setenv("SLURM_CPUS_ON_NODE", str(cpus_on_node))
     assert is_worker()
     assert os.environ["LOCAL_WORLD_SIZE"] == "4"
-    assert _loader_threads(1) == threads
+    assert loader_threads(1) == threads
 
 
 def test_where_no_scontrol_is_tasks_meet_at_the_node_that_launched_them(

@@ -18,6 +18,7 @@ from histossl.core.errors import TrainingError
 from histossl.core.workspace import PretrainDir
 from histossl.methods.modules.batchnorm import has_batchnorm, still_as_in_training
 from histossl.runtime.distributed import others_wait
+from histossl.training.loop import Probe
 from histossl.training.monitoring.diagnostics import (
     UNMOVED,
     Ceiling,
@@ -32,7 +33,6 @@ from histossl.training.monitoring.log import RunLog
 from histossl.training.run_files.export import BEST_BATCHNORM_TILES, adapted_info, clean_backbone, plain_backbone
 from histossl.training.setup.planner import keys_of_a_tile
 from histossl.training.setup.run import MONITOR, Prepared
-from histossl.training.setup.run_options import Probe
 
 MONITOR_TILES, KEY_TILES = 512, 128
 FEW_SLIDES = 1.5  # in the queue, as many as weigh alike

@@ -25,12 +25,11 @@ from histossl.methods.modules.batchnorm import has_batchnorm
 from histossl.runtime import collectives
 from histossl.runtime.collectives import max_over_processes, mean_over_processes
 from histossl.runtime.distributed import others_wait
-from histossl.training.loop import train
+from histossl.training.loop import Probe, train
 from histossl.training.monitoring.periodic_checks import MONITOR_TILES, monitor_features
 from histossl.training.run_files.export import BATCHNORM_TILES, plain_backbone
 from histossl.training.setup.memory import free_ram, is_out_of_memory, kept_for_backward
 from histossl.training.setup.run import PREFILL, Prepared
-from histossl.training.setup.run_options import Probe
 from histossl.training.setup.time_estimate import Expected, steps_within
 from histossl.views.recipe import make_views
 

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histossl.backbones.loading import BackboneInfo, create_backbone, recorded_with
-from histossl.core.config import PretrainConfig, read_run, with_overrides
+from histossl.core.config import PretrainConfig, RuntimeConfig, read_run, with_overrides
 from histossl.core.errors import StoreError, UsageError
 from histossl.core.workspace import PretrainDir
 from histossl.methods import TAUGHT, classes_of, entry_of, self_supervised
 from histossl.methods.method import Method, Views
 from histossl.methods.modules.batchnorm import group_of, has_batchnorm
 from histossl.runtime.distributed import Processes
+from histossl.runtime.process_pool import loader_threads
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.store.subset import Subset, open_subset
 from histossl.tiles.stream.loader import TileBatches, decode_good_tiles, tile_batches
@@ -28,7 +29,6 @@ from histossl.tiles.stream.sampler import TileOrder
 from histossl.training.loop import Precision
 from histossl.training.setup.optim import optimizer_for, precision_for, recompute_cheap, tune
 from histossl.training.setup.planner import plan
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import clean_view, make_views, recipe_named, with_settings
 
 # Added to the run's seed: other tiles, in another order, than the training stream begins with.
@@ -48,7 +48,7 @@ def pool_of(index: TileIndex, config: PretrainConfig) -> tuple[Subset | None, ND
     return subset, keep
 
 
-def refuse_unknown(config: PretrainConfig, operation: Operation) -> None:
+def refuse_unknown(config: PretrainConfig, operation: RuntimeConfig) -> None:
     """What can be refused without a tile: weights that are not there or do not fit, knobs, recipe, view size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _precision(operation, device)
@@ -60,7 +60,7 @@ def refuse_unknown(config: PretrainConfig, operation: Operation) -> None:
         raise UsageError(NOTHING_TO_RECOMPUTE.format(config.backbone))
 
 
-def _precision(operation: Operation, device: torch.device) -> Precision:
+def _precision(operation: RuntimeConfig, device: torch.device) -> Precision:
     if operation.decode_on_gpu and device.type != "cuda":
         raise UsageError("--decode-on-gpu: this machine shows no GPU; leave it out")
     return precision_for(operation.precision, device)
@@ -102,12 +102,14 @@ class Prepared:
         index: TileIndex,
         run: PretrainDir,
         config: PretrainConfig,
-        operation: Operation,
+        operation: RuntimeConfig,
         processes: Processes,
         teacher: nn.Module | None = None,
     ) -> None:
         self.index, self.run, self.config, self.operation, self.processes = index, run, config, operation, processes
         self.device = processes.device
+        asked = operation.num_workers
+        self.num_workers = asked if asked >= 0 else loader_threads(processes.count)
         self.precision = _precision(operation, self.device)
         self.subset, self.keep = pool_of(index, config)
         self.order = self.order_of(0)
@@ -180,7 +182,7 @@ class Prepared:
             ((self.plan.num_steps - first) if num_steps is None else num_steps) * parts,
             self.processes.rank,
             self.processes.count,
-            self.operation.num_workers,
+            self.num_workers,
             pin_memory=self.device.type == "cuda",
             decode_on=self.device if self.operation.decode_on_gpu else None,
         )

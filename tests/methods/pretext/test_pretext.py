@@ -14,7 +14,7 @@ from synthetic_store import write_synthetic_store
 from torch import Tensor, nn
 
 from histossl.backbones.loading import load_backbone
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.errors import UsageError
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.methods import classes_of, entry_of
@@ -40,7 +40,6 @@ from histossl.methods.pretext.jigsaw import JigsawConfig, cells, far_orders, lai
 from histossl.methods.pretext.rotation import in_all_turns
 from histossl.runtime import collectives
 from histossl.training.pretrain import pretrain
-from histossl.training.setup.run_options import Operation
 from histossl.views.recipe import make_views, recipe_named
 from histossl.views.rng import Draws
 from tests.runtime.test_collectives import on_two
@@ -502,7 +501,7 @@ def test_a_run_warns_before_and_reports_accuracy_against_chance_after(
     config = PretrainConfig(
         method="rotation", backbone="resnet10t", weights="random", steps=2, batch_size=4, view_px=32
     )
-    result = pretrain(index, PretrainDir(tmp_path / "run"), config, Operation(num_workers=0, log_every=1))
+    result = pretrain(index, PretrainDir(tmp_path / "run"), config, RuntimeConfig(num_workers=0, log_every=1))
     assert "rotation is ill-posed on tissue" in capsys.readouterr().err
     assert "by chance" in result.text
     assert load_backbone(PretrainDir(tmp_path / "run").backbone)[1].method == "rotation"

@@ -8,12 +8,11 @@ import torch
 from synthetic_store import write_synthetic_store
 from torch import nn
 
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.training.pretrain import pretrain
 from histossl.training.setup import dry_run, memory
 from histossl.training.setup.memory import free_ram, kept_for_backward
-from histossl.training.setup.run_options import Operation
 
 GB = 1 << 30
 
@@ -71,17 +70,17 @@ def test_on_a_cpu_a_batch_is_cut_until_a_pass_fits_and_stays_so(
     monkeypatch.setattr(dry_run, "_fixed_bytes", lambda _: 1_000_000)
     monkeypatch.setattr(dry_run, "SMALLEST_PASS", 2)
     free(round(6e6 / dry_run.RAM_SHARE))
-    assert pretrain(index, run, config, Operation(num_workers=0)).finished
+    assert pretrain(index, run, config, RuntimeConfig(num_workers=0)).finished
     planned = json.loads(run.run_json.read_text())["plan"]
     assert (planned["micro_batches"], planned["tiles_per_pass"]) == (4, 4)
     assert "BatchNorm takes one statistic of each pass: 4 tiles" in " ".join(capsys.readouterr().err.split())
     free(None)
     whole = PretrainDir(tmp_path / "whole")
-    assert pretrain(index, whole, config, Operation(num_workers=0)).finished
+    assert pretrain(index, whole, config, RuntimeConfig(num_workers=0)).finished
     assert json.loads(whole.run_json.read_text())["plan"]["micro_batches"] == 1
     free(1000)
     little = PretrainDir(tmp_path / "little")
-    assert pretrain(index, little, config, Operation(num_workers=0)).finished  # an estimate is no reason to refuse
+    assert pretrain(index, little, config, RuntimeConfig(num_workers=0)).finished  # an estimate is no reason to refuse
     assert json.loads(little.run_json.read_text())["plan"]["tiles_per_pass"] == dry_run.SMALLEST_PASS
     assert "may be killed" in capsys.readouterr().err
 
@@ -96,5 +95,5 @@ def test_bytes_per_tile_grow_with_the_views(tmp_path: Path, monkeypatch: pytest.
             backbone="resnet10t", weights="random", steps=1, batch_size=16, view_px=px, set=("batchnorm_group_tiles=4",)
         )
         monkeypatch.setattr(dry_run, "bytes_per_tile", lambda prepared, px=px: seen.setdefault(px, real(prepared)))
-        assert pretrain(index, PretrainDir(tmp_path / str(px)), config, Operation(num_workers=0)).finished
+        assert pretrain(index, PretrainDir(tmp_path / str(px)), config, RuntimeConfig(num_workers=0)).finished
     assert 3 < seen[64] / seen[32] < 4.5

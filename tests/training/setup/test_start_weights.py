@@ -9,14 +9,13 @@ from safetensors.torch import save_file
 from synthetic_store import write_synthetic_store
 
 from histossl.backbones.loading import create_backbone, info_beside
-from histossl.core.config import PretrainConfig
+from histossl.core.config import PretrainConfig, RuntimeConfig
 from histossl.core.errors import MismatchError
 from histossl.core.workspace import PretrainDir, Workspace
 from histossl.tiles.store.index import TileIndex
 from histossl.training.pretrain import Result, pretrain
-from histossl.training.setup.run_options import Operation
 
-QUICK = Operation(num_workers=0)
+QUICK = RuntimeConfig(num_workers=0)
 
 
 @pytest.fixture(scope="module")
