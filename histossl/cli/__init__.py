@@ -18,7 +18,22 @@ from typing import Annotated, Any
 import typer
 
 from histossl import __version__
-from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, scan, tile, views
+from histossl.cli import (
+    bench,
+    curate,
+    demo,
+    distill,
+    embed,
+    finetune,
+    methods,
+    predict,
+    pretrain,
+    report,
+    scan,
+    suggest,
+    tile,
+    views,
+)
 from histossl.core import console
 from histossl.core.errors import HistosslError, UsageError
 from histossl.runtime.launcher_messages import failed_before, is_launched, tell_end, tell_launcher
@@ -57,7 +72,9 @@ def root(
     pass
 
 
-for room in (demo, bench, scan, curate, methods, pretrain, distill, evaluate, report, tile, views):
+for room in (
+    *(scan, tile, views, curate, pretrain, distill, embed, finetune, predict, suggest, report, methods, bench, demo),
+):
     room.register(app)
 
 

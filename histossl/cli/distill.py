@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli.from_config import command
+from histossl.cli.from_config import PRETRAIN, command
 from histossl.cli.pretrain import OnlyPlan, exit_code_of, named
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
@@ -64,6 +64,7 @@ class TeacherData(Checked):
 def register(app: typer.Typer) -> None:
     command(
         app,
+        group=PRETRAIN,
         epilog="Example: histossl distill --teacher histossl-workspace/finetune/default/model --student resnet18\n\n"
         "then histossl predict --model histossl-workspace/pretrain/distillation/model --slides DIR",
         without=("backbone", "set", "tile_px", "mpp"),  # which the teacher decides

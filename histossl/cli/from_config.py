@@ -23,6 +23,15 @@ from histossl.core.errors import UsageError
 from histossl.core.options import Option, is_required, option_of, shown
 from histossl.core.workspace import Workspace
 
+# Where `histossl --help` lists a command, in the order of the work.
+LOOK, TILES, PRETRAIN, EVALUATE, USE, OTHER = (
+    "Look at the slides",
+    "Tiles",
+    "Pretrain",
+    "Evaluate",
+    "Use the model and the backbone",
+    "Methods, machine, demo",
+)
 # Options with a --no- form: in a panel with others their second name takes all the room that 80 columns have.
 ON_OFF = "On or off"
 
@@ -129,8 +138,8 @@ def command(
     app: typer.Typer,
     name: str | None = None,
     *,
-    epilog: str = "",
-    group: str | None = None,
+    group: str,
+    epilog: str,
     without: Collection[str] = (),
     change: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

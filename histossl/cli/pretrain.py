@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli.from_config import command
+from histossl.cli.from_config import PRETRAIN, command
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
 from histossl.core.config import LaunchConfig, PretrainConfig, PretrainData, RuntimeConfig, TileConfig
@@ -34,11 +34,13 @@ class OnlyPlan:
 def register(app: typer.Typer) -> None:
     command(
         app,
+        group=PRETRAIN,
         epilog="Example: histossl pretrain --slides /data/slides --backbone resnet50 --epochs 20\n\n"
         "Offline: histossl pretrain --slides /data/slides --weights resnet50.safetensors",
     )(pretrain)
     command(
         app,
+        group=PRETRAIN,
         epilog="Example: histossl plan --backbone vit_small_patch16_224 --gpus 4 --epochs 20",
     )(plan)
 

@@ -1,48 +1,45 @@
-"""report: remake a curve's report from its files."""
+"""`histossl report`: make a curve's report again from its files."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption
-from histossl.core.config import nearest
+from histossl.cli.from_config import EVALUATE, command
 from histossl.core.errors import UsageError
+from histossl.core.options import Checked, nearest, one_of, option
 from histossl.core.workspace import Workspace
 
-MAPS = ("pca", "umap")
+
+@dataclass(frozen=True)
+class What(Checked):
+    name: str = option("default", "Name of the curve: its files lie in WORKSPACE/finetune/NAME.")
+    map: str = option(
+        "pca",
+        "The map of features: principal components, or a UMAP next to them (pip install 'histossl\\[umap]').",
+        metavar="pca|umap",
+        check=one_of("pca", "umap"),
+    )
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: histossl report --name default\n\n(then open the report.html that it names)")(report)
+    command(
+        app,
+        group=EVALUATE,
+        epilog="Example: histossl report --name default\n\n(then open the report.html that it names)",
+    )(report)
 
 
-def report(
-    name: Annotated[
-        str, typer.Option("--name", help="Name of the curve: its files lie in WORKSPACE/finetune/NAME.")
-    ] = "default",
-    map_: Annotated[
-        str,
-        typer.Option(
-            "--map",
-            metavar="pca|umap",
-            help="The map of features: principal components, or a UMAP beside them (pip install 'histossl\\[umap]').",
-        ),
-    ] = "pca",
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,
-) -> None:
-    """Remake report.html and the curve's pictures from the files of a finetuning, without computing anything anew."""
+def report(workspace: Workspace, what: What) -> None:
+    """Make report.html and the curve's pictures again from the files of a finetuning, without computing anything."""
     from histossl.report.html import write_report
 
-    del config  # its values have become the defaults above
-    if map_ not in MAPS:
-        raise UsageError(f"--map {map_}: must be one of {', '.join(MAPS)}{nearest(map_, MAPS)}")
-    place = Workspace.at(workspace)
-    run = place.finetune(name)
+    run = workspace.finetune(what.name)
     if not run.root.is_dir():
-        known = sorted(path.name for path in place.finetune_root.glob("*") if path.is_dir())
+        known = sorted(path.name for path in workspace.finetune_root.glob("*") if path.is_dir())
         there = f"; there are: {', '.join(known)}" if known else "; run histossl finetune --labels labels.csv first"
-        raise UsageError(f"--name {name}: no such curve in {place.finetune_root}{nearest(name, known)}{there}")
-    typer.echo(write_report(run, place, with_umap=map_ == "umap"))
+        raise UsageError(
+            f"--name {what.name}: no such curve in {workspace.finetune_root}{nearest(what.name, known)}{there}"
+        )
+    typer.echo(write_report(run, workspace, with_umap=what.map == "umap"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli.options import ConfigOption, SlidesOption, WorkspaceOption
+from histossl.cli.from_config import LOOK, command
 from histossl.core import console
-from histossl.core.config import TileConfig
+from histossl.core.config import SEED, SLIDES_HELP, TileConfig
 from histossl.core.errors import SlideError, StoreError, UsageError
+from histossl.core.options import Checked, between, option
 from histossl.core.workspace import Workspace, written_aside
 
 if TYPE_CHECKING:
@@ -18,43 +20,52 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-DEFAULTS = TileConfig()
 MOST_TILES = 64
 
 
+@dataclass(frozen=True)
+class Sheet(Checked):
+    slides: Path | None = option(None, SLIDES_HELP, metavar="DIR")
+    recipe: str = option(
+        "mocov2-histology",
+        "mocov1, mocov2, mocov3, simclr, dino, dinov2, dinov2-released, rotation, context, jigsaw, colorization; with "
+        '"-histology" as tissue wants.',
+    )
+    view_set: tuple[str, ...] = option(
+        (), "A setting of every view, over the recipe's; as for `pretrain`.", metavar="KEY=VALUE"
+    )
+    output: Path = option(Path("views.png"), "Where to write the sheet.", metavar="FILE.png")
+    view_px: int = option(
+        224, "Side of the (global) views in pixels.", check=between(8, 1024, "a side of 8 to 1024 pixels")
+    )
+    tiles: int = option(8, f"How many tiles to show, 1-{MOST_TILES}.", check=between(1, MOST_TILES))
+    draws: int = option(2, "How often each tile's views are made, 1-8.", check=between(1, 8))
+    seed: int = option(0, "Of the choice of tiles and of the views.", check=SEED)
+    tile_px: int = option(
+        256, "With --slides: side of a tile in pixels.", check=between(16, 4096, "a side of 16 to 4096 pixels")
+    )
+    mpp: float = option(
+        0.5,
+        "With --slides: microns per pixel of the tiles.",
+        check=between(0.05, 100, "microns per pixel between 0.05 and 100"),
+    )
+    slide_mpp: float | None = option(
+        None,
+        "With --slides: microns per pixel of slides that do not say it themselves.",
+        check=between(0.05, 5, "microns per pixel between 0.05 and 5"),
+    )
+
+
 def register(app: typer.Typer) -> None:
-    app.command(
+    command(
+        app,
+        group=LOOK,
         epilog="Example: histossl views --recipe mocov2-histology --output views.png\n\n"
-        "Before tiling: histossl views --slides /data/slides --recipe dinov2-histology --output views.png"
+        "Before tiling: histossl views --slides /data/slides --recipe dinov2-histology --output views.png",
     )(views)
 
 
-def views(
-    slides: SlidesOption = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="mocov1, mocov2, mocov3, simclr, dino, dinov2, dinov2-released, rotation, context, jigsaw, "
-            'colorization; with "-histology" as tissue wants.'
-        ),
-    ] = "mocov2-histology",
-    view_set: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A setting of every view, over the recipe's; as for `pretrain`."),
-    ] = None,
-    output: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the sheet.")] = Path("views.png"),
-    view_px: Annotated[int, typer.Option(help="Side of the (global) views in pixels.")] = 224,
-    tiles: Annotated[int, typer.Option(help=f"How many tiles to show, 1-{MOST_TILES}.")] = 8,
-    draws: Annotated[int, typer.Option(help="How often each tile's views are made, 1-8.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the choice of tiles and of the views.")] = 0,
-    tile_px: Annotated[int, typer.Option(help="With --slides: side of a tile in pixels.")] = DEFAULTS.tile_px,
-    mpp: Annotated[float, typer.Option(help="With --slides: microns per pixel of the tiles.")] = DEFAULTS.mpp,
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="With --slides: microns per pixel of slides that do not say it themselves.")
-    ] = None,
-) -> None:
+def views(workspace: Workspace, sheet: Sheet) -> None:
     """Draw some tiles and write them with their augmented views as a picture, one row per tile.
 
     Tiles come from the workspace, or straight from the slides with --slides, before anything is tiled.
@@ -64,30 +75,27 @@ def views(
     from histossl.views.contact_sheet import contact_sheet
     from histossl.views.recipe import make_views, recipe_named, with_settings
 
-    if not 1 <= tiles <= MOST_TILES:
-        raise UsageError(f"--tiles {tiles}: must be 1 to {MOST_TILES}")
-    if not 1 <= draws <= 8:
-        raise UsageError(f"--draws {draws}: must be 1 to 8")
-    if output.suffix.lower() != ".png":
-        raise UsageError(f"--output {output}: must be a .png file")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.parent}")
-    chosen = with_settings(recipe_named(recipe, view_px), view_set or ())
-    if slides is None:
-        names, pixels = _from_store(Workspace.at(workspace), tiles, seed)
+    if sheet.output.suffix.lower() != ".png":
+        raise UsageError(f"--output {sheet.output}: must be a .png file")
+    if not sheet.output.parent.is_dir():
+        raise UsageError(f"--output {sheet.output}: there is no folder {sheet.output.parent}")
+    chosen = with_settings(recipe_named(sheet.recipe, sheet.view_px), sheet.view_set)
+    if sheet.slides is None:
+        names, pixels = _from_store(workspace, sheet.tiles, sheet.seed)
     else:
-        names, pixels = _from_slides(slides, tiles, seed, TileConfig(tile_px=tile_px, mpp=mpp), slide_mpp)
+        tiling = TileConfig(tile_px=sheet.tile_px, mpp=sheet.mpp)
+        names, pixels = _from_slides(sheet.slides, sheet.tiles, sheet.seed, tiling, sheet.slide_mpp)
     columns = []
-    for draw in range(draws):
+    for draw in range(sheet.draws):
         # A tile comes again, an epoch later, at another place of the stream: other views.
-        made = make_views(pixels, chosen, seed, torch.arange(len(pixels)) + draw * len(pixels))
+        made = make_views(pixels, chosen, sheet.seed, torch.arange(len(pixels)) + draw * len(pixels))
         columns += [(f"{draw + 1}: view {number + 1}", view) for number, view in enumerate(made)]
-    title = f"{chosen.name}: {len(chosen.views)} views, seed {seed}"
-    sheet = contact_sheet(title, names, pixels, columns)
-    with written_aside(output) as aside:
-        sheet.save(aside, "PNG")
+    title = f"{chosen.name}: {len(chosen.views)} views, seed {sheet.seed}"
+    page = contact_sheet(title, names, pixels, columns)
+    with written_aside(sheet.output) as aside:
+        page.save(aside, "PNG")
     rows, each = console.count(len(names), "tile"), console.count(len(chosen.views), "view")
-    console.say(f"{output}: {rows}, {each} each, {console.count(draws, 'time')} ({chosen.name})")
+    console.say(f"{sheet.output}: {rows}, {each} each, {console.count(sheet.draws, 'time')} ({chosen.name})")
 
 
 def _from_store(at: Workspace, count: int, seed: int) -> tuple[list[str], Tensor]:

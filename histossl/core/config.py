@@ -6,7 +6,6 @@ A config refuses what no run could use (UsageError, exit 2) when it is made, bef
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
 import json
 import math
@@ -23,7 +22,19 @@ from typing import Any
 
 from histossl import __version__
 from histossl.core.errors import MismatchError, UsageError
-from histossl.core.options import Check, Checked, above, between, one_of, option
+from histossl.core.options import (
+    REQUIRED,
+    Check,
+    Checked,
+    above,
+    between,
+    nearest,
+    numbers,
+    one_of,
+    option,
+    read_list,
+    show_list,
+)
 from histossl.core.workspace import VARIABLE, written_aside
 
 # ---- refusing
@@ -33,13 +44,6 @@ def require(holds: bool, option: str, value: object, wanted: str) -> None:
     """One wording for a setting that cannot be used."""
     if not holds:
         raise UsageError(f"--{option} {value}: must be {wanted}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """', did you mean X?' for a mistyped name, with X as it is spelt, or nothing. Small letters and large are alike."""
-    spelt = {each.casefold(): each for each in known}
-    close = difflib.get_close_matches(name.casefold(), list(spelt), n=1, cutoff=0.5)
-    return f", did you mean {spelt[close[0]]!r}?" if close else ""
 
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -426,18 +430,48 @@ NEIGHBOURS = 4  # per query tile, where no number of tiles is asked for: DINOv2'
 
 
 @dataclass(frozen=True)
-class CurateConfig:
-    """What defines a curated subset. 0 and () mean 'none' or 'work it out'."""
+class CurateConfig(Checked):
+    """What defines a curated subset."""
 
-    duplicate_cosine: float = 0.9  # more alike than this are copies; 1: copies are not sought
-    tiles: int = 0  # keep about so many, balanced; 0: all but the copies
-    clusters: tuple[int, ...] = ()  # of the levels, finest first; (): worked out from the number of tiles
-    like_slides: tuple[str, ...] = ()  # retrieve what is most like these
-    like_classes: tuple[str, ...] = ()  # retrieve what is most like the training slides of these
-    queries: tuple[str, ...] = ()  # the slides that these two stand for
+    tiles: int = option(
+        0,
+        "Keep so many, balanced over kinds of tissue.",
+        check=between(1, 10**12, "1 or more"),
+        unset="all but copies",
+    )
+    duplicate_cosine: float = option(
+        0.9,
+        "Tiles with a higher cosine similarity are copies; the sheet shows pairs. 1: keep copies.",
+        check=above(0, "above 0 and at most 1 (1: keep copies)", most=1),
+    )
+    like_slides: tuple[str, ...] = option(
+        (),
+        "Retrieve the tiles most like those of these slides, from the others; with --labels from slides without a "
+        "label. Their own tiles are kept too.",
+        metavar="A,B,...",
+        read=read_list,
+        show=show_list,
+    )
+    like_classes: tuple[str, ...] = option(
+        (),
+        "Retrieve the tiles most like those of the training slides of these classes, from slides without a label; "
+        "needs --labels. Their own tiles are kept too.",
+        metavar="A,B,...",
+        read=read_list,
+        show=show_list,
+    )
+    clusters: tuple[int, ...] = option(
+        (),
+        "Clusters of each level, finest first.",
+        metavar="N,N,...",
+        read=numbers(int, "whole numbers, finest first, like 1000,100,10"),
+        show=show_list,
+        unset="4 times the root of the tiles, then quarters of it",
+    )
+    seed: int = option(0, "Of clusters and of chance.", check=SEED)
+    queries: tuple[str, ...] = ()  # the slides that like_slides and like_classes stand for
     labelled_slides: tuple[str, ...] = ()  # where labels are given: nothing is retrieved from these
     embedder: str = ""  # name, digest and input size of the backbone
-    seed: int = 0
     excluded_slides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -445,9 +479,7 @@ class CurateConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("queries", "labelled_slides", "excluded_slides"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
-        cosine = self.duplicate_cosine
-        require(0 < cosine <= 1, "duplicate-cosine", cosine, "above 0 and at most 1 (1: keep copies)")
-        require(self.tiles >= 0, "tiles", self.tiles, "1 or more")
+        super().__post_init__()
         given = ",".join(map(str, self.clusters))
         require(all(count >= 1 for count in self.clusters), "clusters", given, "numbers of 1 or more, like 1000,100,10")
         falling = all(finer > coarser for finer, coarser in itertools.pairwise(self.clusters))
@@ -464,16 +496,26 @@ class CurateConfig:
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(Checked):
     """How tiles go through a backbone. None of it changes what a run is; 0 means 'work it out'."""
 
-    batch_size: int = 0
-    num_workers: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 0, "embed-batch-size", self.batch_size, "1 or more tiles")
-        require(self.num_workers >= 0, "workers", self.num_workers, "1 or more")
+    batch_size: int = option(
+        0,
+        "Tiles per forward pass.",
+        MACHINE,
+        flag="--embed-batch-size",
+        check=between(1, 10**6, "1 or more tiles"),
+        unset="256 on a GPU, 64 without",
+    )
+    num_workers: int = option(
+        0,
+        "Threads that read and decode tiles.",
+        MACHINE,
+        flag="--workers",
+        check=between(1, 1024, "1 to 1024"),
+        unset="2",
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", MACHINE)
 
 
 @dataclass(frozen=True)
@@ -496,56 +538,155 @@ class TuneConfig:
         require(self.weight_decay >= 0, "tune weight_decay", self.weight_decay, "0 or more")
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """What defines a label-efficiency curve. '' and 0 mean 'work it out'."""
+STARTS, SPLITS, HEADS = "Starts", "Splits", "Heads"  # panels of help
 
-    labels: str
-    starts: tuple[str, ...] = ()  # random, imagenet, adapted, colour, runs or files; (): those that can be made
-    backbone: str = ""  # timm name of random and imagenet; '': that of adapted
-    weights: str = ""  # of the imagenet start; '': what adapted started from
-    adapted: str = ""  # a pretraining run or a file; '': the workspace's finished run
-    input_px: int = 0  # tiles are shown at this size to every start; 0: the size the adapted backbone learnt at
-    head: str = ""  # mean, knn, simpleshot, abmil; '': mean, or abmil when the backbone learns too
-    train: str = "head"  # head: frozen features; last, all: end to end
+
+def read_budgets(text: str) -> tuple[int | str, ...]:
+    return tuple(int(piece) if piece.isdecimal() else piece for piece in read_list(text))
+
+
+def _are_budgets(budgets: tuple[int | str, ...]) -> bool:
+    return all(one == "all" or (isinstance(one, int) and 1 <= one <= 10**9) for one in budgets)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Checked):
+    """What defines a label-efficiency curve."""
+
+    labels: str = option(
+        REQUIRED,
+        "Columns slide,label and, where known, patient, site, split (train or test); x,y,width,height (level-0 pixels) "
+        "label regions instead of slides. Or a folder of QuPath GeoJSON files.",
+        metavar="FILE.csv|DIR",
+    )
+    starts: tuple[str, ...] = option(
+        (),
+        "What to compare: random, imagenet, adapted, colour (27 colour statistics, no network), a pretraining run, "
+        "FILE or NAME=FILE (a backbone.safetensors), NAME=RUN+RUN+... (pretraining seeds as one start). finetune adds "
+        "colour to any: it is the floor of every curve.",
+        metavar="A,B,...",
+        read=read_list,
+        show=show_list,
+        unset="all of the first four that there are",
+    )
+    adapted: str = option(
+        "",
+        "The adapted start: a pretraining run, or a backbone.safetensors; several, separated by commas, are seeds of "
+        "one start: its curve is their mean, its band holds their spread.",
+        metavar="RUN|FILE,...",
+        unset="the workspace's finished run",
+    )
+    budgets: tuple[int | str, ...] = option(
+        (),
+        "Labelled slides per class.",
+        metavar="1,2,4,...,all",
+        read=read_budgets,
+        show=show_list,
+        check=Check(_are_budgets, "numbers of labelled items per class, or all, like 1,2,4,8,all"),
+        unset="doubling from 1 to what the smallest class has, and all",
+    )
+    backbone: str = option(
+        "",
+        "timm name of the random and imagenet starts.",
+        STARTS,
+        metavar="NAME",
+        unset="that of the adapted backbone",
+    )
+    weights: str = option(
+        "",
+        "Weights of the imagenet start.",
+        STARTS,
+        metavar="FILE",
+        unset="what the adapted backbone started from",
+    )
+    input_px: int = option(
+        0,
+        "Side at which tiles are shown to every start.",
+        STARTS,
+        check=between(16, 1024, "a side of 16 to 1024 pixels"),
+        unset="the size that the adapted backbone was trained at",
+    )
+    head: str = option(
+        "",
+        "mean (pooled features, logistic regression), knn, simpleshot (nearest class mean) or abmil (gated attention "
+        "over tiles).",
+        HEADS,
+        check=one_of("mean", "knn", "simpleshot", "abmil"),
+        unset="mean, and abmil with --train last or all",
+    )
+    train: str = option(
+        "head",
+        "What is trained: head (on frozen features), last (with the last quarter of the backbone's blocks) or all (the "
+        "whole backbone). The latter two take a GPU, or patience.",
+        HEADS,
+        check=one_of("head", "last", "all"),
+    )
     tune: TuneConfig = field(default_factory=TuneConfig)
-    unit: str = ""  # what carries a label: slide, region, tile; '': what the labels are of
-    regions: str = ""  # a folder of QuPath GeoJSON files: labels of regions
-    tiles_per_slide: int = 100  # with unit tile: at most so many of a slide and label
-    budgets: tuple[int | str, ...] = ()
-    draws: int = 10
-    folds: int = 0
-    group: str = "patient"
-    classes: tuple[str, ...] = ()
-    mixed_patients: bool = False
-    seed: int = 0
+    unit: str = option(
+        "",
+        "What carries a label and is counted in budgets: slide, region or tile. tile: each tile of a labelled slide or "
+        "region by itself.",
+        SPLITS,
+        check=one_of("slide", "region", "tile"),
+        unset="what the labels are of",
+    )
+    regions: str = option(
+        "",
+        "The labels are the annotations in this folder (QuPath GeoJSON); --labels gives patient, site, split.",
+        SPLITS,
+        metavar="DIR",
+    )
+    tiles_per_slide: int = option(
+        100,
+        "With --unit tile: at most so many tiles of one slide and label.",
+        SPLITS,
+        check=between(1, 10**9, "1 or more"),
+    )
+    draws: int = option(10, "Random choices of the labelled slides at each budget.", SPLITS, check=between(1, 1000))
+    folds: int = option(
+        0,
+        "Folds by patient where the labels have no split column.",
+        SPLITS,
+        check=between(2, 10**6, "2 or more"),
+        unset="up to 5, as patients allow",
+    )
+    group: str = option(
+        "patient",
+        "What must not be parted between training and test: patient or site.",
+        SPLITS,
+        check=one_of("patient", "site"),
+    )
+    classes: tuple[str, ...] = option(
+        (), "Only these labels.", SPLITS, metavar="A,B,...", read=read_list, show=show_list, unset="all"
+    )
+    mixed_patients: bool = option(False, "Allow patients with slides of several classes.", SPLITS)
+    seed: int = option(0, "Of the splits, draws and heads.", SPLITS, check=SEED)
 
     def __post_init__(self) -> None:
         for name in ("starts", "budgets", "classes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.head:
             object.__setattr__(self, "head", "mean" if self.train == "head" else "abmil")
-        for name, known in (
-            ("head", ("mean", "knn", "simpleshot", "abmil")),
-            ("train", ("head", "last", "all")),
-            ("unit", ("", "slide", "region", "tile")),
-            ("group", ("patient", "site")),
-        ):
-            value = getattr(self, name)
-            require(value in known, name, value, f"one of {', '.join(filter(None, known))}{nearest(value, known)}")
+        super().__post_init__()
         end_to_end = f"abmil with --train {self.train}: only the attention head learns together with a backbone"
         require(self.train == "head" or self.head == "abmil", "head", self.head, end_to_end)
-        for budget in self.budgets:
-            right = budget == "all" or (isinstance(budget, int) and budget >= 1)
-            require(right, "budgets", budget, "numbers of labelled items per class, or all, like 1,2,4,8,all")
-        require(1 <= self.draws <= 1000, "draws", self.draws, "1 to 1000")
-        require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "2 or more")
-        require(self.tiles_per_slide >= 1, "tiles-per-slide", self.tiles_per_slide, "1 or more")
-        require(
-            self.input_px == 0 or 16 <= self.input_px <= 1024, "input-px", self.input_px, "a side of 16 to 1024 pixels"
-        )
         twice = [name for name in self.starts if self.starts.count(name) > 1]
         require(not twice, "starts", ",".join(self.starts), "different starts")
+
+
+# ---- demo
+
+
+@dataclass(frozen=True)
+class DemoConfig(Checked):
+    slides: int = option(
+        36, "How many slides: two a patient, three classes in turn.", check=between(1, 100_000, "1 to 100000")
+    )
+    seed: int = option(0, "Of the slides, the training and the splits.", check=SEED)
+    steps: int = option(800, "Pretraining steps.", check=between(1, 10**9, "1 or more"))
+    weights: str = option(
+        "random", "Where pretraining starts: random (no download), imagenet (timm's cache or hub), or a file."
+    )
 
 
 # ---- shared by all stages

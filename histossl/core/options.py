@@ -10,8 +10,9 @@ The command line (`cli/from_config.py`), TOML files, `run.json`, the report's ta
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
@@ -24,6 +25,14 @@ class Check:
 
     holds: Callable[[Any], bool]
     words: str
+    known: tuple[str, ...] = ()  # the words that it may be
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', did you mean X?' for a mistyped name, with X as it is spelt, or nothing. Small letters and large are alike."""
+    spelt = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold(), list(spelt), n=1, cutoff=0.5)
+    return f", did you mean {spelt[close[0]]!r}?" if close else ""
 
 
 def between(low: float, high: float, words: str = "") -> Check:
@@ -37,7 +46,7 @@ def above(low: float, words: str = "", most: float = math.inf) -> Check:
 
 
 def one_of(*known: str) -> Check:
-    return Check(lambda value: value in known, f"one of {', '.join(known)}")
+    return Check(lambda value: value in known, f"one of {', '.join(known)}", known)
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class Checked:
             if not is_required(one) and type(value) is type(one.default) and value == one.default:
                 continue  # also where it stands for "worked out"
             if not found.check.holds(value):
-                raise UsageError(f"{found.name(one.name)} {shown(found, value)}: must be {found.check.words}")
+                close = nearest(str(value), found.check.known)
+                raise UsageError(f"{found.name(one.name)} {shown(found, value)}: must be {found.check.words}{close}")
 
 
 def shown(found: Option, value: Any) -> str:

@@ -20,16 +20,9 @@ import numpy as np
 
 from histossl.backbones.loading import create_backbone, load_backbone
 from histossl.core import console
-from histossl.core.config import (
-    CurateConfig,
-    EmbedConfig,
-    FinetuneConfig,
-    nearest,
-    read_run,
-    refuse_other_config,
-    write_run,
-)
+from histossl.core.config import CurateConfig, EmbedConfig, FinetuneConfig, read_run, refuse_other_config, write_run
 from histossl.core.errors import LabelsError, MismatchError, UsageError
+from histossl.core.options import nearest
 from histossl.core.workspace import SubsetDir, Workspace, written_aside
 from histossl.curation.contact_sheet import Section, Strip, place_of, write_sheet
 from histossl.curation.features import Features, embed_tiles

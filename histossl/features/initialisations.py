@@ -33,8 +33,9 @@ from histossl.backbones.loading import (
     load_backbone,
     recorded_with,
 )
-from histossl.core.config import FinetuneConfig, PretrainConfig, nearest, plain, read_run
+from histossl.core.config import FinetuneConfig, PretrainConfig, plain, read_run
 from histossl.core.errors import UsageError, WeightsError
+from histossl.core.options import nearest
 from histossl.core.workspace import Workspace
 from histossl.features.extraction import COLOUR, Embedder, backbone_embedder, colour_embedder
 from histossl.methods import TAUGHT

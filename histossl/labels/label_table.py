@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from histossl.core.config import nearest
 from histossl.core.console import count
 from histossl.core.errors import LabelsError
+from histossl.core.options import nearest
 from histossl.labels.label_csv import NO_SURVIVAL, Box, Row
 from histossl.labels.slide_lookup import TCGA_CASE, SlideNames
 from histossl.labels.spelling import maybe_one_person

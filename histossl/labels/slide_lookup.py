@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from histossl.core.config import nearest
+from histossl.core.options import nearest
 from histossl.core.workspace import Workspace
 from histossl.slides.archive import SUFFIXES
 from histossl.slides.ledger import read_ledger

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from histossl.core.config import nearest
 from histossl.core.errors import UsageError
+from histossl.core.options import nearest
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histossl.core.config import knob, nearest, require
+from histossl.core.config import knob, require
 from histossl.core.errors import UsageError
+from histossl.core.options import nearest
 from histossl.methods.losses.contrastive import distillation
 from histossl.methods.method import Method, Outcome, Rate, Training, Views
 from histossl.methods.modules.batchnorm import average_batchnorm_buffers, globalise_batchnorms

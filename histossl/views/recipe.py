@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from histossl.core.config import nearest
 from histossl.core.errors import UsageError
+from histossl.core.options import nearest
 from histossl.views import colour, geometry, jpeg
 from histossl.views.rng import Draws, Floats
 

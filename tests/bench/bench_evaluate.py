@@ -29,10 +29,10 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from histossl.backbones.loading import create_backbone
-from histossl.core.config import EmbedConfig, TileConfig, TissueConfig
+from histossl.core.config import DemoConfig, EmbedConfig, TileConfig, TissueConfig
 from histossl.core.workspace import Workspace
 from histossl.demo.paint import paint_slide
-from histossl.demo.run import BACKBONE, MPP, TILE_PX, VIEW_PX, DemoConfig, paint_into, pretraining
+from histossl.demo.run import BACKBONE, MPP, TILE_PX, VIEW_PX, paint_into, pretraining
 from histossl.evaluation.suggest import committee, picks
 from histossl.features.extraction import Bags, backbone_embedder, embed_slides, slide_tiles
 from histossl.heads.feature_heads import MeanHead, head_named

@@ -41,7 +41,7 @@ class Dummy(Checked):
 def run():
     app, got = typer.Typer(), []
 
-    @command(app, without=("again",), change={"grid": {"help": "Another grid."}})
+    @command(app, group="Dummies", epilog="", without=("again",), change={"grid": {"help": "Another grid."}})
     def dummy(config: Dummy, given: Given) -> None:
         """What it does."""
         got.append((config, given))

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from histossl.cli import main
+from histossl.core.config import DemoConfig
 from histossl.core.errors import MismatchError, UsageError
 from histossl.core.workspace import Workspace
 from histossl.demo import run
-from histossl.demo.run import DemoConfig, run_demo
+from histossl.demo.run import run_demo
 
 
 def test_only_paint_gives_an_archive_with_labels_and_nothing_else(cli, tmp_path, monkeypatch):
@@ -65,9 +66,10 @@ def test_a_folder_with_other_things_is_left_alone(cli, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"slides": 6}, {"steps": 0}, {"seed": -1}])
-def test_a_demo_that_could_not_be_measured_is_refused(bad):
+def test_a_demo_that_could_not_be_measured_is_refused(bad, tmp_path):
     with pytest.raises(UsageError, match=f"--{next(iter(bad))} "):
-        DemoConfig(**bad)
+        run_demo(tmp_path / "out", DemoConfig(**bad))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

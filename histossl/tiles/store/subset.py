@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histossl.core.config import nearest, read_run
+from histossl.core.config import read_run
 from histossl.core.errors import MismatchError, StoreError, UsageError
+from histossl.core.options import nearest
 from histossl.core.workspace import SubsetDir, Workspace, written_aside
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.sampler import Ints
