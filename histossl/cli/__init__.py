@@ -73,7 +73,7 @@ def root(
 
 
 for room in (
-    *(scan, tile, views, curate, pretrain, distill, embed, finetune, predict, suggest, report, methods, bench, demo),
+    *(scan, views, tile, curate, pretrain, distill, finetune, suggest, report, predict, embed, methods, bench, demo),
 ):
     room.register(app)
 

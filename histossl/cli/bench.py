@@ -2,78 +2,112 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli.options import WorkspaceOption, above_0
+from histossl.cli.from_config import OTHER, Given, command
 from histossl.core import console
 from histossl.core.errors import StoreError, UsageError
+from histossl.core.options import REQUIRED, Checked, between, one_of, option
 from histossl.core.workspace import Workspace
+from histossl.runtime.process_pool import num_cores
 
 if TYPE_CHECKING:
     from histossl.tiles.store.index import TileIndex
 
-bench = typer.Typer(
-    help="Measure this machine: how fast tiles are read, decoded, made into views and learnt from, what limits, and "
-    "what to change. Alone all of it in a minute or two; each command below measures one part closer.",
-    epilog="Example: histossl bench -w WORKSPACE\n\nWith a part alone: histossl bench views",
-    invoke_without_command=True,
-)
+bench = typer.Typer(invoke_without_command=True)
 STEPS_CPU, STEPS_GPU = 2, 10
+TILE_PX = between(32, 4096)
+REPEATS = between(1, 50)
+
+
+@dataclass(frozen=True)
+class Run(Checked):
+    """What every measurement of training needs."""
+
+    backbone: str = option("", "Any timm model.", unset="resnet50 on a GPU, resnet18 without")
+    method: str = option("mocov2", "See `histossl methods`.")
+    batch_size: int = option(
+        0, "Tiles per step.", check=between(2, 10**6, "2 or more"), unset="64 on a GPU, 16 without"
+    )
+    view_px: int = option(224, "Side of the views in pixels.", check=between(16, 1024, "a side of 16 to 1024 pixels"))
+    tile_px: int = option(256, "Side of synthetic tiles, where the workspace has none.", check=TILE_PX)
+    steps: int = option(
+        0,
+        "Steps to time, twice.",
+        check=between(1, 10**6, "1 or more"),
+        unset="10 on a GPU, 2 without",
+    )
+    workers: int = option(0, "Threads that read and decode.", check=between(1, 1024, "1 to 1024"), unset="one per core")
+    precision: str = option("auto", "auto, fp32, bf16 or fp16.", check=one_of("auto", "fp32", "bf16", "fp16"))
+    compiled: bool = option(False, "Compile the networks first.", flag="--compile")
+
+
+@dataclass(frozen=True)
+class ViewsRun(Checked):
+    recipe: str = option("mocov2-histology", "Whose views to make; see `histossl views`.")
+    view_px: int = option(
+        224, "Side of the (global) views in pixels.", check=between(8, 1024, "a side of 8 to 1024 pixels")
+    )
+    tile_px: int = option(256, "Side of synthetic tiles, where the workspace has none.", check=TILE_PX)
+    tiles: int = option(256, "How many tiles each repeat handles, 16-4096.", check=between(16, 4096))
+    repeats: int = option(3, "How often each figure is measured, 1-50.", check=REPEATS)
+    workers: int = option(0, "Threads that read and decode.", check=between(1, 1024, "1 to 1024"), unset="one per core")
+
+
+@dataclass(frozen=True)
+class TileRun(Checked):
+    slide: Path = option(REQUIRED, "One of your own slides.", metavar="SLIDE", positional=True)
+    tile_px: int = option(256, "Side of a tile in pixels.", check=between(16, 4096, "a side of 16 to 4096 pixels"))
+    mpp: float = option(
+        0.5, "Microns per pixel of the tiles.", check=between(0.05, 100, "microns per pixel between 0.05 and 100")
+    )
+    slide_mpp: float | None = option(
+        None,
+        "Microns per pixel of the slide, over what it says.",
+        check=between(0.05, 5, "microns per pixel between 0.05 and 5"),
+    )
+    tiles: int = option(400, "How many tiles each repeat cuts, 1-100000.", check=between(1, 100_000, "1 to 100000"))
+    repeats: int = option(3, "How often each figure is measured, 1-50.", check=REPEATS)
 
 
 def register(app: typer.Typer) -> None:
-    bench.command(
+    command(bench, callback=True, without=("precision", "compiled"))(whole)
+    command(
+        bench,
+        name="views",
         epilog="Example: histossl bench views -w WORKSPACE --recipe dinov2-histology\n\n"
-        "Without tiles, on synthetic ones: histossl bench views --tile-px 256"
+        "Without tiles, on synthetic ones: histossl bench views --tile-px 256",
     )(views)
-    bench.command(epilog="Example: histossl bench train -w WORKSPACE --backbone resnet50 --batch-size 256")(train)
-    bench.command(epilog="Example: histossl bench tile /data/slides/A1.svs")(tile)
-    app.add_typer(bench, name="bench")
+    command(
+        bench,
+        name="train",
+        epilog="Example: histossl bench train -w WORKSPACE --backbone resnet50 --batch-size 256",
+        without=("tile_px",),
+    )(train)
+    command(bench, name="tile", epilog="Example: histossl bench tile /data/slides/A1.svs")(tile)
+    app.add_typer(
+        bench,
+        name="bench",
+        help="Measure this machine: how fast tiles are read, decoded, made into views and trained on, what limits, and "
+        "what to change. Alone all of it in a minute or two; each command below measures one part closer.",
+        epilog="Example: histossl bench -w WORKSPACE\n\nWith a part alone: histossl bench views",
+        rich_help_panel=OTHER,
+    )
 
 
-@bench.callback()
-def whole(
-    context: typer.Context,
-    workspace: WorkspaceOption = None,
-    backbone: Annotated[
-        str, typer.Option(help="Any timm model. Default: resnet50 on a GPU, resnet18 without.", show_default=False)
-    ] = "",
-    method: Annotated[str, typer.Option(help="See `histossl methods`.")] = "mocov2",
-    batch_size: Annotated[
-        int,
-        typer.Option(help="Tiles per step. Default: 64 on a GPU, 16 without.", show_default=False, callback=above_0),
-    ] = 0,
-    view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = 224,
-    tile_px: Annotated[int, typer.Option(help="Side of synthetic tiles, where the workspace has none.")] = 256,
-    steps: Annotated[
-        int,
-        typer.Option(
-            help="Steps to time, twice. Default: 10 on a GPU, 2 without.", show_default=False, callback=above_0
-        ),
-    ] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read and decode. Default: one per core.", show_default=False)
-    ] = None,
-) -> None:
+def whole(context: typer.Context, workspace: Workspace, asked: Run, given: Given) -> None:
     """Read, decode, view and step rates of this machine in one table, which is the limit, and what to change."""
-    given = [
-        option.opts[0]
-        for option in context.command.params
-        if option.name and getattr(context.get_parameter_source(option.name), "name", "") == "COMMANDLINE"
-    ]
     if context.invoked_subcommand is not None:
-        if given:
-            raise UsageError(f"{given[0]}: goes after `histossl bench {context.invoked_subcommand}`, not before it")
+        if given.command_line:
+            flag = f"--{min(given.command_line).replace('_', '-')}"
+            raise UsageError(f"{flag}: goes after `histossl bench {context.invoked_subcommand}`, not before it")
         return
-    if not 32 <= tile_px <= 4096:
-        raise UsageError(f"--tile-px {tile_px}: must be 32 to 4096")
     import torch
 
     from histossl.bench.step_rates import advice, measure
@@ -81,18 +115,18 @@ def whole(
 
     gpu = torch.cuda.is_available()
     config = PretrainConfig(
-        method=method,
-        backbone=backbone or ("resnet50" if gpu else "resnet18"),
+        method=asked.method,
+        backbone=asked.backbone or ("resnet50" if gpu else "resnet18"),
         weights="random",
         steps=1000,
-        batch_size=batch_size or (64 if gpu else 16),
-        view_px=view_px,
+        batch_size=asked.batch_size or (64 if gpu else 16),
+        view_px=asked.view_px,
     )
-    operation = RuntimeConfig(num_workers=workers or _cores())
-    with _tiles(workspace, tile_px) as index:
-        rates = measure(index, config, operation, steps or (STEPS_GPU if gpu else STEPS_CPU))
+    runtime = RuntimeConfig(num_workers=asked.workers or num_cores())
+    with _tiles(workspace, asked.tile_px, "workspace" in given) as index:
+        rates = measure(index, config, runtime, asked.steps or (STEPS_GPU if gpu else STEPS_CPU))
     console.table(
-        f"{method} on {torch.cuda.get_device_name() if gpu else f'{_cores()} CPU cores'}",
+        f"{asked.method} on {torch.cuda.get_device_name() if gpu else f'{num_cores()} CPU cores'}",
         ("part", "ms per tile", "tiles/s", ""),
         [(each.name, f"{each.ms:.3f}", each.rate, each.note) for each in rates.figures],
         right=("ms per tile", "tiles/s"),
@@ -102,16 +136,15 @@ def whole(
 
 
 @contextmanager
-def _tiles(workspace: Path | None, tile_px: int) -> Iterator[TileIndex]:
+def _tiles(at: Workspace, tile_px: int, named: bool) -> Iterator[TileIndex]:
     """Those of the workspace; synthetic ones where it was not named and has none."""
     from histossl.bench.step_rates import synthetic_tiles
     from histossl.tiles.store.index import TileIndex
 
-    at = Workspace.at(workspace)
     try:
         index = TileIndex.open(at)
     except StoreError:
-        if workspace is not None:
+        if named:
             raise
         console.say(f"no tiles in {at.root}: measuring with synthetic ones of {tile_px} px")
         with synthetic_tiles(tile_px) as index:
@@ -121,49 +154,25 @@ def _tiles(workspace: Path | None, tile_px: int) -> Iterator[TileIndex]:
     yield index
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def views(
-    workspace: WorkspaceOption = None,
-    recipe: Annotated[str, typer.Option(help="Whose views to make; see `histossl views`.")] = "mocov2-histology",
-    view_px: Annotated[int, typer.Option(help="Side of the (global) views in pixels.")] = 224,
-    tile_px: Annotated[int, typer.Option(help="Side of synthetic tiles, where the workspace has none.")] = 256,
-    tiles: Annotated[int, typer.Option(help="How many tiles each repeat handles, 16-4096.")] = 256,
-    repeats: Annotated[int, typer.Option(help="How often each figure is measured, 1-50.")] = 3,
-    workers: Annotated[
-        int | None, typer.Option(help="Threads that read and decode. Default: one per core.", show_default=False)
-    ] = None,
-) -> None:
+def views(workspace: Workspace, asked: ViewsRun, given: Given) -> None:
     """Read, decode and augment tiles, and say how many a second that makes, beside Pillow and torchvision."""
     from histossl.bench.view_rates import SyntheticStore, TileStore, advice, view_rates
     from histossl.tiles.store.index import TileIndex
     from histossl.views.recipe import recipe_named
 
-    if not 16 <= tiles <= 4096:
-        raise UsageError(f"--tiles {tiles}: must be 16 to 4096")
-    if not 1 <= repeats <= 50:
-        raise UsageError(f"--repeats {repeats}: must be 1 to 50")
-    if not 32 <= tile_px <= 4096:
-        raise UsageError(f"--tile-px {tile_px}: must be 32 to 4096")
-    if workers is not None and not 1 <= workers <= 256:
-        raise UsageError(f"--workers {workers}: must be 1 to 256")
-    chosen = recipe_named(recipe, view_px)
-    num_workers = workers or _cores()
-    at = Workspace.at(workspace)
+    chosen = recipe_named(asked.recipe, asked.view_px)
     store: TileStore
     try:
-        store = TileIndex.open(at)
-        console.say(f"tiles of {at.root}: {len(store):,} of {store.tile_px} px")
+        store = TileIndex.open(workspace)
+        console.say(f"tiles of {workspace.root}: {len(store):,} of {store.tile_px} px")
     except StoreError:
-        if workspace is not None:
+        if "workspace" in given:
             raise
-        store = SyntheticStore(tile_px)
-        console.say(f"no tiles in {at.root}: measuring with synthetic ones of {tile_px} px")
-    rates = view_rates(store, chosen, num_workers, tiles, repeats)
+        store = SyntheticStore(asked.tile_px)
+        console.say(f"no tiles in {workspace.root}: measuring with synthetic ones of {asked.tile_px} px")
+    rates = view_rates(store, chosen, asked.workers or num_cores(), asked.tiles, asked.repeats)
     console.table(
-        f"a tile of {store.tile_px} px, {repeats} repeats",
+        f"a tile of {store.tile_px} px, {asked.repeats} repeats",
         ("stage", "ms per tile", "range", "tiles/s", ""),
         [(each.name, f"{each.ms:.3f}", each.spread, f"{each.tiles_per_s:,.0f}", each.note) for each in rates.figures],
         right=("ms per tile", "range", "tiles/s"),
@@ -173,17 +182,7 @@ def views(
         console.say(line)
 
 
-def train(
-    workspace: WorkspaceOption = None,
-    backbone: Annotated[str, typer.Option(help="Any timm model; its weights do not matter here.")] = "resnet50",
-    method: Annotated[str, typer.Option(help="See `histossl methods`.")] = "mocov2",
-    batch_size: Annotated[int, typer.Option(help="Tiles per step.")] = 64,
-    view_px: Annotated[int, typer.Option(help="Side of the views in pixels.")] = 224,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the networks first.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 10,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read and decode.")] = 2,
-) -> None:
+def train(workspace: Workspace, asked: Run) -> None:
     """Time training steps as they run, and with views that never leave the device: the gap is what loading costs."""
     import contextlib
     import tempfile
@@ -194,22 +193,31 @@ def train(
     from histossl.tiles.store.index import TileIndex
     from histossl.training.plan import step_times_s
 
-    at = Workspace.at(workspace)
-    index = TileIndex.open(at)
-    config = PretrainConfig(method=method, backbone=backbone, weights="random", batch_size=batch_size, view_px=view_px)
-    operation = RuntimeConfig(num_workers=workers, precision=precision, compiled=compiled)
+    index = TileIndex.open(workspace)
+    gpu = torch.cuda.is_available()
+    config = PretrainConfig(
+        method=asked.method,
+        backbone=asked.backbone or ("resnet50" if gpu else "resnet18"),
+        weights="random",
+        batch_size=asked.batch_size or (64 if gpu else 16),
+        view_px=asked.view_px,
+    )
+    runtime = RuntimeConfig(
+        num_workers=asked.workers or num_cores(), precision=asked.precision, compiled=asked.compiled
+    )
+    steps = asked.steps or STEPS_GPU
     with tempfile.TemporaryDirectory() as nowhere:
         run = Workspace(Path(nowhere)).pretrain("bench")
-        loop_s, resident_s = step_times_s(index, run, config, operation, steps)
+        loop_s, resident_s = step_times_s(index, run, config, runtime, steps)
         seconds = {"as it runs": loop_s, "views at hand": resident_s}
         if torch.cuda.is_available():
-            on_the_gpu = replace(operation, decode_on_gpu=True)
+            on_the_gpu = replace(runtime, decode_on_gpu=True)
             with contextlib.suppress(UsageError):  # where it does not work
                 seconds["as it runs, --decode-on-gpu"] = step_times_s(index, run, config, on_the_gpu, steps)[0]
     console.table(
-        f"{method}, {backbone}, {batch_size} tiles of {view_px} px",
+        f"{config.method}, {config.backbone}, {config.batch_size} tiles of {config.view_px} px",
         ("step", "s", "tiles/s"),
-        [(name, f"{s:.3f}", f"{batch_size / s:,.0f}") for name, s in seconds.items()],
+        [(name, f"{s:.3f}", f"{config.batch_size / s:,.0f}") for name, s in seconds.items()],
         right=("s", "tiles/s"),
     )
     for line in _step_advice(loop_s, resident_s, seconds.get("as it runs, --decode-on-gpu")):
@@ -231,33 +239,16 @@ def _step_advice(loop_s: float, resident_s: float, gpu_decoding_s: float | None 
     return lines
 
 
-def tile(
-    slide: Annotated[Path, typer.Argument(metavar="SLIDE", help="One of your own slides.")],
-    tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 256,
-    mpp: Annotated[float, typer.Option(help="Microns per pixel of the tiles.")] = 0.5,
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="Microns per pixel of the slide, over what it says.", show_default=False)
-    ] = None,
-    tiles: Annotated[int, typer.Option(help="How many tiles each repeat cuts, 1-100000.")] = 400,
-    repeats: Annotated[int, typer.Option(help="How often each figure is measured, 1-50.")] = 3,
-) -> None:
+def tile(asked: TileRun) -> None:
     """Cut one slide into tiles in each way it allows, and by the usual loop (openslide-python and Pillow) beside it."""
     from histossl.bench.tiling_rates import measure_tiling
     from histossl.core.config import TileConfig
-    from histossl.slides.reading.mpp import PLAUSIBLE_MPP
 
-    if slide_mpp is not None and not PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1]:
-        raise UsageError(
-            f"--slide-mpp {slide_mpp:g}: must be microns per pixel between {PLAUSIBLE_MPP[0]:g} and "
-            f"{PLAUSIBLE_MPP[1]:g}"
-        )
-    if not 1 <= tiles <= 100_000:
-        raise UsageError(f"--tiles {tiles}: must be 1 to 100000")
-    if not 1 <= repeats <= 50:
-        raise UsageError(f"--repeats {repeats}: must be 1 to 50")
-    figures = measure_tiling(slide, TileConfig(tile_px=tile_px, mpp=mpp), slide_mpp, tiles, repeats)
+    figures = measure_tiling(
+        asked.slide, TileConfig(tile_px=asked.tile_px, mpp=asked.mpp), asked.slide_mpp, asked.tiles, asked.repeats
+    )
     console.table(
-        f"{slide.name}: CPU time on one core, {repeats} repeats",
+        f"{asked.slide.name}: CPU time on one core, {asked.repeats} repeats",
         ("way", "tile", "tiles", "ms per tile", "usual loop", "times faster", "range"),
         [
             (

@@ -136,16 +136,19 @@ def build(config: Any, values: Mapping[str, Any]) -> Any:
 
 def command(
     app: typer.Typer,
-    name: str | None = None,
     *,
-    group: str,
-    epilog: str,
+    group: str | None = None,
+    epilog: str = "",
+    name: str | None = None,
     without: Collection[str] = (),
     change: Mapping[str, Mapping[str, Any]] | None = None,
+    callback: bool = False,
+    toml: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function of configs as a command of `app`.
 
     `without` names fields that are no options here; `change` says what is different of some: {"tile_px": {"help": ""}}.
+    `callback`: what a group of commands does by itself (histossl bench). `toml`: whether there is --config.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,17 +172,22 @@ def command(
             }
             arguments |= {one: given for one, kind in hints.items() if kind is Given}
             arguments |= {one: Workspace.at(at) for one, kind in hints.items() if kind is Workspace}
+            arguments |= {one: context for one, kind in hints.items() if kind is typer.Context}
             return function(**arguments)
 
         parameters = [slot.parameter() for slot in slots.values()]
         if Workspace in hints.values():
             parameters.append(_keyword("workspace", WorkspaceOption))
-        parameters.append(_keyword("config_file", ConfigOption))
+        if toml and not callback:
+            parameters.append(_keyword("config_file", ConfigOption))
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in (context, *parameters)}
         run.__doc__, run.__name__ = function.__doc__, function.__name__
-        app.command(name, epilog=epilog, rich_help_panel=group)(run)
+        if callback:
+            app.callback()(run)
+        else:
+            app.command(name, epilog=epilog, rich_help_panel=group)(run)
         return function
 
     return register

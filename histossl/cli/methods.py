@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import typer
 
+from histossl.cli.from_config import OTHER, command
 from histossl.core import console
+from histossl.core.options import Checked, option
 from histossl.methods import REGISTRY, TAUGHT, classes_of, entry_of
 
 
+@dataclass(frozen=True)
+class Which(Checked):
+    name: str = option("", "A method, to see its settings.", positional=True)
+
+
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: histossl methods\n\nhistossl methods dinov2")(methods)
+    command(app, group=OTHER, toml=False, epilog="Example: histossl methods\n\nhistossl methods dinov2")(methods)
 
 
-def methods(
-    name: Annotated[str, typer.Argument(help="A method, to see its knobs.", show_default=False)] = "",
-) -> None:
-    """List the self-supervised methods, or one method's knobs with the paper's values."""
+def methods(which: Which) -> None:
+    """List the self-supervised methods, or one method's settings with the paper's values."""
+    name = which.name
     if not name:
         console.table(
             "methods for `histossl pretrain --method NAME`",
