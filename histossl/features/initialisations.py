@@ -304,7 +304,7 @@ def _imagenet_weights(config: FinetuneConfig, model: Start | None) -> tuple[str,
     begun = str(model.provenance.get("start_weights", ""))
     if begun == "random":
         return "", "pretraining began from random weights; pass --weights FILE for an ImageNet start to compare with"
-    if not begun or begun.startswith("imagenet"):
+    if begun in ("", "imagenet") or begun.startswith("imagenet ("):  # with its source; imagenet.pth is a file
         return "imagenet", ""
     if recorded_with(begun) is not None:
         return "", (

@@ -216,7 +216,7 @@ def _slides_of(
             ignored[_writable(suffix) or "no suffix"] += 1
     for instances in series.values():
         # A label or an overview is an instance of the series like the levels are; it is never the one to open.
-        volumes = [path for path, kind in instances if VOLUME in kind]
+        volumes = [path for path, kind in instances if VOLUME in kind.split("\\")]
         if volumes:
             files.append((volumes[0], "", ""))
             parts[volumes[0]] = tuple(path for path, _ in instances)

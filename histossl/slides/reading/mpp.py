@@ -105,19 +105,46 @@ def scale_from_resolution(x: Any, y: Any, unit: int) -> Scale | None:
     return Scale(um / x, um / y, "TIFF resolution tag")
 
 
-def scale_from_ome(xml: str, width: int, height: int) -> Scale | None:
-    """PhysicalSizeX/Y of the image of this size in an OME-XML header."""
+def scale_from_imagej(x: Any, y: Any, unit: str) -> Scale | None:
+    """From XResolution and YResolution where ImageJ's header names the unit: pixels per micron, mostly."""
+    um = UM_PER_UNIT.get(unit.replace("\\u00B5", "µ"))
+    x, y = _ratio(x), _ratio(y)
+    return Scale(um / x, um / y, "ImageJ header") if um and x and y else None
+
+
+def scale_from_ome(xml: str, width: int, height: int, page: int = 0) -> Scale | None:
+    """PhysicalSizeX/Y, in an OME-XML header, of the image of this size in pixels that page number `page` holds."""
     try:
         root = ElementTree.fromstring(xml)
     except (ElementTree.ParseError, ValueError):
         return None
-    pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
-    same_size = [one for one in pixels if one.get("SizeX") == str(width) and one.get("SizeY") == str(height)]
-    for one in same_size or pixels[:1]:
-        x_um, y_um = _length(one, "X"), _length(one, "Y")
+    every = [element for element in root.iter() if _tag(element) == "Pixels"]
+    same_size = [one for one in every if one.get("SizeX") == str(width) and one.get("SizeY") == str(height)]
+    held = [one for one in every if page in _pages_of(one)]
+    # Two images may have one size: then the page tells. Where none has it, a level larger than its image is meant.
+    for one in [one for one in same_size if one in held] or same_size or held or every[: len(every) == 1]:
+        size_px = (_number(one.get("SizeX")), _number(one.get("SizeY")))
+        x_um, y_um = (
+            um * (whole or px) / px if um is not None else None
+            for um, whole, px in zip((_length(one, "X"), _length(one, "Y")), size_px, (width, height), strict=True)
+        )
         if x_um or y_um:
             return scale_from(x_um, y_um, "OME-XML")
     return None
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _pages_of(pixels: ElementTree.Element) -> set[int]:
+    """Numbers of the pages that hold an OME image."""
+    found: set[int] = set()
+    for data in pixels:
+        if _tag(data) == "TiffData":
+            first, count = (_number(data.get(name, default)) for name, default in (("IFD", "0"), ("PlaneCount", "1")))
+            found.update(range(int(first or 0), int(first or 0) + int(count or 1)))
+    return found
 
 
 # ---- --mpp-csv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import openslide
 from numpy.typing import NDArray
 
 from histossl.core.errors import SlideError
+from histossl.slides.reading.levels import not_levels
 from histossl.slides.reading.mpp import Scale, scale_from
 from histossl.slides.reading.tifffile_backend import TiffLevels, blaming, snapped_downsample
 
 CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wide read
+PAGED_VENDORS = ("generic-tiff", "aperio")
+VENDOR_SLACK = 0.05
 CHECK_PX = 256  # side of the boxes that two libraries are compared on
 CHECK_LIMIT = 8.0  # grey levels between the mean colours of a box: the same pixels, shifted, differ by less than 1
 
@@ -26,25 +30,49 @@ class OpenSlideLevels:
     def __init__(self, path: Path, vendor: str) -> None:
         self.path, self.vendor = path, vendor
         self._closed = False
+        self._strange: list[str] = []  # images in the place of levels that show something else
         self.tiff: TiffLevels | None = None  # the same file's pages, where they are OpenSlide's levels
         self._exact: dict[int, int] = {}  # levels that tifffile reads in OpenSlide's stead, and their number there
         self._checked: set[int] = set()  # of these levels, those that were compared
+        # Levels that a scanner's own format lists are laid out by it; a plain TIFF's are but pages.
+        self.shape_slack = 0.0 if vendor in PAGED_VENDORS else VENDOR_SLACK
         with blaming(path, "opening it with OpenSlide"):
-            self._slide = openslide.OpenSlide(str(path))
+            self._slide = self._opened()
             try:
-                self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
                 self.sizes = tuple((int(width), int(height)) for width, height in self._slide.level_dimensions)
                 self._downsamples = tuple(float(one) for one in self._slide.level_downsamples)
                 self.properties: dict[str, str] = dict(self._slide.properties)
             except BaseException:
                 self._slide.close()
                 raise
+        self._numbers = list(range(len(self.sizes)))  # OpenSlide's own, of the levels that are kept
         if not self.sizes or min(map(min, self.sizes)) < 1:
             self._slide.close()
             raise SlideError(f"{path.name}: holds no pixels")
         tile = (self.properties.get(f"openslide.level[0].tile-{side}") for side in ("width", "height"))
         width, height = (int(one) if one else 0 for one in tile)
         self.tile_size = (width, height) if width and height else None
+
+    def _opened(self) -> openslide.OpenSlide:
+        slide = openslide.OpenSlide(str(self.path))
+        slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        return slide
+
+    def recover(self) -> None:
+        """After damage OpenSlide reads nothing any more: open the file again."""
+        self._slide.close()
+        with blaming(self.path, "opening it with OpenSlide"):
+            self._slide = self._opened()
+
+    def keep(self, levels: Sequence[int], strange: Sequence[int]) -> None:
+        """Leave out all other levels; the `strange` ones, since they show something else. Before `stand_by`."""
+        self._strange = [f"{self.sizes[level][0]} x {self.sizes[level][1]} px" for level in strange]
+        self._numbers = [self._numbers[level] for level in levels]
+        self.sizes = tuple(self.sizes[level] for level in levels)
+        self._downsamples = tuple(self._downsamples[level] for level in levels)
+
+    def warnings(self) -> list[str]:
+        return [not_levels(self._strange)] if self._strange else []
 
     def downsamples(self) -> tuple[float, ...]:
         """OpenSlide's own (Philips pads its levels), but 4 where rounding of the level's size made it 4.0007."""
@@ -74,7 +102,7 @@ class OpenSlideLevels:
             try:
                 # Through a handle of its own: after damage OpenSlide reads nothing any more.
                 with closing(OpenSlideLevels(self.path, self.vendor)) as other:
-                    theirs = other.read_level(level, x, y, width, height)
+                    theirs = other.read_level(self._numbers[level], x, y, width, height)
             except SlideError:
                 continue
             try:
@@ -102,7 +130,7 @@ class OpenSlideLevels:
         downsample = self._downsamples[level]
         with blaming(self.path, f"reading level {level} at {x}, {y}"):
             at_l0 = (round(x * downsample), round(y * downsample))
-            rgba = np.asarray(self._slide.read_region(at_l0, level, (width, height)))
+            rgba = np.asarray(self._slide.read_region(at_l0, self._numbers[level], (width, height)))
         alpha = rgba[..., 3]
         if alpha.min() == 255:
             return np.ascontiguousarray(rgba[..., :3])
@@ -119,7 +147,8 @@ class OpenSlideLevels:
         pixels = np.empty((height, width, 4), np.uint8)
         buffer = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
         with blaming(self.path, f"reading level {level} at {x}, {y}"):
-            paint(self._slide._osr, buffer, round(x * downsample), round(y * downsample), level, width, height)
+            at_l0 = (round(x * downsample), round(y * downsample))
+            paint(self._slide._osr, buffer, *at_l0, self._numbers[level], width, height)
         bgra = pixels.view(np.uint32)
         if bgra.min() < 0xFF000000:  # colours are multiplied by alpha already: over white, what is missing is added
             bgra += (0xFF - (bgra >> 24)) * 0x010101

@@ -22,6 +22,7 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.archive import NOT_REGULAR
+from histossl.slides.reading.levels import believe
 from histossl.slides.reading.mpp import Scale, missing
 from histossl.slides.reading.openslide_backend import OpenSlideLevels
 from histossl.slides.reading.pillow_backend import PlainLevels
@@ -329,16 +330,21 @@ def _magic(path: Path) -> str:
 
 def _through_openslide(path: Path, vendor: str) -> Slide:
     levels = OpenSlideLevels(path, vendor)
+    unread = ""
     try:
         tiff = TiffLevels(path) if _magic(path) == "tiff" else None
-    except SlideError:
-        tiff = None  # OpenSlide reads it: that is enough
-    try:
-        if tiff is not None and vendor == "generic-tiff" and (tiff.is_ome or tiff.orientation not in (0, 1)):
-            # Of an OME-TIFF OpenSlide sees the first level alone (the rest lies in sub-directories) and no scale; where
-            # a TIFF has an Orientation tag it mirrors each tile by itself.
+    except SlideError as error:
+        if vendor == "generic-tiff" and error.__cause__ is None:
             levels.close()
-            return _described(Slide(path, tiff, _tiff_format(tiff), "ome" if tiff.is_ome else vendor), tiff)
+            raise  # understood, and no slide: OpenSlide would show one of its images without a word
+        tiff, unread = None, str(error).removeprefix(f"{path.name}: ")
+    try:
+        if tiff is not None and _only_for_tifffile(levels, tiff):
+            levels.close()
+            return _of_tiff(path, tiff, "ome" if tiff.is_ome else vendor)
+        if tiff is not None:
+            _refuse_damage(path, tiff)
+        believe(levels, tiff.busy_places() if tiff is not None else ())
         slide = Slide(path, levels, FORMATS.get(vendor, vendor), vendor)
         slide.native_tile = levels.tile_size
         if tiff is not None:
@@ -348,9 +354,14 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
             # Where tiles overlap (Trestle does that) OpenSlide tells no tile size; of Leica's images it never does.
             alone = levels.tile_size is not None or _one_area(levels.properties, tiff.sizes[0])
             if vendor in (*NATIVE_VENDORS, LEICA) and alone:
+                if len({*tiff.sizes}) < len(tiff.sizes):  # sizes say which page is which level
+                    believe(tiff, tiff.busy_places())
                 levels.stand_by(tiff)
             else:
                 tiff.close()
+        elif unread and vendor == "generic-tiff":
+            slide.warnings.append(f"read through OpenSlide alone, since tifffile says: {unread}")
+        slide.warnings += [one for one in levels.warnings() if one not in slide.warnings]
         return slide
     except BaseException:
         levels.close()
@@ -359,14 +370,31 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
         raise
 
 
+def _only_for_tifffile(levels: OpenSlideLevels, tiff: TiffLevels) -> bool:
+    """Whether OpenSlide would show other pixels than the slide's, or not all of its levels.
+
+    Of an OME-TIFF it sees the first level alone (the rest lies in sub-directories) and no scale; where a TIFF has an
+    Orientation tag it mirrors each tile by itself. Of a plain TIFF it takes the first page for the slide, and pages
+    flagged as reduced for its levels, so it misses a slide behind its overview, and levels without a flag.
+    """
+    if levels.vendor == "generic-tiff":
+        return tiff.is_ome or tiff.orientation not in (0, 1) or sorted(levels.sizes) != sorted(tiff.sizes)
+    return levels.vendor == "aperio" and levels.sizes[0] != tiff.sizes[0]
+
+
 def _through_tifffile(path: Path) -> Slide:
     tiff = TiffLevels(path)
     try:
-        vendor = "perkinelmer" if tiff.is_qpi else ("ome" if tiff.is_ome else "plain-tiff")
-        return _described(Slide(path, tiff, _tiff_format(tiff), vendor), tiff)
+        return _of_tiff(path, tiff, "perkinelmer" if tiff.is_qpi else ("ome" if tiff.is_ome else "plain-tiff"))
     except BaseException:
         tiff.close()
         raise
+
+
+def _of_tiff(path: Path, tiff: TiffLevels, vendor: str) -> Slide:
+    _refuse_damage(path, tiff)
+    believe(tiff, tiff.busy_places())
+    return _described(Slide(path, tiff, _tiff_format(tiff), vendor), tiff)
 
 
 def _tiff_format(tiff: TiffLevels) -> str:
@@ -380,10 +408,14 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     slide.native_tile = tiff.tile_size or slide.native_tile
     if tiff.orientation not in (0, 1):
         slide.warnings.append(NOT_TURNED.format("TIFF", tiff.orientation))
+    slide.warnings += tiff.warnings()
+    return slide
+
+
+def _refuse_damage(path: Path, tiff: TiffLevels) -> None:
     damage = tiff.damage()
     if damage:
-        raise SlideError(f"{slide.path.name}: {damage}")
-    return slide
+        raise SlideError(f"{path.name}: {damage}")
 
 
 def _plain(path: Path, kind: str) -> Slide:

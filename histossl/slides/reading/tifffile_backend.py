@@ -5,10 +5,11 @@ A level is never read whole: only the tiles (or strips) under the wanted box are
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.mpp import Scale, scale_from, scale_from_ome, scale_from_resolution
+from histossl.slides.reading.levels import not_levels
+from histossl.slides.reading.mpp import Scale, scale_from, scale_from_imagej, scale_from_ome, scale_from_resolution
+from histossl.slides.reading.series import SCANNERS, TiffImage, choose
 
 # tifffile reports oddities through logging; without a handler they would land in the middle of a progress bar.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -29,7 +32,6 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 CACHE_BYTES = 64 << 20
 MAX_SEGMENT_BYTES = 400 << 20  # a tile or strip while it is decoded: twice as stored (the decoder copies), once as RGB
 BAND = 256  # rows of it turned into RGB at a time
-ASIDE = ("label", "macro", "overview", "thumbnail", "barcode")  # what a series of a slide may be besides the tissue
 
 COMPRESSIONS = {
     1: "none",
@@ -102,7 +104,12 @@ class NativeLevel:
 
 
 class TiffLevels:
-    """The levels of the slide's image in a TIFF; other series (label, macro, thumbnail) are never touched."""
+    """The levels of the slide's image in a TIFF; label and macro images are never decoded.
+
+    `sizes` holds all that may be a level, until `levels.believe` has compared their pixels.
+    """
+
+    shape_slack = 0.0
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,24 +129,27 @@ class TiffLevels:
         self._cache.clear()
 
     def _choose_series(self) -> None:
-        series = [
-            one
-            for one in self._tiff.series
-            if not any(word in (one.name or "").lower() for word in ASIDE) and len(one.shape) >= 2
-        ]
-        if not series and self._cut_off():
+        chosen = choose(self.path, self._tiff)
+        if chosen is None and self._cut_off():
             raise SlideError(
                 f"{self.path.name}: truncated or damaged: what its header points to lies beyond the end of the file; "
                 "copy or download it again"
             )
-        if not series:
+        if chosen is None and self._tiff.is_ome:
+            raise SlideError(
+                f"{self.path.name}: its OME-XML says that its pixels lie in other files, which are missing"
+            )
+        if chosen is None:
             raise SlideError(f"{self.path.name}: a TIFF without an image")
-        chosen = max(series, key=lambda one: _size(one)[0] * _size(one)[1])
-        self._levels = [_pages(self.path, level) for level in chosen.levels]
-        self.sizes = tuple(_size(level) for level in chosen.levels)
-        if min(min(size) for size in self.sizes) < 1:
-            raise SlideError(f"{self.path.name}: damaged: one of its levels has no size")
-        self.pages = [pages[0] for pages in self._levels]
+        self._levels = [_pages(self.path, chosen.slide)]
+        self._images = [chosen.slide]
+        for image in chosen.candidates:
+            with contextlib.suppress(SlideError):  # what cannot be read as a slide is no level of one
+                self._levels.append(_pages(self.path, image))
+                self._images.append(image)
+        self._private = [image for image in chosen.private if image.kind not in SCANNERS]
+        self._others = [image for image in chosen.others if image.kind not in SCANNERS]
+        self.keep(range(len(self._levels)))
         page = self.pages[0]
         self.is_ome = bool(self._tiff.is_ome)
         self.is_qpi = bool(self._tiff.is_qpi)
@@ -162,6 +172,49 @@ class TiffLevels:
     def downsamples(self) -> tuple[float, ...]:
         return tuple(snapped_downsample(self.sizes[0], size) for size in self.sizes)
 
+    def keep(self, levels: Sequence[int], strange: Sequence[int] = ()) -> None:
+        """Leave out all other levels; the `strange` ones, since they show something else."""
+        self._others += [self._images[level] for level in strange]
+        self._levels = [self._levels[level] for level in levels]
+        self._images = [self._images[level] for level in levels]
+        self.sizes = tuple(image.size for image in self._images)
+        self.pages = [pages[0] for pages in self._levels]
+        self._cache.clear()
+        self._cached_bytes = 0
+
+    def warnings(self) -> list[str]:
+        """What the file holds besides the slide, as far as that is not what each scanner writes."""
+        slide = self._images[0]
+        claims = [image.told for image in self._others if image.claims]
+        rest = [image.told for image in self._others if not image.claims]
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        warnings = {
+            slide.stack: bool(slide.stack),
+            not_levels(claims): bool(claims),
+            f"of its images {slide.told} is used, not {', '.join(rest[:3])}{more}": bool(rest),
+            "taken for label or macro images by their names, and not read: "
+            + ", ".join(image.told for image in self._private): bool(self._private),
+        }
+        return [said for said, applies in warnings.items() if applies]
+
+    def recover(self) -> None:
+        """Nothing to do after a tile that cannot be read."""
+
+    def busy_places(self) -> list[tuple[float, float]]:
+        """Middles of tiles of level 0 that take many bytes, in shares of its sides: there is something to see."""
+        page = self.pages[0]
+        if not page.is_tiled or int(page.compression) == 1:
+            return []
+        width, height = self.sizes[0]
+        across = -(-width // int(page.tilewidth))
+        order = np.argsort(np.asarray(page.databytecounts, np.int64))[::-1]
+        places = []
+        for number in order[[0, len(order) // 20, len(order) // 8]].tolist():
+            row, column = divmod(number, across)
+            x, y = (column + 0.5) * int(page.tilewidth) / width, (row + 0.5) * int(page.tilelength) / height
+            places.append((min(x, 1.0), min(y, 1.0)))
+        return places
+
     def scale(self) -> Scale | None:
         """OME-XML first, then Aperio's header, then the resolution tags, which many programs fill with defaults."""
         with blaming(self.path, "reading its scale"):
@@ -170,7 +223,7 @@ class TiffLevels:
     def _scale(self) -> Scale | None:
         page = self.pages[0]
         if self.is_ome and self._tiff.ome_metadata:
-            scale = scale_from_ome(self._tiff.ome_metadata, *self.sizes[0])
+            scale = scale_from_ome(self._tiff.ome_metadata, *self.sizes[0], int(page.treeindex[0]))
             if scale is not None:
                 return scale
         description = page.description or ""
@@ -183,7 +236,9 @@ class TiffLevels:
                         return scale
         if 282 in page.tags and 283 in page.tags:
             unit = int(page.tags[296].value) if 296 in page.tags else 2
-            return scale_from_resolution(page.tags[282].value, page.tags[283].value, unit)
+            x, y = page.tags[282].value, page.tags[283].value
+            named = str((self._tiff.imagej_metadata or {}).get("unit", "")) if unit == 1 else ""
+            return scale_from_imagej(x, y, named) if named else scale_from_resolution(x, y, unit)
         return None
 
     def damage(self) -> str:
@@ -329,23 +384,16 @@ class TiffLevels:
 
 def snapped_downsample(size_l0: tuple[int, int], size: tuple[int, int]) -> float:
     """Level 0 pixels per pixel of a level. Levels are rounded to whole pixels: 4.0007 means 4."""
-    ratio = (size_l0[0] / size[0] + size_l0[1] / size[1]) / 2
-    whole = round(ratio)
+    across, down = size_l0[0] / size[0], size_l0[1] / size[1]
+    whole = round(across if size_l0[0] >= size_l0[1] else down)  # of a long side rounding changes little
     if whole >= 1 and all(abs(l0 / whole - px) < 1.0 for l0, px in zip(size_l0, size, strict=True)):
         return float(whole)
-    return ratio
+    return (across + down) / 2
 
 
-def _size(level: Any) -> tuple[int, int]:
-    sizes = dict(zip(level.axes, level.shape, strict=True))
-    return int(sizes.get("X", 0)), int(sizes.get("Y", 0))
-
-
-def _pages(path: Path, level: Any) -> list[Any]:
+def _pages(path: Path, level: TiffImage) -> list[Any]:
     """The one page of a level, or its three colour channels; anything else is not a brightfield slide."""
-    page = level.pages[0]
-    if page is None:
-        raise SlideError(f"{path.name}: its first image is missing")
+    page = level.page
     sizes = dict(zip(level.axes, level.shape, strict=True))
     depth = {axis: count for axis, count in sizes.items() if axis not in "XYSC" and count > 1}
     if depth:
@@ -377,7 +425,7 @@ def _pages(path: Path, level: Any) -> list[Any]:
             "convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg --Q 90"
         )
     pages = list(level.pages) if channels == 3 else [page]
-    if len(pages) != channels or any(one is None for one in pages):
+    if len(pages) != channels:
         raise SlideError(f"{path.name}: says {channels} channels and holds {len(pages)}")
     return pages
 

@@ -23,6 +23,7 @@ from PIL import Image
 from histossl.core.config import TileConfig
 from histossl.core.errors import SlideError
 from histossl.slides.grid import NATIVE_TOLERANCE, Grid, physical_grid
+from histossl.slides.reading.levels import believe
 from histossl.slides.reading.slide import Slide
 from histossl.slides.reading.tifffile_backend import NativeLevel, TiffLevels
 from histossl.tiles.cutting.native_jpeg import DamagedTile, NativeTiles, best_shrink, copyable, decodable
@@ -79,6 +80,7 @@ class TiffPixels:
 
     def __init__(self, path: Path, size_px: tuple[int, int], downsample: float) -> None:
         self._tiff = TiffLevels(path)
+        believe(self._tiff, self._tiff.busy_places())
         if size_px not in self._tiff.sizes:
             self._tiff.close()
             raise SlideError(f"{path.name}: tifffile finds no level of {size_px[0]} x {size_px[1]} px")
