@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption, above_0
+from histossl.cli.options import AllowMissingOption, ConfigOption, WorkspaceOption, above_0, listed
 from histossl.core import console
 from histossl.core.config import CurateConfig, EmbedConfig
 from histossl.core.errors import UsageError
@@ -63,6 +63,7 @@ def curate(
             "retrieved from slides that have a label.",
         ),
     ] = None,
+    allow_missing_test_slides: AllowMissingOption = False,
     exclude: Annotated[Path | None, typer.Option(metavar="FILE", help="Slides to leave out: one name a line.")] = None,
     backbone: Annotated[str, typer.Option(help="Embed with this timm model; with --weights.", show_default=False)] = "",
     weights: Annotated[
@@ -118,8 +119,8 @@ def curate(
         duplicate_cosine=duplicate_cosine,
         tiles=tiles,
         clusters=_numbers(clusters),
-        like_slides=_listed(like_slides),
-        like_classes=_listed(like_classes),
+        like_slides=listed(like_slides),
+        like_classes=listed(like_classes),
         seed=seed,
     )
     if weights == "random" and duplicate_cosine < RANDOM_COSINE:
@@ -131,19 +132,16 @@ def curate(
     at.subset(name)  # refuses what is no name, before any work
     refuse_while_tiling(at)
     index = TileIndex.open(at)
-    left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
+    left_out = excluded_slides(exclude, index)
+    left_out |= slides_of_test_patients(labels, index, allow_missing_test_slides) if labels else set()
     queries, labelled = example_slides(index, settings.like_slides, settings.like_classes, labels, left_out)
     settings = settings.with_slides(queries, labelled, left_out)
     embedder = embedder_for(at, backbone, weights, adapted, input_px, seed, device)
     stage(at, index, name, settings, embedder, EmbedConfig(embed_batch_size, workers, device))
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(piece.strip() for piece in text.split(",") if piece.strip())
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    pieces = _listed(text)
+    pieces = listed(text)
     if not all(piece.isdecimal() for piece in pieces):
         raise UsageError(f"--clusters {text}: must be whole numbers, finest first, like 1000,100,10")
     return tuple(int(piece) for piece in pieces)

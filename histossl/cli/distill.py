@@ -136,7 +136,8 @@ def distill(
         table = labelled_slides(labels, index) if labels else None
         tested = slides_held_out(model, index)
         left_out = tested | excluded_slides(shared["exclude"], index)
-        left_out |= slides_of_test_patients(labels, index) if labels else set()
+        allowed = shared["allow_missing_test_slides"]
+        left_out |= slides_of_test_patients(labels, index, allowed) if labels else set()
     student_info = _student_info(settings)
     taught = teacher_of(model, student_info)
     settings = replace(settings, excluded_slides=tuple(left_out), teacher=taught.facts["digest"])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ON_OFF, ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
+from histossl.cli.options import ON_OFF, ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0, listed
 from histossl.core.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.core.errors import UsageError
 from histossl.core.workspace import Workspace
@@ -180,7 +180,7 @@ def suggest(
     del config
     settings = FinetuneConfig(
         labels=str(labels),
-        starts=_listed(starts),
+        starts=listed(starts),
         backbone=backbone,
         weights=weights,
         adapted=adapted,
@@ -316,7 +316,7 @@ def finetune(
             raise UsageError(f"{option} {value}: is of embedding, which --train {train} does not do; leave it out")
     settings = FinetuneConfig(
         labels=str(labels),
-        starts=_listed(starts),
+        starts=listed(starts),
         backbone=backbone,
         weights=weights,
         adapted=adapted,
@@ -331,7 +331,7 @@ def finetune(
         draws=draws,
         folds=folds,
         group=group,
-        classes=_listed(classes),
+        classes=listed(classes),
         mixed_patients=mixed_patients,
         seed=seed,
     )
@@ -391,13 +391,9 @@ def embed(
         raise UsageError(str(error).replace("--starts", "--start")) from error
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(piece.strip() for piece in text.split(",") if piece.strip())
-
-
 def _budgets(text: str) -> tuple[int | str, ...]:
     found: list[int | str] = []
-    for piece in _listed(text):
+    for piece in listed(text):
         if piece == "all":
             found.append(piece)
         elif piece.isdecimal() and int(piece) > 0:

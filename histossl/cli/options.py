@@ -9,6 +9,7 @@ import typer
 
 from histossl.core.config import read_toml
 from histossl.core.errors import UsageError
+from histossl.core.names import trimmed
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -71,10 +72,22 @@ SlidesOption = Annotated[
     ),
 ]
 
+AllowMissingOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing-test-slides",
+        help="Go on though test slides of --labels are not in the workspace. Misspelt ones would be trained on.",
+    ),
+]
 DirectoryArgument = Annotated[
     Path | None,
     typer.Argument(metavar="DIR", help="The same as --slides DIR.", show_default=False),
 ]
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The names in a list with commas."""
+    return tuple(trimmed(piece) for piece in text.split(",") if trimmed(piece))
 
 
 def archive_of(directory: Path | None, slides: Path | None) -> Path:

@@ -19,6 +19,7 @@ from histossl.cli.options import (
     MPP_CSV_HELP,
     ON_OFF,
     SLIDE_MPP_HELP,
+    AllowMissingOption,
     ConfigOption,
     SlidesOption,
     WorkspaceOption,
@@ -70,6 +71,7 @@ def pretrain(
         bool, typer.Option("--plan", help="Print what would be done, time a few steps, and stop.")
     ] = False,
     config: ConfigOption = None,
+    allow_missing_test_slides: AllowMissingOption = False,
     exclude: Annotated[
         Path | None, typer.Option(metavar="FILE", rich_help_panel=DATA, help="Slides to leave out: one name a line.")
     ] = None,
@@ -360,7 +362,8 @@ def pretrain(
         console.warn(f"--slides {slides}: {by} cuts no tiles; with the {len(index):,} that are in {at.root}")
     with console.muted(told_already):
         table = labelled_slides(labels, index) if labels else None
-        left_out = excluded_slides(exclude, index) | (slides_of_test_patients(labels, index) if labels else set())
+        left_out = excluded_slides(exclude, index)
+        left_out |= slides_of_test_patients(labels, index, allow_missing_test_slides) if labels else set()
     settings = replace(settings, excluded_slides=tuple(left_out))
     with console.muted(told_already):
         judge = probe_of(index, without(table, left_out), view_px) if table else None

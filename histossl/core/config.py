@@ -5,7 +5,6 @@ A config refuses what no run could use (UsageError, exit 2) when it is made, bef
 
 from __future__ import annotations
 
-import csv
 import difflib
 import itertools
 import json
@@ -14,7 +13,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from histossl import __version__
 from histossl.core.errors import MismatchError, UsageError
+from histossl.core.text_files import read_text
 from histossl.core.workspace import VARIABLE, written_aside
 
 # ---- refusing
@@ -38,32 +38,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     spelt = {each.casefold(): each for each in known}
     close = difflib.get_close_matches(name.casefold(), list(spelt), n=1, cutoff=0.5)
     return f", did you mean {spelt[close[0]]!r}?" if close else ""
-
-
-SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-
-
-def separator_of(first_line: str, fits: Callable[[set[str]], bool]) -> str:
-    """What parts the columns of a table: a comma, else a semicolon or a tab, as spreadsheets save in many languages.
-
-    `fits` says of the columns' names, in small letters, whether they are the table's. Another mark than the comma is
-    taken only where no name holds any mark, so that nothing else can be meant.
-    """
-
-    def names(mark: str) -> set[str]:
-        return {name.strip().lower() for name in next(csv.reader([first_line], delimiter=mark), [])}
-
-    if fits(names(",")):
-        return ","
-    others = [mark for mark in ";\t" if fits(names(mark)) and not any({*name} & {*SEPARATORS} for name in names(mark))]
-    return others[0] if len(others) == 1 else ","
-
-
-def refuse_separator(path: Path | str, header: Iterable[str], error: type[UsageError] = UsageError) -> None:
-    """Of a table whose columns were not found, for all `separator_of` could do."""
-    for mark, name in SEPARATORS.items():
-        if mark != "," and any(mark in column for column in header):
-            raise error(f"{path}: columns are separated by {name}s; save it with commas")
 
 
 # ---- scan and tile
@@ -405,10 +379,8 @@ def _as_type_of(default: object, text: str, assignment: str) -> object:
 def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """A `--config FILE.toml`: option names (dashes or underscores) with values. Unknown keys are refused."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_text(path, f"--config {path}"))
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path}: not a TOML file ({error})") from error
     known = set(known)
     settings = {key.replace("-", "_"): value for key, value in values.items()}

@@ -24,7 +24,7 @@ from histossl.core.config import TileConfig, TissueConfig, plain, require
 from histossl.core.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
 from histossl.core.workspace import Workspace, alone_in
 from histossl.runtime.process_pool import Event, Report, num_cores, run_jobs
-from histossl.slides.annotations import match_regions
+from histossl.slides.annotation_files import match_regions
 from histossl.slides.archive import SlideFile, relative, walk
 from histossl.slides.ledger import UNREADABLE, WARNING, LedgerRow, read_ledger
 from histossl.slides.reading.mpp import PLAUSIBLE_MPP, read_mpp_csv
@@ -222,7 +222,8 @@ def _plan(
             slide_mpp=mpp if mpp is not None else slide_mpp,
             mpp_source=source,
             key=names.key,
-            regions=drawn[each.path],
+            regions=drawn[each.path].path,
+            note=drawn[each.path].note,
             parts=tuple(part.absolute() for part in each.parts),
             verify=verify,
         )
