@@ -9,7 +9,7 @@ import typer
 
 from histossl.cli.from_config import TILES, command
 from histossl.core import console
-from histossl.core.config import CurateConfig, EmbedConfig
+from histossl.core.config import ALLOW_MISSING_HELP, CurateConfig, EmbedConfig
 from histossl.core.options import Checked, between, option
 from histossl.core.workspace import Workspace
 from histossl.runtime.locks import refuse_while_tiling
@@ -26,6 +26,7 @@ class What(Checked):
         "slides that have a label.",
         metavar="FILE.csv",
     )
+    allow_missing_test_slides: bool = option(False, ALLOW_MISSING_HELP)
     exclude: Path | None = option(None, "Slides to leave out: one name a line.", metavar="FILE")
 
 
@@ -77,7 +78,7 @@ def curate(workspace: Workspace, what: What, config: CurateConfig, embed_with: E
     refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
     left_out = excluded_slides(what.exclude, index)
-    left_out |= slides_of_test_patients(what.labels, index) if what.labels else set()
+    left_out |= slides_of_test_patients(what.labels, index, what.allow_missing_test_slides) if what.labels else set()
     queries, labelled = example_slides(index, config.like_slides, config.like_classes, what.labels, left_out)
     config = config.with_slides(queries, labelled, left_out)
     of = embed_with

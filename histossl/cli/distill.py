@@ -121,7 +121,8 @@ def distill(
         table = labelled_slides(data.labels, index) if data.labels else None
         tested = slides_held_out(model, index)
         left_out = tested | excluded_slides(data.exclude, index)
-        left_out |= slides_of_test_patients(data.labels, index) if data.labels else set()
+        allowed = data.allow_missing_test_slides
+        left_out |= slides_of_test_patients(data.labels, index, allowed) if data.labels else set()
     student_info = _student_info(config)
     taught = teacher_of(model, student_info)
     config = replace(config, excluded_slides=tuple(left_out), teacher=taught.facts["digest"])

@@ -90,7 +90,8 @@ def pretrain(
     with console.muted(told_already):
         table = labelled_slides(data.labels, index) if data.labels else None
         left_out = excluded_slides(data.exclude, index)
-        left_out |= slides_of_test_patients(data.labels, index) if data.labels else set()
+        allowed = data.allow_missing_test_slides
+        left_out |= slides_of_test_patients(data.labels, index, allowed) if data.labels else set()
     config = replace(config, excluded_slides=tuple(left_out))
     with console.muted(told_already):
         judge = probe_of(index, without(table, left_out), config.view_px) if table else None

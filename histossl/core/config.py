@@ -5,7 +5,6 @@ A config refuses what no run could use (UsageError, exit 2) when it is made, bef
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ import platform
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +34,7 @@ from histossl.core.options import (
     read_list,
     show_list,
 )
+from histossl.core.text_files import read_text
 from histossl.core.workspace import VARIABLE, written_aside
 
 # ---- refusing
@@ -44,32 +44,6 @@ def require(holds: bool, option: str, value: object, wanted: str) -> None:
     """One wording for a setting that cannot be used."""
     if not holds:
         raise UsageError(f"--{option} {value}: must be {wanted}")
-
-
-SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-
-
-def separator_of(first_line: str, fits: Callable[[set[str]], bool]) -> str:
-    """What parts the columns of a table: a comma, else a semicolon or a tab, as spreadsheets save in many languages.
-
-    `fits` says of the columns' names, in small letters, whether they are the table's. Another mark than the comma is
-    taken only where no name holds any mark, so that nothing else can be meant.
-    """
-
-    def names(mark: str) -> set[str]:
-        return {name.strip().lower() for name in next(csv.reader([first_line], delimiter=mark), [])}
-
-    if fits(names(",")):
-        return ","
-    others = [mark for mark in ";\t" if fits(names(mark)) and not any({*name} & {*SEPARATORS} for name in names(mark))]
-    return others[0] if len(others) == 1 else ","
-
-
-def refuse_separator(path: Path | str, header: Iterable[str], error: type[UsageError] = UsageError) -> None:
-    """Of a table whose columns were not found, for all `separator_of` could do."""
-    for mark, name in SEPARATORS.items():
-        if mark != "," and any(mark in column for column in header):
-            raise error(f"{path}: columns are separated by {name}s; save it with commas")
 
 
 # ---- scan and tile
@@ -385,6 +359,7 @@ class RuntimeConfig(Checked):
 
 SLIDES_HELP = "Folder with the slides (searched through all its subfolders)."
 SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
+ALLOW_MISSING_HELP = "Go on though test slides of --labels are not in the workspace. Misspelt ones would be trained on."
 MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
 
 
@@ -399,6 +374,7 @@ class PretrainData(Checked):
         metavar="FILE.csv",
     )
     name: str = option("", "Name of the run: its directory under WORKSPACE/pretrain.", unset="the method")
+    allow_missing_test_slides: bool = option(False, ALLOW_MISSING_HELP, DATA)
     exclude: Path | None = option(None, "Slides to leave out: one name a line.", DATA, metavar="FILE")
     tile_px: int | None = option(None, "Side of the tiles in pixels. Default: as tiled, else 256.", DATA)
     mpp: float | None = option(None, "Microns per pixel of the tiles. Default: as tiled, else 0.5.", DATA)
@@ -729,10 +705,8 @@ def _as_type_of(default: object, text: str, assignment: str) -> object:
 def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """A `--config FILE.toml`: option names (dashes or underscores) with values. Unknown keys are refused."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_text(path, f"--config {path}"))
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"--config {path}: not a TOML file ({error})") from error
     known = set(known)
     settings = {key.replace("-", "_"): value for key, value in values.items()}

@@ -17,6 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from histossl.core.errors import UsageError
+from histossl.core.names import trimmed
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def shown(found: Option, value: Any) -> str:
 
 def read_list(text: str) -> tuple[str, ...]:
     """'a, b' -> ('a', 'b')."""
-    return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+    return tuple(trimmed(piece) for piece in text.split(",") if trimmed(piece))
 
 
 def show_list(values: tuple[Any, ...]) -> str:

@@ -22,7 +22,6 @@ from histossl.backbones.loading import create_backbone, load_backbone
 from histossl.core import console
 from histossl.core.config import CurateConfig, EmbedConfig, FinetuneConfig, read_run, refuse_other_config, write_run
 from histossl.core.errors import LabelsError, MismatchError, UsageError
-from histossl.core.options import nearest
 from histossl.core.workspace import SubsetDir, Workspace, written_aside
 from histossl.curation.contact_sheet import Section, Strip, place_of, write_sheet
 from histossl.curation.features import Features, embed_tiles
@@ -32,6 +31,7 @@ from histossl.curation.retrieve import Retrieved, retrieve, thinned
 from histossl.features.extraction import Embedder, backbone_embedder, device_of
 from histossl.features.initialisations import resolve_starts
 from histossl.labels.label_csv import read_rows
+from histossl.labels.label_table import class_names
 from histossl.labels.slide_lookup import SlideNames
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.store.subset import open_subset, tiles_per_slide, write_subset
@@ -434,7 +434,7 @@ def example_slides(
     for name in slides:
         found = names.find(name)
         if not found:
-            raise UsageError(f"--like-slides {name}: is none of the tiled slides{nearest(name, index.slides)}")
+            raise UsageError(f"--like-slides {name}: is none of the tiled slides ({names.hint(name)})")
         if set(found) <= excluded:
             raise UsageError(f"--like-slides {name}: is left out (a test patient, or --exclude), so it is no example")
         examples |= set(found) - excluded
@@ -445,9 +445,7 @@ def example_slides(
     rows = [row for row in read_rows(labels) if row.label]
     known = sorted({row.label for row in rows})
     labelled = {slide for row in rows for slide in names.find(row.slide)} - excluded
-    for label in classes:
-        if label not in known:
-            raise UsageError(f"--like-classes {label}: {labels} has no such class{nearest(label, known)}")
+    for label in sorted(class_names("--like-classes", classes, known, str(labels))):
         of_class = [row for row in rows if row.label == label and row.split != "test"]
         if any(row.box is not None for row in of_class):
             raise LabelsError(f"{labels}: labels regions; --like-classes takes labels of whole slides")

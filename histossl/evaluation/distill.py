@@ -11,6 +11,7 @@ Shapes: N tiles, C classes that the teacher knows.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,7 +57,8 @@ def slides_held_out(model: Model, index: TileIndex) -> set[str]:
     if names is None:
         names = _tested_by_splits(model.folder.resolve().parent / "splits.json")
     here = SlideNames.of(index)
-    found = {slide for name in names for slide in here.find(name)}
+    # In older records a region or tile of a slide has a number after the slide's name.
+    found = {slide for name in names for slide in here.find(name) or here.find(re.sub(r"[#@]\d+$", "", name))}
     cases = {case for slide in found for case in here.cases(slide)}
     return found | {slide for slide in index.slides if here.cases(slide) & cases}
 

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from histossl.core import console
 from histossl.core.config import EmbedConfig, TileConfig, TissueConfig, read_run, write_run
 from histossl.core.errors import MismatchError, StoreError, UsageError
+from histossl.core.names import exact_key
+from histossl.core.text_files import separator_in
 from histossl.core.workspace import PredictionDir, Workspace, written_aside
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
 from histossl.features.extraction import Bags, device_of, embed_slides, slide_tiles
@@ -276,12 +278,12 @@ def _write(
         figures = [one.num_tiles, trained_on, f"{one.distance:.4f}", f"{one.usual_distance:.4f}"]
         rows.append([one.slide, label, *shares, *figures, one.warning])
     rows += [[slide, "", *[""] * len(classes), 0, "", "", "", f"not predicted: {why}"] for slide, why in skipped]
-    now = {str(row[0]) for row in rows}
+    now = {exact_key(str(row[0])) for row in rows}
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            before = list(csv.DictReader(file))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            before = list(csv.DictReader(file, delimiter=separator_in(file, {"slide"}.issubset)))
         # An older version's rows had no trained_on: that cell stays empty.
-        kept = [row for row in before if {*row} <= {*columns} and row.get("slide") not in now]
+        kept = [row for row in before if {*row} <= {*columns} and exact_key(row.get("slide", "")) not in now]
         rows += [[row.get(name, "") for name in columns] for row in kept]
     with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl.core.errors import LabelsError, SlideError
+from histossl.core.names import same_to_a_reader
 from histossl.features.extraction import slide_tiles
 from histossl.labels.label_csv import Row
 from histossl.labels.label_table import (
@@ -30,7 +31,8 @@ from histossl.labels.label_table import (
 )
 from histossl.labels.slide_lookup import SlideNames
 from histossl.labels.spelling import refuse_alike
-from histossl.slides.annotations import Ring, read_regions, regions_in
+from histossl.slides.annotation_files import annotation_files, regions_in
+from histossl.slides.annotations import Region, Ring, read_regions
 from histossl.slides.archive import SlideFile
 from histossl.tiles.store.index import TileIndex
 
@@ -50,7 +52,7 @@ def drawn_items(
     """
     if not directory.is_dir():
         raise LabelsError(f"{option} {directory}: no such folder")
-    files = sorted(directory.rglob("*.geojson"))
+    files = annotation_files(directory)
     if not files:
         raise LabelsError(f"{option} {directory}: holds no .geojson file; export annotations from QuPath as GeoJSON")
     names = SlideNames.of(index)
@@ -63,13 +65,18 @@ def drawn_items(
     own_patient, patients_from = patients_by_name(index.slides, names)
     files_of = [SlideFile(Path(str(index.facts(slide).get("file") or slide)), slide) for slide in index.slides]
     files_of += [SlideFile(Path(name), name) for name in names.others]
-    matched = regions_in(directory, files_of)
+    matched = regions_in(directory, files_of, files)
     drawn: set[str] = set()
+    named: list[tuple[str, str]] = []  # each annotation's class, and its slide
+    wanted = {same_to_a_reader(name) for name in classes}
     for one in files_of:
-        slide, path = names.others.get(one.slide, one.slide), matched[one.path]
+        slide, path = names.others.get(one.slide, one.slide), matched[one.path].path
+        used |= {*matched[one.path].unread}
         if path is None:
+            unread += [(one.slide, matched[one.path].note)] if matched[one.path].note else []
             continue
         used.add(path)
+        notes += [f"{one.slide}: {matched[one.path].note}"] if matched[one.path].note else []
         if slide in drawn:
             unread.append((one.slide, f"the same slide as {slide}, which has annotations under that name"))
             continue
@@ -89,21 +96,22 @@ def drawn_items(
         ignored = np.zeros(len(centres), dtype=bool)
         for region in regions.regions:
             if region.ignored:
-                ignored |= surrounded(region.rings, centres)
+                ignored |= in_region(region, centres)
         for number, region in enumerate(regions.regions, start=1):
-            if region.ignored or (classes and region.name not in classes):
+            if region.ignored or (wanted and same_to_a_reader(region.name) not in wanted):
                 continue
+            named.append((region.name, slide))
             if not region.name:
                 without_class += 1
                 continue
-            tiles = np.flatnonzero(surrounded(region.rings, centres) & ~ignored).astype(np.int64)
+            tiles = np.flatnonzero(in_region(region, centres) & ~ignored).astype(np.int64)
             empty += not len(tiles)
             if len(tiles):
                 patient = row.patient if row and row.patient else own_patient[slide]
                 site, split = (row.site, row.split) if row else ("", "")
                 found.append(Item(f"{slide}#{number}", slide, region.name, patient, site, split, tiles))
-    refuse_alike(str(directory), "class", ((item.label, item.slide) for item in found))
-    unread += [(path.name, "no tiled slide of this name") for path in files if path not in used]
+    refuse_alike(str(directory), "class", (pair for pair in named if pair[0]))
+    unread += [(one.path.name, "no tiled slide of this name") for one in files if one.path not in used]
     if without_class:
         notes.append(f"{without_class} annotations have no class; they are left out")
     if empty:
@@ -136,6 +144,14 @@ def drawn_items(
 def _centres_l0(index: TileIndex, slide: str) -> NDArray[np.float64]:
     side_l0 = index.facts(slide)["scales"][0]["side_l0"]
     return np.asarray(index.coords_l0(slide_tiles(index, slide)) + side_l0 / 2, dtype=np.float64)
+
+
+def in_region(region: Region, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which points (n, 2) lie in any polygon of a region."""
+    inside = np.zeros(len(points), dtype=bool)
+    for rings in region.polygons:
+        inside |= surrounded(rings, points)
+    return inside
 
 
 def surrounded(rings: Sequence[Ring], points: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from histossl.core import console
 from histossl.core.errors import LabelsError, UsageError
+from histossl.core.text_files import read_lines
 from histossl.labels.label_csv import Row, read_labels, read_rows
 from histossl.labels.label_table import LabelTable, match_labels, refuse_two_cases
-from histossl.labels.slide_lookup import TCGA_CASE, SlideNames
+from histossl.labels.slide_lookup import SlideNames, cases_in
 from histossl.tiles.store.index import TileIndex
 
 
@@ -40,23 +41,43 @@ def without(table: LabelTable, left_out: set[str]) -> LabelTable:
     return replace(table, items=tuple(item for item in table.items if item.slide not in left_out))
 
 
-def slides_of_test_patients(path: Path, index: TileIndex) -> set[str]:
-    """Every slide of every patient who has one marked `test`; by TCGA barcode also those that the file leaves out."""
+def slides_of_test_patients(path: Path, index: TileIndex, allow_missing: bool = False) -> set[str]:
+    """Every slide of every patient who has one marked `test`; by TCGA barcode also those that the file leaves out.
+
+    LabelsError if one of them is not found in the archive, unless `allow_missing`: under another name it may lie among
+    the tiles, and would be trained on.
+    """
     rows, names = read_rows(path, needs_label=False), SlideNames.of(index)
     _refuse_two_sides(path, rows, names)
     marked = [row for row in rows if row.split == "test"]
     patients = {row.patient for row in marked if row.patient}
-    cases = {case.upper() for row in marked for case in TCGA_CASE.findall(row.slide)}
-    found = {slide for row in rows if row.split == "test" or row.patient in patients for slide in names.find(row.slide)}
+    cases = {case for row in marked for case in cases_in(row.slide)}
+    tested = [row for row in rows if row.split == "test" or row.patient in patients]
+    found = {slide for row in tested for slide in names.find(row.slide)}
     for slide in found:
         refuse_two_cases(slide, names.cases(slide))
         cases |= names.cases(slide)
-    missing = [row.slide for row in marked if not names.find(row.slide)]
-    if missing:
-        have = "has" if len(missing) == 1 else "have"
-        first = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        console.warn(f"{path}: {console.count(len(missing), 'test slide')} {have} no tiles here ({first})")
+    _check_missing(path, [row for row in tested if not names.find(row.slide)], names, allow_missing)
     return found | {slide for slide in index.slides if names.cases(slide) & cases}
+
+
+def _check_missing(path: Path, missing: Sequence[Row], names: SlideNames, allowed: bool) -> None:
+    """Test slides without tiles: a slide that the archive knows has none to train on, any other may be misspelt."""
+    unknown = [row for row in missing if not names.is_untiled(row.slide)]
+    shown = unknown or list(missing)
+    if not shown:
+        return
+    have = "has" if len(shown) == 1 else "have"
+    said = ", ".join(f"{row.slide} in line {row.line}: {names.hint(row.slide)}" for row in shown[:3])
+    said += f", and {len(shown) - 3} more" * (len(shown) > 3)
+    problem = f"{path}: {console.count(len(shown), 'test slide')} {have} no tiles here ({said})"
+    if unknown and not allowed:
+        raise LabelsError(
+            f"{problem}. Under another name {'it' if len(unknown) == 1 else 'they'} would be trained on: write the "
+            "names as the slide files have them, or if these slides are not in this workspace, pass "
+            "--allow-missing-test-slides"
+        )
+    console.warn(problem)
 
 
 def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> None:
@@ -74,13 +95,9 @@ def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> Non
                     )
 
 
-def read_exclusions(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
+def read_exclusions(path: Path | None) -> list[tuple[int, str]]:
+    """The names in a file with one on each line, and the numbers of the lines."""
+    return [] if path is None else read_lines(path, f"--exclude {path}")
 
 
 def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
@@ -88,9 +105,11 @@ def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:
         return set()
     slides: set[str] = set()
     known = SlideNames.of(index)
-    for name in read_exclusions(path):
+    for line, name in read_exclusions(path):
         found = known.find(name)
         if not found:
-            raise UsageError(f"--exclude {path}: {name!r} is none of the tiled slides ({known.hint(name)})")
+            raise UsageError(
+                f"--exclude {path}, line {line}: {name!r} is none of the tiled slides ({known.hint(name)})"
+            )
         slides.update(found)
     return slides

@@ -8,17 +8,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from histossl.core.config import SEPARATORS, refuse_separator, separator_of
 from histossl.core.console import count
 from histossl.core.errors import LabelsError
+from histossl.core.names import letters
+from histossl.core.text_files import read_table, refuse_separator
 from histossl.labels.spelling import looks_like, reads_unknown, refuse_alike, unread_columns
 
 BOX_COLUMNS = ("x", "y", "width", "height")
@@ -67,51 +66,24 @@ def read_rows(path: Path, needs_label: bool = True) -> list[Row]:
 def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
     """The lines of labels.csv. Refuses a file that a spreadsheet has saved as something else, and two spellings of one
     class, patient or site."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise LabelsError(f"--labels {path}: cannot be read ({error.strerror})") from error
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise LabelsError(f"{path}: is UTF-16 text; save it as 'CSV UTF-8'")
-    if raw.startswith(b"PK"):
-        raise LabelsError(f"{path}: is a spreadsheet or zip file; save it as 'CSV UTF-8'")
-    if b"\0" in raw:
-        raise LabelsError(f"{path}: is no text file; labels are a CSV file with the columns slide,label")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise LabelsError(f"{path}, line {line}: is not UTF-8 text; save it as 'CSV UTF-8'") from error
     needed = ("slide", "label") if needs_label else ("slide",)
-    separator = separator_of(io.StringIO(text, newline="").readline(), {*needed}.issubset)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    columns = next(lines, [])
-    header = [name.strip().lower() for name in columns]
-    _check_header(path, columns, needed)
+    table = read_table(path, f"--labels {path}", {*needed}.issubset, LabelsError)
+    _check_header(path, table.columns, needed)
     rows = []
     unknown_sites: Counter[str] = Counter()
-    for cells in lines:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            raise LabelsError(
-                f"{path}, line {lines.line_num}: {len(cells)} columns where the first line has {len(header)}; "
-                f"put text that holds a {SEPARATORS[separator]} in double quotes"
-            )
-        if any(ends in cell.strip() for cell in cells for ends in "\r\n"):
-            raise LabelsError(f"{path}, line {lines.line_num}: a cell holds a line break, or a quote is not closed")
-        named = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+    for line, cells in table.rows:
+        named = dict(zip(table.header, cells, strict=True))
         if reads_unknown(named.get("site", "")):
             unknown_sites[named["site"]] += 1
             named["site"] = ""
-        rows.append(_row(path, lines.line_num, named))
+        rows.append(_row(path, line, named))
     if not rows:
         raise LabelsError(f"{path}: has a first line but no slides below it")
     for what in ("label", "patient", "site"):
         words = ((getattr(row, what), f"line {row.line}") for row in rows if getattr(row, what))
         refuse_alike(str(path), what, words)
-    notes = [f"the columns are separated by {SEPARATORS[separator]}s, and read so"] if separator != "," else []
-    notes += unread_columns(columns, OPTIONAL_COLUMNS, KNOWN_COLUMNS)
+    notes = [table.note] if table.note else []
+    notes += unread_columns(table.columns, OPTIONAL_COLUMNS, KNOWN_COLUMNS)
     if unlabelled := sum(not row.label for row in rows) if needs_label else 0:
         notes.append(
             f"{count(unlabelled, 'line')} without a label: {'it counts' if unlabelled == 1 else 'they count'} "
@@ -128,7 +100,7 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
 
 
 def _check_header(path: Path, columns: Sequence[str], needed: Sequence[str]) -> None:
-    header = [name.strip().lower() for name in columns]
+    header = [name.lower() for name in columns]
     wanted = "the first line must name the columns, like: slide,label,patient"
     if not any(header):
         raise LabelsError(f"{path}: is empty; {wanted}")
@@ -140,7 +112,7 @@ def _check_header(path: Path, columns: Sequence[str], needed: Sequence[str]) -> 
     if lacking:
         like = {column: looks_like(column, columns, KNOWN_COLUMNS) for column in lacking}
         renamed = " and ".join(f"{one!r} to {column!r}" for column, one in like.items() if one)
-        named = ", ".join(repr(name.strip()) for name in columns)
+        named = ", ".join(repr(name) for name in columns)
         raise LabelsError(
             f"{path}: no column {' and none '.join(map(repr, lacking))} among {named}"
             + (f"; rename {renamed}" if renamed else "")
@@ -167,7 +139,7 @@ def _row(path: Path, line: int, cells: Mapping[str, str]) -> Row:
             f"{where}: {cells['slide']} has the patient {cells['patient']!r}, and all slides with it would count as "
             "one patient's; fill in whose it is, or leave its label empty"
         )
-    split = cells.get("split", "").lower()
+    split = letters(cells.get("split", ""))
     if "split" in cells and (labelled or split) and split not in ("train", "test"):
         raise LabelsError(f"{where}: split {cells['split']!r} must be train or test")
     box = None

@@ -13,7 +13,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from histossl.core.console import count
 from histossl.core.errors import LabelsError
+from histossl.core.names import differs_unseen, path_key, same_to_a_reader
 from histossl.core.options import nearest
 from histossl.labels.label_csv import NO_SURVIVAL, Box, Row
 from histossl.labels.slide_lookup import TCGA_CASE, SlideNames
@@ -110,13 +110,9 @@ def match_labels(
     unless `mixed_patients` or labels of regions, a patient with slides of two classes.
     """
     names = slides if isinstance(slides, SlideNames) else SlideNames(slides, without_tiles=reasons)
-    named = [row for row in rows if row.label and (not classes or row.label in classes)]
     known_labels = sorted({row.label for row in rows if row.label})
-    for name in classes:
-        if name not in known_labels:
-            raise LabelsError(
-                f"--classes {name}: {source} has no such label{nearest(name, known_labels)} ({_some(known_labels)})"
-            )
+    wanted = class_names("--classes", classes, known_labels, source)
+    named = [row for row in rows if row.label and (not classes or row.label in wanted)]
     if len(known_labels) > MOST_NUMBERS and all(_is_number(label) for label in known_labels):
         raise LabelsError(f"{source}: its labels are {len(known_labels)} different numbers, which {NO_SURVIVAL}")
     regions = any(row.box for row in named)
@@ -157,6 +153,20 @@ def match_labels(
     )
 
 
+def class_names(option: str, asked: Sequence[str], known: Sequence[str], source: str) -> set[str]:
+    """The classes `asked` for as `source` spells them; LabelsError for one that it does not have."""
+    spelt = {same_to_a_reader(label): label for label in known}
+    for name in asked:
+        if same_to_a_reader(name) not in spelt:
+            close = nearest(name, [label for label in known if _digits(label) == _digits(name)])  # T2 is no slip of T1
+            raise LabelsError(f"{option} {name}: {source} has no such class{close} ({_some(known)})")
+    return {spelt[same_to_a_reader(name)] for name in asked}
+
+
+def _digits(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
+
+
 def _patients_beside(rows: Sequence[Row], names: SlideNames, labelled: set[str]) -> dict[str, str]:
     """Of slides that the file names without a label: not tested on, but a backbone may have been shown them."""
     patient_of = {slide: row.patient for row in rows if row.patient for slide in names.find(row.slide)}
@@ -192,9 +202,12 @@ def patients_notes(items: Sequence[Item], patients_from: str) -> list[str]:
 
 def _refuse_several(source: str, row: Row, hits: Sequence[str], cases: bool) -> None:
     """One name may mean several slides only where it is the barcode of their case, and `cases` may be named."""
-    if len(hits) > 1 and not (cases and TCGA_CASE.match(PurePosixPath(row.slide).name)):
+    if len(hits) > 1 and not (cases and TCGA_CASE.match(path_key(row.slide, loose=True)[-1])):
+        alike = any(differs_unseen(hits[0], other) for other in hits)
+        way_out = "they differ only in how letters are coded, so rename one file and tile again" if alike else ""
         raise LabelsError(
-            f"{source}, line {row.line}: {row.slide!r} may be {_some(hits)}; write its path below the slides folder"
+            f"{source}, line {row.line}: {row.slide!r} may be {_some(hits)}; "
+            f"{way_out or 'write its path below the slides folder'}"
         )
 
 

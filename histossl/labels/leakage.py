@@ -8,7 +8,7 @@ from typing import Any
 from histossl.core.console import count
 from histossl.features.initialisations import Start
 from histossl.labels.label_table import LabelTable
-from histossl.labels.slide_lookup import TCGA_CASE, SlideNames
+from histossl.labels.slide_lookup import SlideNames, cases_in
 from histossl.labels.splits import Splits
 from histossl.labels.training_slides import slides_learnt
 from histossl.tiles.store.index import TileIndex
@@ -94,7 +94,7 @@ class _Patients:
 
 def _cases_in(pools: Iterable[Iterable[str]]) -> set[str]:
     """TCGA cases in the names of slides that may lie in another workspace."""
-    return {case.upper() for pool in pools for name in pool for case in TCGA_CASE.findall(name)}
+    return {case for pool in pools for name in pool for case in cases_in(name)}
 
 
 def leaks_together(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

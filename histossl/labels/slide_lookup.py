@@ -6,23 +6,19 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import PurePosixPath
 
-from histossl.core.options import nearest
+from histossl.core.names import folded, path_key
 from histossl.core.workspace import Workspace
-from histossl.slides.archive import SUFFIXES
 from histossl.slides.ledger import read_ledger
+from histossl.slides.lookup import NameFinder, without_type
 from histossl.tiles.store.anonymisation import holders
 from histossl.tiles.store.index import TileIndex
 
 TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 TCGA_SAMPLE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-[0-9]{2}", re.IGNORECASE)
 TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
-NOT_READ = ("isyntax", "kfb", "lif", "sdpc", "tron", "vsi", "zarr", "zip", "zvi")  # but named so before conversion
-TYPES = sorted({*NOT_READ, *(suffix.removeprefix(".") for suffix in SUFFIXES)})
 NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
 NO_TILES = "no tiles: "  # how a hint begins that is about a slide of the archive
-FILE_TYPE = re.compile(rf"(?:\.ome)?\.(?:{'|'.join(TYPES)})$|\.ome$", re.IGNORECASE)
 
 
 def _without_tiles(index: TileIndex) -> dict[str, str]:
@@ -54,20 +50,14 @@ class SlideNames:
         self.slides = tuple(slides)
         self.others = dict(others or {})
         self.without_tiles = dict(without_tiles or {})
-        self._holder = {**self.others, **{slide: slide for slide in self.slides}}
+        self._finder = NameFinder({**self.others, **{slide: slide for slide in self.slides}})
         self._cases: dict[str, set[str]] = defaultdict(set)
-        for slide, holder in self._holder.items():
-            barcode = TCGA_CASE.search(PurePosixPath(slide).name) or TCGA_CASE.search(slide)
-            self._cases[holder] |= {barcode.group().upper()} if barcode else set()
-        self._last = [(slide, _parts(slide)[-1]) for slide in self._holder]
         self._slides_of_case: dict[str, list[str]] = defaultdict(list)
-        for slide in self._holder:
-            for case in TCGA_CASE.findall(slide):
-                self._slides_of_case[case.upper()].append(slide)
-        self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for slide in self._holder:
-            for stem in {_parts(slide)[-1], _parts(_without_suffix(slide))[-1]}:
-                self._by_stem[stem].append(slide)
+        for slide, holder in self._finder.holder_of.items():
+            barcode = TCGA_CASE.search(path_key(slide)[-1]) or TCGA_CASE.search(slide)
+            self._cases[holder] |= {barcode.group().upper()} if barcode else set()
+            for case in cases_in(slide):
+                self._slides_of_case[case].append(slide)
 
     @classmethod
     def of(cls, index: TileIndex) -> SlideNames:
@@ -76,7 +66,14 @@ class SlideNames:
 
     def find(self, name: str) -> tuple[str, ...]:
         """The slides meant by `name`: none, one, or (a TCGA case barcode, an ambiguous file name) several."""
-        return tuple(sorted({self._holder[own] for own in self._named(name)}))
+        return self._holders(self._named(name))
+
+    def _holders(self, named: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted({self._finder.holder_of[own] for own in named}))
+
+    def is_untiled(self, name: str) -> bool:
+        """Whether `name` is a slide of the archive that has no tiles."""
+        return bool(self._untiled.find(name))
 
     @cached_property
     def _untiled(self) -> SlideNames:
@@ -87,65 +84,48 @@ class SlideNames:
         return self._cases[slide]
 
     def _named(self, name: str) -> tuple[str, ...]:
-        name = name.replace("\\", "/").removeprefix("./")
-        if name in self._holder:
-            return (name,)
-        for spelling in (name, _without_suffix(name)):
-            found = self._same_ending(spelling)
-            if found:
-                return found
-        return self._barcode(name)
+        return self._finder.named(name) or self._barcode(name)
 
     def labelled_by(self, name: str) -> tuple[str, ...]:
         """The slides whose label is that of `name`: a case's is its tumour's, not that of normal tissue beside it."""
         named = self._named(name)
-        if self.is_case_barcode(PurePosixPath(name).name):
-            named = tuple(own for own in named if not TCGA_NORMAL.match(PurePosixPath(own).name)) or named
-        return tuple(sorted({self._holder[own] for own in named}))
-
-    def is_case_barcode(self, name: str) -> bool:
-        return TCGA_CASE.fullmatch(name) is not None
+        if is_case_barcode(name):
+            named = tuple(own for own in named if not TCGA_NORMAL.match(path_key(own)[-1])) or named
+        return self._holders(named)
 
     def hint(self, name: str) -> str:
-        """Why `name` finds nothing: that slide has no tiles, or another name was meant.
+        """Why `name` finds nothing: that slide has no tiles, or it is spelt otherwise here.
 
-        Of a TCGA barcode only slides of its case may have been, for other cases are other people.
+        Never another number or letter: that would be another person's slide. Of a TCGA barcode, what its case has.
         """
         untiled = self._untiled.find(name)
         if untiled:
             return NO_TILES + self.without_tiles[untiled[0]]
-        case = TCGA_CASE.search(name)
-        among: Iterable[str] = self._slides_of_case.get(case.group().upper(), ()) if case else self._holder
-        stem = _parts(_without_suffix(name.replace("\\", "/")))[-1]
-        close = nearest(stem, [_without_suffix(PurePosixPath(slide).name) for slide in among])
-        none = f"no slide of the case {case.group().upper()}" if case and not among else "no slide has a similar name"
-        return close.removeprefix(", ") if close else none
-
-    def _same_ending(self, name: str) -> tuple[str, ...]:
-        """Slides whose path, read from its end, agrees with `name` as far as both go."""
-        parts = _parts(name)
-        found = []
-        for slide in self._by_stem.get(parts[-1], ()):
-            others = _parts(slide)
-            shared = min(len(parts), len(others)) - 1
-            if shared == 0 or parts[:-1][-shared:] == others[:-1][-shared:]:
-                found.append(slide)
-        return tuple(sorted(found))
+        suggestion = self._finder.suggestion(name)
+        case = min(cases_in(name), default="")
+        if suggestion or not case:
+            return suggestion or "no slide has this name"
+        own = self._slides_of_case.get(case, [])
+        if not own:
+            return f"no slide of the case {case}"
+        more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+        return f"no slide has this name; of the case {case} there is {', '.join(own[:3])}{more}"
 
     def _barcode(self, name: str) -> tuple[str, ...]:
         """By the first fields of a barcode. One that ends in a sample's two digits leaves out the vial's letter."""
-        stem = _without_suffix(PurePosixPath(name).name).casefold()
+        stem = path_key(without_type(name), loose=True)[-1]
         if not TCGA_CASE.match(stem):
             return ()
         vial = "[a-z]?" if TCGA_SAMPLE.fullmatch(stem) else ""
         meant = re.compile(rf"{re.escape(stem)}{vial}(?:$|[-._])")
-        return tuple(sorted(slide for slide, own in self._last if meant.match(own)))
+        return tuple(own for own in self._finder.holder_of if meant.match(path_key(own)[-1]))
 
 
-def _parts(name: str) -> tuple[str, ...]:
-    return tuple(part for part in name.casefold().split("/") if part) or ("",)
+def cases_in(name: str) -> set[str]:
+    """The TCGA cases that a name tells, in capital letters."""
+    return {case.upper() for case in TCGA_CASE.findall(folded(name, loose=True))}
 
 
-def _without_suffix(name: str) -> str:
-    """A1.svs -> A1, A1.ome.tif -> A1, A1.v2 -> A1.v2, S7.HE -> S7.HE: only what is a slide's file type goes."""
-    return FILE_TYPE.sub("", name)
+def is_case_barcode(name: str) -> bool:
+    """Whether a name is that of a TCGA case, which may have several slides."""
+    return TCGA_CASE.fullmatch(path_key(name, loose=True)[-1]) is not None

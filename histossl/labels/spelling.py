@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from histossl.core.errors import LabelsError
+from histossl.core.names import differs_unseen, folded, same_to_a_reader
 
 UNKNOWN = frozenset(
     ("?", "??", "-", "--", "na", "n/a", "n.a.", "nan", "none", "null", "unknown", "not known", "missing", "unspecified")
@@ -40,23 +40,17 @@ ALIKE = 0.8  # share of letters in order, of a column's name and the one that is
 
 def reads_unknown(word: str) -> bool:
     """Whether a cell says that nobody knows: `NA`, `?`, `unknown`."""
-    return word.casefold() in UNKNOWN
-
-
-def as_read(word: str) -> str:
-    """What two spellings share that a person takes for one word: letters' case, spaces and underscores set aside."""
-    return re.sub(r"[\s_]+", " ", unicodedata.normalize("NFKC", word)).strip().casefold()
+    return " ".join(folded(word, loose=True).replace("_", " ").split()) in UNKNOWN
 
 
 def person(patient: str) -> str:
-    """A patient's name without what spreadsheets and people put in or leave out: `P-01`, `p 1` and `P1.0` are one."""
-    plain = re.sub(r"\.0+$", "", as_read(patient))
-    parted = re.sub(r"(?<=\d)[\W_]+(?=\d)", "\x00", plain)  # 1-11 and 11-1 are two
-    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[^\w\x00]|_", "", parted))
+    """A patient's name without the signs that people put in or leave out: `P.1`, `P#1` and `P1` are one."""
+    parted = re.sub(r"(?<=\d)[\W_]+(?=\d)", "\x00", same_to_a_reader(patient, identifier=True))  # 1-11 and 11-1 are two
+    return re.sub(r"[^\w\x00]|_", "", parted)
 
 
 def maybe_one_person(patients: Iterable[str]) -> list[tuple[str, ...]]:
-    """Patients whose names differ only in punctuation, spaces or leading zeros."""
+    """Patients whose names differ only in signs that are neither letters nor digits."""
     groups: dict[str, set[str]] = {}
     for patient in patients:
         groups.setdefault(person(patient), set()).add(patient)
@@ -64,14 +58,17 @@ def maybe_one_person(patients: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def refuse_alike(source: str, what: str, words: Iterable[tuple[str, str]]) -> None:
-    """`words` are (word, where it stands). LabelsError where two differ only in case, spaces or underscores."""
+    """`words` are (word, where it stands). LabelsError where a person reads two of them as one (`same_to_a_reader`)."""
     first: dict[str, tuple[str, str]] = {}
     for word, where in words:
-        before, there = first.setdefault(as_read(word), (word, where))
+        key = same_to_a_reader(word, identifier=what in ("patient", "site"))
+        before, there = first.setdefault(key, (word, where))
         if word != before:
+            unseen = " (the two are coded differently, which a screen does not show)"
             raise LabelsError(
-                f"{source}: {what} {before!r} ({there}) and {word!r} ({where}) differ only in case or spaces, and "
-                "would count as two; spell them alike (or, if they are two, name them so that it shows)"
+                f"{source}: {what} {before!r} ({there}) and {word!r} ({where}) differ only in case, spaces, dashes or "
+                f"how a number is written{unseen * differs_unseen(before, word)}, and would count as two; spell them "
+                "alike (or, if they are two, name them so that it shows)"
             )
 
 

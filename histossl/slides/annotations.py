@@ -1,6 +1,6 @@
 """Regions drawn by hand: a GeoJSON as QuPath exports it restricts tiling to its polygons, and names each tile's class.
 
-`A1.geojson` beside A1.svs, or in a folder given with --regions. Coordinates are level-0 pixels, counted as QuPath does:
+Which file is a slide's is found by `annotations`. Coordinates are level-0 pixels, counted as QuPath does:
 of a slide that tells its bounds (MIRAX, Leica), from their corner. Polygons, also with holes and in several parts;
 points and lines enclose nothing. A class whose name ends in * is QuPath's way of saying "ignore": it is cut out of the
 others.
@@ -8,24 +8,29 @@ others.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histossl.core import console
-from histossl.core.errors import SlideError, UsageError
-from histossl.slides.archive import SlideFile
+from histossl.core.errors import SlideError
+from histossl.core.text_files import decoded
 
 Ring = NDArray[np.float64]  # (n, 2): x, y in level-0 pixels
+Polygon = tuple[Ring, ...]  # a point is inside if an odd number of them surround it
 NAMELESS = ""
 MAX_BYTES = 512 << 20
+UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")  # as QuPath names each annotation
 MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
 # What QuPath finds by itself; regions are annotations. Version 0.2 says it in the id: PathDetectionObject.
 NOT_DRAWN = ("detection", "cell", "tile", "tmacore", "root")
@@ -33,14 +38,24 @@ NOT_DRAWN = ("detection", "cell", "tile", "tmacore", "root")
 
 @dataclass(frozen=True)
 class Region:
-    """One area: all its rings, outer and inner; a point is inside if an odd number of rings surround it."""
+    """One annotation: the area of one or several polygons, each of an outer ring and its holes."""
 
     name: str  # its class, derived ones as QuPath shows them ("Tumor: Positive"); empty if it has none
-    rings: tuple[Ring, ...]
+    polygons: tuple[Polygon, ...]
 
     @property
     def ignored(self) -> bool:
         return any(part.endswith("*") for part in self.name.split(": "))
+
+    def mask(self, shape: tuple[int, int], downsample: float) -> NDArray[np.bool_]:
+        """Inside any of its polygons; (rows, columns) pixels of `downsample` level-0 pixels each."""
+        inside: NDArray[np.bool_] = np.zeros(shape, dtype=bool)
+        for rings in self.polygons:
+            inside |= rasterised(rings, shape, downsample)
+        return inside
+
+    def shifted(self, offset_l0: tuple[int, int]) -> Region:
+        return replace(self, polygons=tuple(tuple(ring + offset_l0 for ring in one) for one in self.polygons))
 
 
 @dataclass(frozen=True)
@@ -68,112 +83,11 @@ class Regions:
         names = self.classes
         for one in self.regions:
             if not one.ignored:
-                label[rasterised(one.rings, shape, downsample)] = names.index(one.name) + 1
+                label[one.mask(shape, downsample)] = names.index(one.name) + 1
         for one in self.regions:
             if one.ignored:
-                label[rasterised(one.rings, shape, downsample)] = 0
+                label[one.mask(shape, downsample)] = 0
         return {name: label == number for number, name in enumerate(names, start=1)}
-
-
-def match_regions(slides: Iterable[SlideFile], directory: Path | None = None) -> dict[Path, Path | None]:
-    """The GeoJSON of each slide of an archive, by the slide's path; from `directory`, or beside the slides.
-
-    Files of `directory` that no slide answers to, and slides without one, are told; if no slide has one at all, that
-    is an error.
-    """
-    slides = [one for one in slides if not one.problem]
-    if directory is None:
-        return _regions_beside(slides)
-    matched = regions_in(directory.absolute(), slides)
-    _tell_unmatched(directory.absolute(), slides, matched)
-    return matched
-
-
-def _regions_beside(slides: Sequence[SlideFile]) -> dict[Path, Path | None]:
-    matched = {one.path: find_regions(one.path.absolute(), one.slide) for one in slides}
-    claimants: dict[Path, list[str]] = defaultdict(list)
-    for path, file in matched.items():
-        if file is not None:
-            claimants[file].append(path.name)
-    for file, names in claimants.items():
-        if len(names) > 1:
-            raise UsageError(
-                f"{file}: could be of {_some(names, ' or ')} beside it; name it by the whole file name, "
-                f"like {names[0]}.geojson"
-            )
-    return matched
-
-
-def regions_in(directory: Path, slides: Sequence[SlideFile]) -> dict[Path, Path | None]:
-    """The GeoJSON of each slide in a folder.
-
-    A name without its folder (A1.geojson) is taken only if one slide alone answers to it: the regions of one slide on
-    another of the same name would be wrong labels without a word.
-    """
-    matched = {one.path: _first_file(directory, _own_names(one.path, one.slide)) for one in slides}
-    owned = set(matched.values())
-    claims: dict[Path, list[SlideFile]] = defaultdict(list)
-    for one in slides:
-        file = _first_file(directory, _bare_names(one.path, one.slide)) if matched[one.path] is None else None
-        if file is not None and file not in owned:
-            claims[file].append(one)
-    for file, claimants in claims.items():
-        if len(claimants) > 1:
-            names = [one.slide for one in claimants]
-            raise UsageError(
-                f"--regions {directory}: {file.name} could be of {_some(names, ' or ')}; name it by the slide's path, "
-                f"like {directory / names[0]}.geojson"
-            )
-        matched[claimants[0].path] = file
-    return matched
-
-
-def _tell_unmatched(directory: Path, slides: Sequence[SlideFile], matched: Mapping[Path, Path | None]) -> None:
-    files = sorted(directory.rglob("*.geojson"))
-    used = set(matched.values())
-    unused = [file.relative_to(directory).as_posix() for file in files if file not in used]
-    whole = [one.slide for one in slides if matched[one.path] is None]
-    if slides and len(whole) == len(slides):
-        told = f"its {_some(unused)}" if unused else "it holds no .geojson"
-        raise UsageError(
-            f"--regions {directory}: none of it is named after a slide here ({told}; the slides: {_some(whole)}); "
-            "case1/A1.svs goes with case1/A1.geojson or A1.geojson"
-        )
-    if unused:
-        console.warn(f"--regions {directory}: no slide here answers to {_some(unused)}")
-    if whole:
-        console.warn(
-            f"--regions {directory}: no file there for {console.count(len(whole), 'slide')}, "
-            f"taken whole: {_some(whole)}"
-        )
-
-
-def _some(names: Sequence[str], between: str = ", ") -> str:
-    return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _own_names(path: Path, slide: str) -> tuple[str, ...]:
-    return slide, f"{slide}{path.suffix}"
-
-
-def _bare_names(path: Path, slide: str) -> tuple[str, ...]:
-    return PurePosixPath(slide).name, path.stem, path.name
-
-
-def _first_file(directory: Path, names: Iterable[str]) -> Path | None:
-    candidates = [directory / f"{name}.geojson" for name in names]
-    return next((one for one in candidates if one.is_file()), None)
-
-
-def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path | None:
-    """The GeoJSON of one slide, if there is one: in `directory` (by the slide's id or name), or beside the slide.
-
-    Of an archive, `regions_in` finds them all, and sees where one name could be of several slides.
-    """
-    if directory is not None:
-        return _first_file(directory, (*_own_names(path, slide), *_bare_names(path, slide)))
-    candidates = [path.with_name(f"{path.name}.geojson"), path.with_suffix(".geojson")]
-    return next((one for one in candidates if one.is_file()), None)
 
 
 def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int] = (0, 0)) -> Regions:
@@ -182,8 +96,7 @@ def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int
     SlideError if there is nothing to restrict tiling to.
     """
     features = _features(path)
-    found = [region for one in features if _kind(one) not in NOT_DRAWN for region in _regions(path, one)]
-    regions = tuple(replace(one, rings=tuple(ring + bounds_l0 for ring in one.rings)) for one in found)
+    regions = tuple(one.shifted(bounds_l0) for one in _annotations(path, features))
     drawn = [one for one in regions if not one.ignored]
     detected = Counter(kind for one in features if (kind := _kind(one)) in NOT_DRAWN)
     if not regions and detected:
@@ -194,7 +107,7 @@ def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int
         )
     if not drawn:
         raise SlideError(f"{path.name}: holds no polygon; draw areas as annotations in QuPath and export them again")
-    every = np.concatenate([ring for one in drawn for ring in one.rings])
+    every = np.concatenate([ring for one in drawn for rings in one.polygons for ring in rings])
     (left, top), (right, bottom) = every.min(axis=0), every.max(axis=0)
     if right <= 0 or bottom <= 0 or left >= size_l0[0] or top >= size_l0[1]:
         raise SlideError(
@@ -204,15 +117,29 @@ def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int
     return Regions(path, regions)
 
 
-def _features(path: Path) -> list[dict[str, Any]]:
+def _content(path: Path) -> bytes:
+    """The bytes of a file, which may be compressed; SlideError above `MAX_BYTES`, before and after."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SlideError(
-                f"{path.name}: {path.stat().st_size / 1e6:,.0f} MB; export the annotations only, not the cells"
-            )
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        if size <= MAX_BYTES:
+            with gzip.open(path) if packed else path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+            size = len(raw)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SlideError(f"{path.name}: damaged ({error}); export it from QuPath again") from error
     except OSError as error:
         raise SlideError(f"{path.name}: cannot be read ({error.strerror})") from error
+    if size > MAX_BYTES:
+        more = " or more, when it is unpacked" * packed
+        raise SlideError(f"{path.name}: {size / 1e6:,.0f} MB{more}; export the annotations only, not the cells")
+    return raw
+
+
+def _features(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(decoded(_content(path), path.name, SlideError))
     except (ValueError, RecursionError) as error:
         raise SlideError(f"{path.name}: not a GeoJSON ({error}); export it from QuPath again") from error
     if isinstance(content, dict) and isinstance(content.get("features"), list):
@@ -225,9 +152,10 @@ def _features(path: Path) -> list[dict[str, Any]]:
 
 
 def _with_children(feature: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An export of QuPath's hierarchy nests the objects that lie in others."""
+    """An export of QuPath's hierarchy nests the objects that lie in others; a collection may hold collections."""
     yield feature
-    for children in (feature.get("childObjects"), _properties(feature).get("childObjects")):
+    nested = feature.get("childObjects"), _properties(feature).get("childObjects"), feature.get("features")
+    for children in nested:
         for child in children if isinstance(children, list) else ():
             if isinstance(child, dict):
                 yield from _with_children(child)
@@ -245,21 +173,33 @@ def _properties(feature: dict[str, Any]) -> dict[str, Any]:
     return properties if isinstance(properties, dict) else {}
 
 
-def _regions(path: Path, feature: dict[str, Any]) -> list[Region]:
-    properties = _properties(feature)
-    classification = properties.get("classification")
+def _annotations(path: Path, features: Sequence[dict[str, Any]]) -> list[Region]:
+    """One region for each annotation, of however many parts; those exported apart share a class and a UUID."""
+    found: dict[object, Region] = {}
+    for number, feature in enumerate(features):
+        if _kind(feature) in NOT_DRAWN:
+            continue
+        polygons = tuple(_polygons(path, feature.get("geometry") if "geometry" in feature else feature))
+        if polygons:
+            name, own = _class_of(feature), str(feature.get("id"))
+            key = (own.lower(), name) if UUID.fullmatch(own) else number
+            before = found[key].polygons if key in found else ()
+            found[key] = Region(name, (*before, *polygons))
+    return list(found.values())
+
+
+def _class_of(feature: dict[str, Any]) -> str:
+    classification = _properties(feature).get("classification")
     name = classification
     if isinstance(classification, dict):
         name = classification.get("name")
         names = classification.get("names")  # since 0.4, of a derived class
         if name is None and isinstance(names, list):
             name = ": ".join(str(one) for one in names)
-    name = name if isinstance(name, str) else NAMELESS
-    geometry = feature.get("geometry") if "geometry" in feature else feature
-    return [Region(name, rings) for rings in _polygons(path, geometry)]
+    return unicodedata.normalize("NFC", name.strip()) if isinstance(name, str) else NAMELESS
 
 
-def _polygons(path: Path, geometry: Any) -> list[tuple[Ring, ...]]:
+def _polygons(path: Path, geometry: Any) -> list[Polygon]:
     if not isinstance(geometry, dict):
         return []
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
@@ -272,7 +212,7 @@ def _polygons(path: Path, geometry: Any) -> list[tuple[Ring, ...]]:
     return []
 
 
-def _rings(path: Path, coordinates: Any) -> tuple[Ring, ...]:
+def _rings(path: Path, coordinates: Any) -> Polygon:
     rings: list[Ring] = []
     if not isinstance(coordinates, list) or not coordinates:
         raise SlideError(f"{path.name}: a polygon without corners")

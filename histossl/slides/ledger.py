@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 
 from histossl.core.errors import StoreError
+from histossl.core.text_files import separator_in
 from histossl.core.workspace import written_aside
 
 OK, WARNING, UNREADABLE = "ok", "warning", "unreadable"
@@ -77,8 +78,8 @@ KNOWN = tuple(one for one in fields(LedgerRow) if one.name != "extra")
 def read_ledger(path: Path) -> list[LedgerRow]:
     """The rows of archive.csv in its order; none if there is no such file yet."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, delimiter=separator_in(file, {"file"}.issubset))
             if table.fieldnames is not None and "file" not in table.fieldnames:
                 raise StoreError(f"{path}: has no column 'file'; move it aside and run histossl scan again")
             return [_row(path, table.line_num, values) for values in table]

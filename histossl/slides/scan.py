@@ -38,7 +38,8 @@ from histossl.core.units import um_from_l0
 from histossl.core.workspace import Workspace
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Job, Report, num_cores, run_jobs
-from histossl.slides.annotations import MIN_INSIDE, match_regions, read_regions
+from histossl.slides.annotation_files import NONE, Annotations, match_regions
+from histossl.slides.annotations import MIN_INSIDE, read_regions
 from histossl.slides.archive import SlideFile, Walk, find_slides, relative, walk
 from histossl.slides.grid import Grid, enlargement, physical_grid
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
@@ -154,7 +155,7 @@ def scan(
         rows: dict[str, LedgerRow] = {}
         jobs: list[ScanJob] = []
         for one in walked.found:
-            job = _job(one, directory, config, given, drawn.get(one.path), previews, known)
+            job = _job(one, directory, config, given, drawn.get(one.path, NONE), previews, known)
             before = known.get(job.row.file)
             if one.problem:
                 rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
@@ -187,8 +188,8 @@ def scan(
         gone = [_gone(row) for row in missing if row not in elsewhere and row.tile_status]
         write_ledger(workspace.archive_csv, [*found, *elsewhere, *gone])
         here = directory.absolute()
-        used = sum(file is not None and file.is_relative_to(here) for file in drawn.values())
-        passed = walked.ignored - Counter({".geojson": used})
+        used = (one.path for one in drawn.values() if one.path is not None and one.path.is_relative_to(here))
+        passed = walked.ignored - Counter(path.suffix.lower() for path in used)
         return Scanned(found, dict(passed.most_common()), shown)
 
 
@@ -197,7 +198,7 @@ def _job(
     directory: Path,
     config: ScanConfig,
     given: Mapping[str, float],
-    region_file: Path | None,
+    drawn: Annotations,
     preview: bool,
     known: dict[str, LedgerRow],
 ) -> ScanJob:
@@ -207,7 +208,8 @@ def _job(
     mpp = config.slide_mpp if mpp is None else mpp
     size, modified_s = stamp(one.path, one.parts)
     told = plain([__version__, asdict(replace(config, slide_mpp=None, mpp_csv=None, time_limit_s=1.0)), mpp, source])
-    told.append([str(region_file), *stamp(region_file)] if region_file else None)
+    told.append([str(drawn.path), *stamp(drawn.path)] if drawn.path else None)
+    told += [drawn.note] if drawn.note else []
     before = known.get(file, LedgerRow(file))
     row = replace(
         LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s, archive=resolved(directory)),
@@ -215,7 +217,8 @@ def _job(
         extra=before.extra,
         **{name: getattr(before, name) for name in TILE_COLUMNS},
     )
-    return ScanJob(one.path.absolute(), row, config, mpp, source, one.note, region_file, preview)
+    note = "; ".join(filter(None, (one.note, drawn.note)))
+    return ScanJob(one.path.absolute(), row, config, mpp, source, note, drawn.path, preview)
 
 
 # What `tile` wrote stays: it knows by tile_settings whether that still speaks of the file.

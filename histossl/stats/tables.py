@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from histossl.core.errors import StoreError
+from histossl.core.text_files import separator_in
 from histossl.core.workspace import written_aside
 
 ALL = "all"
@@ -187,8 +188,8 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]])
 def _read(path: Path, columns: Sequence[str], make: Callable[[Row], T]) -> tuple[list[T], list[str]]:
     """The rows as `make` reads them, and the file's columns. Whatever is wrong names the file and its line."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter=separator_in(file, ({*columns} - {*NOT_IN_OLD_FILES}).issubset))
             found = list(reader.fieldnames or [])
             missing = [name for name in columns if name not in found and name not in NOT_IN_OLD_FILES]
             if missing:

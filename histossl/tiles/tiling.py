@@ -25,7 +25,7 @@ from histossl.core.errors import HistosslError, MismatchError, SlideError, Store
 from histossl.core.workspace import Workspace
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event, Report, num_cores, run_jobs
-from histossl.slides.annotations import match_regions
+from histossl.slides.annotation_files import match_regions
 from histossl.slides.archive import SlideFile, relative, walk
 from histossl.slides.ledger import UNREADABLE, WARNING, LedgerRow, read_ledger
 from histossl.slides.reading.mpp import PLAUSIBLE_MPP, read_mpp_csv
@@ -223,7 +223,8 @@ def _plan(
             slide_mpp=mpp if mpp is not None else slide_mpp,
             mpp_source=source,
             key=names.key,
-            regions=drawn[each.path],
+            regions=drawn[each.path].path,
+            note=drawn[each.path].note,
             parts=tuple(part.absolute() for part in each.parts),
             verify=verify,
         )

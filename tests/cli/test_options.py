@@ -39,8 +39,20 @@ def test_a_zero_given_by_hand_is_refused_where_it_would_mean_the_default(
     assert f"error: {option} 0: must be more than 0; leave it out for the default" in told.err
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_a_config_file_is_read_as_notepad_saves_it(cli, tmp_path, coding) -> None:
+    (tmp_path / "run.toml").write_text("steps = -1\r\n", encoding=coding)
+    assert "--steps -1: must be" in cli("pretrain", "--config", tmp_path / "run.toml").err
+
+
+def test_a_config_file_in_another_coding_is_refused_with_its_line(cli, tmp_path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"steps = 1\nname = 'K\xf6ln'\n")
+    told = cli("pretrain", "--config", tmp_path / "run.toml")
+    assert (told.code, "run.toml, line 2: is not UTF-8 text; save it as UTF-8" in told.err) == (2, True)
+
+
 def test_in_a_config_file_a_zero_is_the_default_written_out_and_less_is_refused(cli, tmp_path) -> None:
-    for written, said in (("0", "no tiles yet"), ("-1", "--steps -1: must be more than 0")):
+    for written, said in (("0", "no tiles yet"), ("-1", "--steps -1: must be")):
         (tmp_path / "run.toml").write_text(f"steps = {written}\n")
         told = cli("pretrain", "--config", tmp_path / "run.toml", "-w", tmp_path / "lab")
         assert said in told.err

@@ -1,5 +1,6 @@
 """Annotations become items: tiles by their centre, holes and Ignore* cut out, patients from wherever they are known."""
 
+import gzip
 import json
 
 import numpy as np
@@ -55,6 +56,37 @@ def test_tiles_belong_to_the_annotation_around_their_centre(drawn):
     assert table.missing == (("C1.geojson", "no tiled slide of this name"),)
     assert any("1 annotations have no class" in note for note in table.notes)
     assert any("1 annotations hold no tile's centre" in note for note in table.notes)
+
+
+def test_an_annotation_in_two_parts_is_one_item_with_the_tiles_of_both(drawn):
+    index, folder = drawn
+    parts = [box("tumour", n * SIDE, 0, SIDE, SIDE)["geometry"]["coordinates"] for n in (0, 2)]
+    multi = box("tumour", 0, 0, 1, 1) | {"geometry": {"type": "MultiPolygon", "coordinates": parts}}
+    content = json.dumps({"type": "FeatureCollection", "features": [multi, box("stroma", 5 * SIDE, 0, SIDE, SIDE)]})
+    (folder / "A1.geojson").unlink()
+    (folder / "a1.GeoJSON.gz").write_bytes(gzip.compress(content.encode("utf-16")))
+    found = [(i.name, i.label, i.tiles.tolist()) for i in drawn_items(index, folder).items if i.slide == "A1"]
+    assert found == [("A1#1", "tumour", [0, 2]), ("A1#2", "stroma", [5])]
+
+
+def test_classes_that_read_the_same_are_refused_and_chosen_in_any_spelling(drawn):
+    index, folder = drawn
+    assert {item.label for item in drawn_items(index, folder, classes=("TUMOUR", "Stroma")).items} == {
+        "tumour",
+        "stroma",
+    }
+    (folder / "B1.geojson").write_text(json.dumps([box("Tumour ", 0, 0, 2 * SIDE, 2 * SIDE)]))
+    with pytest.raises(LabelsError, match=r"class 'tumour' \(A1\) and 'Tumour' \(B1\) differ only in case"):
+        drawn_items(index, folder)
+
+
+def test_annotations_of_other_programs_are_named_as_not_read(drawn):
+    index, folder = drawn
+    (folder / "B1.geojson").rename(folder / "B2.geojson")
+    (folder / "B1.xml").write_text("<ASAP_Annotations/>")
+    missing = dict(drawn_items(index, folder).missing)
+    assert "B1.xml is Aperio's or ASAP's XML, not read" in missing["B1"]
+    assert missing["B2.geojson"] == "no tiled slide of this name"
 
 
 def test_annotations_find_a_slide_that_is_tiled_under_another_name(tmp_path, workspace):

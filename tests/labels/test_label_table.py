@@ -1,6 +1,7 @@
 """labels.csv is read as written, finds its slides, and refuses what would make a curve lie."""
 
 import csv
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -110,14 +111,36 @@ def test_one_content_under_the_barcodes_of_two_patients_is_refused(tmp_path):
 
 
 def test_labels_stay_text(tmp_path):
-    table = table_of(tmp_path, "slide,label\nA1,1\nA2,01\ncase1/B1,1.0\n")
-    assert [item.label for item in table.items] == ["1", "01", "1.0"]
+    table = table_of(tmp_path, "slide,label\nA1,01\nA2,2.0\ncase1/B1,1e1\n")
+    assert [item.label for item in table.items] == ["01", "2.0", "1e1"]
 
 
 def test_a_byte_order_mark_and_spaces_do_not_matter(tmp_path):
     rows = rows_of(tmp_path, "Slide , LABEL\r\n A1.svs , x \r\nA2,y\r\n\r\n", encoding="utf-8-sig")
     table = match_labels(rows, SLIDES)
     assert [(item.slide, item.label) for item in table.items] == [("A1", "x"), ("A2", "y")]
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("first", ["", "sep=;\r\n", '"sep=;"\r\n', "SEP=;\n"])
+def test_what_a_spreadsheet_says_of_its_own_file_is_believed(tmp_path, coding, first):
+    rows = rows_of(tmp_path, f"{first}slide;label\r\nA1;x, y\r\n\ufeffA2;K\u00f6ln\r\n", coding)
+    below = len(first.splitlines())
+    assert [(row.line - below, row.slide, row.label) for row in rows] == [(2, "A1", "x, y"), (3, "A2", "K\u00f6ln")]
+
+
+@pytest.mark.parametrize("closes", ['A4,"x"\n', "A4,x\n", ""])
+def test_a_quote_that_is_not_closed_is_blamed_on_the_line_where_it_opens(tmp_path, closes):
+    for text in (
+        f'slide,label\nA1,x\nA2,"y\nA3,y\n{closes}',
+        'slide,label\nA1,x\nA2,"y',
+        'sep=,\nslide,label\nA2,"y\n\n',
+    ):
+        with pytest.raises(LabelsError, match="line 3: a quote opens here and is not closed"):
+            rows_of(tmp_path, text)
+    with pytest.raises(LabelsError, match="line 2: a quote opens here"):
+        rows_of(tmp_path, 'slide,label\nA1,"' + "A2,x\n" * 40_000)
+    assert rows_of(tmp_path, 'slide,label\nA1,5" margin\nA2,"a ""b"""\n')[1].label == 'a "b"'
 
 
 def test_without_patients_each_slide_is_its_own_and_it_is_said(tmp_path):
@@ -138,7 +161,7 @@ def test_a_slide_of_the_ledger_without_tiles_is_told_from_a_mistyped_one(tmp_pat
             LedgerRow("deep/V-2c.tif"),
         ],
     )
-    lines = "V-1a,x\nV-1b,y\nV-2a.tif,x\nV-2b,y\nV-2c.tif,y\nV-1c,y\n"
+    lines = "V-1a,x\nV-1b,y\nV-2a.tif,x\nV-2b,y\nV-2c.tif,y\nV-1c,y\nV_1A.tif,x\n"
     (tmp_path / "labels.csv").write_text(f"slide,label\n{lines}")
     config = FinetuneConfig(labels=str(tmp_path / "labels.csv"))
     show_missing(labelled_items(at, TileIndex.open(at), config).missing)
@@ -146,7 +169,8 @@ def test_a_slide_of_the_ledger_without_tiles_is_told_from_a_mistyped_one(tmp_pat
     assert "V-2a.tif: in the archive, but it has no tiles: not tiled yet" in said
     assert "V-2b: in the archive, but it has no tiles: of 16 places" in said
     assert "V-2c.tif: in the archive, but it has no tiles: not tiled yet" in said
-    assert "V-1c: not found (did you mean 'V-1" in said
+    assert "V-1c: not found (no slide has this name)" in said
+    assert "V_1A.tif: not found (did you mean 'V-1a'?)" in said
 
 
 def test_the_table_counts_matched_missing_and_unlabelled(tmp_path):
@@ -161,9 +185,51 @@ def test_the_table_counts_matched_missing_and_unlabelled(tmp_path):
     assert rows == [["x", 1, 1, 1, 1, 0, 0], ["y", 1, 1, 0, 0, 1, 1], ["all", 2, 2, 1, 1, 1, 1]]
 
 
-def test_a_missing_name_comes_with_its_nearest(tmp_path):
-    table = table_of(tmp_path, "slide,label\nA1,x\nA2,y\nadenoma-B1x,y\n", [*SLIDES, "adenoma-B1"])
-    assert table.missing == (("adenoma-B1x", "did you mean 'adenoma-B1'?"),)
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Adenoma B1", "case3/adenoma-B1"),
+        ("adenoma_b1.svs.h5", "case3/adenoma-B1"),
+        ("CASE-3/adenomaB1.pt", "case3/adenoma-B1"),
+        ("adenoma-B1x", ""),
+        ("adenoma-B2", ""),
+        ("case4/adenoma B1", ""),
+        ("S000.h5", ""),
+        ("S7", ""),
+        ("S0071", ""),
+        ("1-11", ""),
+        ("K\u00f6ln-0", ""),
+        ("Koln-7", ""),
+    ],
+)
+def test_a_hint_never_names_a_slide_with_another_number_or_letter(name, meant):
+    names = SlideNames([*SLIDES, "case3/adenoma-B1", "S005", "S007", "S00-71", "111", "Ko\u0308ln-7"])
+    assert names.find(name) == ()
+    assert names.hint(name) == (f"did you mean {meant!r}?" if meant else "no slide has this name")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{}", "{}.svs", "  {}.SVS\u00a0", "\ufeff{}", "{}\u200b.svs", "./Stra\u00dfe/{}", "D:\\Stra\u00dfe\\{}.svs",
+        "stra\u00dfe/{}.ome.tif",
+    ],
+)  # fmt: skip
+def test_a_name_is_found_in_every_unicode_form_and_as_every_system_writes_paths(form, written):
+    plain = "K\u00f6ln\u20137 \u00b2"
+    for stored in ("NFC", "NFD"):
+        slides = [unicodedata.normalize(stored, f"Stra\u00dfe/{one}") for one in (plain, "K\u00f6ln-8")]
+        assert SlideNames(slides).find(written.format(unicodedata.normalize(form, plain))) == (slides[0],)
+
+
+def test_of_names_that_one_loose_spelling_could_mean_the_one_as_written_is_found(tmp_path):
+    names = SlideNames(["A2", "A\u00b2", "B-1", "B\u20131", "Ko\u0308ln", "K\u00f6ln"])
+    assert [names.find(one) for one in ("A2", "A\u00b2", "b-1", "B\u20131")] == [
+        ("A2",), ("A\u00b2",), ("B-1",), ("B\u20131",),
+    ]  # fmt: skip
+    with pytest.raises(LabelsError, match="they differ only in how letters are coded, so rename one file"):
+        match_labels(rows_of(tmp_path, "slide,label\nK\u00f6ln,x\nA2,y\n"), names)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +263,38 @@ def test_a_missing_name_comes_with_its_nearest(tmp_path):
         ("slide,label\nA1,AC\nA2,ac\n", r"label 'AC' \(line 2\) and 'ac' \(line 3\) differ only in case"),
         ("slide,label,patient\nA1,x,P 1\nA2,y,p_1\n", "patient 'P 1' .* and 'p_1' .* would count as two"),
         ("slide,label,site\nA1,x,K\u00f6ln\nA2,y,Ko\u0308ln\n", "site 'K\u00f6ln' .* spell them alike"),
+        *(
+            (f"slide,label\nA1,{one}\nA2,{other}\n", rf"label {one!r} \(line 2\) and {other!r} \(line 3\) differ")
+            for one, other in (
+                ("0", "0.0"),
+                ("0", "00"),
+                ("1", "1e0"),
+                ("1", "01"),
+                ("1.50", "1.5"),
+                ("0.5", ".5"),
+                ("G1", "G01"),
+                ("G 1", "g-1"),
+                ("grade 2", "grade 2.0"),
+                ("MSI\u2013H", "MSI-H"),
+                ("non-tumour", "non tumour"),
+                ("AC", "\uff21\uff23"),
+                ("AC", "\u0410\u0421"),
+                ("AC", "AC."),
+                ("Stra\u00dfe", "STRASSE"),
+                ("\u2161", "II"),
+            )
+        ),
+        ('slide;label\nA1;"0,5"\nA2;0.5\n', "label '0,5' .* '0.5' .* would count as two"),
+        *(
+            (f"slide,label\nA1,{one}\nA2,{other}\n", "coded differently, which a screen does not show")
+            for one, other in (
+                ("AC", "A\u200bC"),
+                ("AC", "\u0410\u0421"),
+                ("K\u00f6ln", "Ko\u0308ln"),
+                ("a-b", "a\u2010b"),
+            )
+        ),
+        ("slide,label,site\nA1,x,1\nA2,y,01\n", "site '1' .* '01' .* would count as two"),
         ("slide,label\nA1,x\nA2,x\nZ1,y\n", r"is 'x'; two classes .* 1 of its 3 slides has no tiles in this workspace"),
         ("slide,label\nA1,x\nA1.svs,y\nA2,y\n", "A1 is listed twice with different label"),
         ("slide,label\nA1,x\nA2,x\n", "two classes at least"),
@@ -297,6 +395,14 @@ def test_a_tcga_case_is_one_patient_whatever_the_column_says(tmp_path):
 
 
 @pytest.mark.parametrize("pair", [("P-1", "P_1"), ("P 1", "P1"), ("01", "1"), ("1.0", "1"), ("p-007", "P7")])
+def test_one_patient_in_two_spellings_that_read_the_same_is_refused(tmp_path, pair):
+    with pytest.raises(
+        LabelsError, match=rf"patient '{pair[0]}' \(line 2\) and '{pair[1]}' \(line 3\) .* count as two"
+    ):
+        table_of(tmp_path, f"slide,label,patient\nA1,x,{pair[0]}\nA2,y,{pair[1]}\n")
+
+
+@pytest.mark.parametrize("pair", [("P.1", "P1"), ("#7", "7"), ("P/1", "P#01"), ("(12)", "12")])
 def test_one_patient_spelt_as_spreadsheets_do_is_refused_on_two_sides_and_else_told(tmp_path, pair):
     text = f"slide,label,patient,split\nA1,x,{pair[0]},train\nA2,y,{pair[1]},test\n"
     with pytest.raises(LabelsError, match="in train and test and may be one, spelt twice"):
@@ -308,6 +414,15 @@ def test_one_patient_spelt_as_spreadsheets_do_is_refused_on_two_sides_and_else_t
 def test_numbers_that_are_two_patients_are_two(tmp_path):
     text = "slide,label,patient,split\nA1,x,1-11,train\nA2,y,11-1,test\ncase1/B1,x,111,train\nS1.2,y,10,test\n"
     assert table_of(tmp_path, text).notes == ()
+    text = "slide,label,patient,split\nA1,x,1.1,train\nA2,y,1.10,test\ncase1/B1,x,1e1,train\nS1.2,y,10,test\n"
+    assert table_of(tmp_path, text).notes == ()
+
+
+def test_classes_that_are_written_alike_and_read_as_two_are_two(tmp_path):
+    labels = ("T1", "T1a", "T10", "ER+", "ER-", "-1", "1", "3+4", "3+3", "HER2 0", "HER20", "0.5", "0.05")
+    slides = [f"s{number}" for number in range(len(labels))]
+    lines = "".join(f"{slide},{label}\n" for slide, label in zip(slides, labels, strict=True))
+    assert {*table_of(tmp_path, f"slide,label\n{lines}", slides).classes} == {*labels}
 
 
 def test_names_that_only_look_a_little_alike_are_two(tmp_path):
@@ -325,10 +440,11 @@ def test_the_table_counts_sites_where_the_labels_name_any(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ("slide,label".encode("utf-16"), "UTF-16"),
+        ("slide,label\nA1,x".encode("utf-16-le"), "UTF-16 text without a byte order mark"),
+        (b"\xd0\xcf\x11\xe0\0", "old Excel"),
         (b"PK\x03\x04", "spreadsheet"),
         (b"II*\0\0", "no text file"),
-        (b"slide,label\nK\xf6ln,x", "line 2: is not UTF-8"),
+        (b"slide,label\r\nK\xf6ln,x", "line 2: is not UTF-8 text; save it as 'CSV UTF-8'"),
     ],
 )
 def test_what_a_spreadsheet_saves_otherwise_is_named(tmp_path, raw, said):
@@ -346,7 +462,7 @@ def test_only_line_ends_end_a_line(tmp_path):
 def test_mixed_patients_and_fewer_classes_when_asked(tmp_path):
     text = "slide,label,patient\nA1,x,P\nA2,y,P\ncase1/B1,z,Q\n"
     assert table_of(tmp_path, text, mixed_patients=True).classes == ("x", "y", "z")
-    assert table_of(tmp_path, text, classes=("x", "z")).classes == ("x", "z")
+    assert table_of(tmp_path, text, classes=("x", "Z")).classes == ("x", "z")
     with pytest.raises(LabelsError, match="--classes zz"):
         table_of(tmp_path, text, classes=("x", "zz"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from histossl.core.errors import SlideError, UsageError
 from histossl.core.workspace import Workspace
 from histossl.evaluation.heatmap import qupath_corners
 from histossl.labels.annotation_labels import drawn_items
-from histossl.slides.annotations import find_regions, match_regions, rasterised, read_regions
+from histossl.slides import annotations as regions_module
+from histossl.slides.annotation_files import Annotations, match_regions, regions_in
+from histossl.slides.annotations import rasterised, read_regions
 from histossl.slides.archive import SlideFile
+from histossl.slides.ledger import read_ledger
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.tiling import tile_archive
 
@@ -137,17 +141,117 @@ def test_what_cannot_be_used_is_told_in_one_line(tmp_path: Path, content: str, t
 def test_found_beside_the_slide_or_in_a_folder(tmp_path: Path) -> None:
     slide = tmp_path / "case1" / "A1.svs"
     slide.parent.mkdir()
-    assert find_regions(slide, "case1/A1") is None
+    one = SlideFile(slide, "case1/A1")
+    assert match_regions([one]) == {slide: Annotations()}
     beside = write(slide.parent / "A1.geojson", feature([square(0, 0, 9)]))
-    assert find_regions(slide, "case1/A1") == beside
+    assert match_regions([one])[slide].path == beside
     folder = tmp_path / "regions"
     folder.mkdir()
-    assert find_regions(slide, "case1/A1", folder) is None
+    assert regions_in(folder, [one])[slide].path is None
     flat = write(folder / "A1.geojson", feature([square(0, 0, 9)]))
-    assert find_regions(slide, "case1/A1", folder) == flat
+    assert regions_in(folder, [one])[slide].path == flat
     (folder / "case1").mkdir()
     nested = write(folder / "case1" / "A1.geojson", feature([square(0, 0, 9)]))
-    assert find_regions(slide, "case1/A1", folder) == nested
+    assert regions_in(folder, [one])[slide].path == nested
+
+
+SQUARE = json.dumps([{"type": "Polygon", "coordinates": [square(0, 0, 100)]}])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A\u00f61.GEOJSON", "A\u00f61.GeoJSON", "A\u00f61.geojson.gz", "a\u00f61.GeoJSON.GZ", "A\u00f61.json",
+        "A\u00f61.JSON", "A\u00f61.svs.json", "A\u00f61.SVS.geojson", "Ao\u03081.geojson", "A\u00f61.json.gz",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_annotations_are_read_however_the_file_is_named_packed_and_coded(
+    tmp_path: Path, name: str, coding: str
+) -> None:
+    slide = SlideFile(tmp_path / "slides" / "A\u00f61.svs", "A\u00f61")
+    for folder in ("slides", "regions"):
+        (tmp_path / folder).mkdir()
+        raw = SQUARE.encode(coding)
+        (tmp_path / folder / name).write_bytes(gzip.compress(raw) if name.lower().endswith("gz") else raw)
+    for directory in (None, tmp_path / "regions"):
+        found = match_regions([slide], directory)[slide.path]
+        assert (found.path, found.note) == ((directory or slide.path.parent) / name, "")
+        assert read_regions(found.path, SIZE).mask((80, 100), 10).sum() == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("A1.xml", '<?xml version="1.0"?><Annotations MicronsPerPixel="0.5"/>', "Aperio's or ASAP's XML"),
+        ("A1.svs.XML", "<ASAP_Annotations/>", "Aperio's or ASAP's XML"),
+        ("A1.svs.ndpa", "<annotations/>", "NDP.view's XML"),
+        ("A1.qpdata", "", "QuPath's own data"),
+        ("A1.json", '{"scanner": "x"}', "JSON, but not a GeoJSON"),
+        ("A1.json", "no json", "JSON, but not a GeoJSON"),
+    ],
+)
+def test_annotations_that_are_not_read_are_noted(tmp_path: Path, name: str, content: str, said: str) -> None:
+    slide = SlideFile(tmp_path / "A1.svs", "A1")
+    (tmp_path / name).write_text(content)
+    found = match_regions([slide])[slide.path]
+    assert found.path is None
+    assert f"{name} is {said}" in found.note
+    assert "else all of the slide is tiled" in found.note
+    with pytest.raises(UsageError, match=f"holds nothing that can be read .*{said}"):
+        match_regions([slide], tmp_path)
+
+
+def test_of_two_files_for_one_slide_it_is_said_which_one_is_read(tmp_path: Path) -> None:
+    slides = [SlideFile(tmp_path / name, name) for name in ("A1.svs", "B1.svs")]
+    geojson(tmp_path, "A1.geojson.gz", "A1.GEOJSON", "A1.qpdata", "B1.geojson", "B1.svs.geojson")
+    found = match_regions(slides)
+    assert [found[one.path].path.name for one in slides] == ["A1.GEOJSON", "B1.svs.geojson"]
+    told = "annotations are read from A1.GEOJSON alone, not from A1.geojson.gz, A1.qpdata (QuPath's own data)"
+    assert found[slides[0].path].note == told
+    assert "B1.svs.geojson alone, not from B1.geojson" in found[slides[1].path].note
+
+
+def test_xml_that_has_nothing_to_do_with_annotations_is_none(tmp_path: Path) -> None:
+    (tmp_path / "A1.xml").write_text("<Scanner/>")
+    assert match_regions([SlideFile(tmp_path / "A1.svs", "A1")]) == {tmp_path / "A1.svs": Annotations()}
+
+
+def test_case_alone_tells_two_slides_and_their_annotations_apart(tmp_path: Path) -> None:
+    slides = [SlideFile(tmp_path / name, name) for name in ("A1.svs", "a1.svs")]
+    geojson(tmp_path, "A1.geojson", "a1.geojson")
+    for directory in (None, tmp_path):
+        found = match_regions(slides, directory)
+        assert [found[one.path].path.name for one in slides] == ["A1.geojson", "a1.geojson"]
+        assert not any(one.note for one in found.values())
+
+
+def test_a_packed_file_is_not_unpacked_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions_module, "MAX_BYTES", 10_000)
+    (tmp_path / "A1.geojson.gz").write_bytes(gzip.compress(SQUARE.encode() + b" " * 100_000))
+    with pytest.raises(SlideError, match=r"A1\.geojson\.gz: 0 MB or more, when it is unpacked; export the annot"):
+        read_regions(tmp_path / "A1.geojson.gz", SIZE)
+    (tmp_path / "A1.geojson.gz").write_bytes(gzip.compress(SQUARE.encode())[:-20])
+    with pytest.raises(SlideError, match=r"A1\.geojson\.gz: damaged"):
+        read_regions(tmp_path / "A1.geojson.gz", SIZE)
+
+
+def test_an_annotation_is_one_region_of_however_many_parts(tmp_path: Path) -> None:
+    """Parts that overlap are no hole, holes stay, and what QuPath exports in two features of one id is one, too."""
+    parts = [[square(0, 0, 200), square(50, 50, 100)], [square(150, 0, 200)], [square(500, 0, 100)]]
+    multi = feature(parts, "tumour", "MultiPolygon")
+    polygons = [{"type": "Polygon", "coordinates": one} for one in parts]
+    collection = {**multi, "geometry": {"type": "GeometryCollection", "geometries": polygons}}
+    own = "c0ffee00-0000-4000-8000-00000000000{}"
+    split = [{**feature(one, "tumour"), "id": own.format(1)} for one in parts]
+    area = (20 * 20 - 10 * 10) + (20 * 20 - 5 * 20) + 10 * 10
+    nested = {"type": "FeatureCollection", "features": [multi]}
+    for features in ([multi], [collection], split, [nested], [{"type": "FeatureCollection", "features": [nested]}]):
+        (region,) = read_regions(write(tmp_path / "A1.geojson", *features), SIZE).regions
+        assert region.name == "tumour"
+        assert region.mask((80, 100), 10).sum() == area
+    others = [split[0], {**feature(parts[1], "stroma"), "id": split[0]["id"]}, feature(parts[2])]
+    assert len(read_regions(write(tmp_path / "A1.geojson", *others, others[2]), SIZE).regions) == 4
 
 
 def archive(root: Path, *names: str) -> list[SlideFile]:
@@ -162,7 +266,8 @@ def geojson(folder: Path, *names: str) -> None:
 
 def matches(slides: list[SlideFile], folder: Path) -> dict[str, str]:
     found = match_regions(slides, folder)
-    return {one.slide: str(found[one.path].relative_to(folder)) for one in slides if found[one.path]}
+    paths = {one.slide: found[one.path].path for one in slides}
+    return {slide: str(path.relative_to(folder)) for slide, path in paths.items() if path}
 
 
 def test_a_name_without_folder_goes_to_one_slide_or_is_refused(tmp_path: Path) -> None:
@@ -174,6 +279,8 @@ def test_a_name_without_folder_goes_to_one_slide_or_is_refused(tmp_path: Path) -
         match_regions(slides, folder)
     (folder / "A1.geojson").unlink()
     geojson(folder, "c2/A1.geojson")
+    assert matches(slides, folder) == {"c2/A1": "c2/A1.geojson", "c2/B1": "B1.geojson"}
+    geojson(folder, "c2/B1.qpdata")
     assert matches(slides, folder) == {"c2/A1": "c2/A1.geojson", "c2/B1": "B1.geojson"}
 
 
@@ -192,7 +299,7 @@ def test_regions_and_slides_that_do_not_meet_are_told(tmp_path: Path, capsys: py
     (folder / "A1.geojson").rename(folder / "a-1.geojson")
     with pytest.raises(UsageError, match=r"none of it is named after a slide here \(its a-1\.geojson, deep/C1"):
         match_regions(slides, folder)
-    assert set(match_regions(slides).values()) == {None}, "beside the slides nothing was asked for"
+    assert set(match_regions(slides).values()) == {Annotations()}, "next to the slides nothing was asked for"
 
 
 def test_a_file_beside_two_slides_of_its_name_is_refused(tmp_path: Path) -> None:
@@ -201,7 +308,7 @@ def test_a_file_beside_two_slides_of_its_name_is_refused(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"could be of A1\.svs or A1\.tif .*like A1\.svs\.geojson"):
         match_regions(slides)
     own = write(tmp_path / "A1.svs.geojson", feature([square(0, 0, 100)]))
-    assert match_regions(slides) == {slides[0].path: own, slides[1].path: beside}
+    assert match_regions(slides) == {slides[0].path: Annotations(own), slides[1].path: Annotations(beside)}
 
 
 def test_what_qupath_finds_by_itself_is_no_region_in_any_version(tmp_path: Path) -> None:
@@ -226,3 +333,17 @@ def test_annotations_within_others_are_read_too(tmp_path: Path, inside: str) -> 
     child, core = feature([square(0, 0, 100)], "tumour"), feature([square(0, 0, 300)], objectType="tmaCore")
     (core if inside == "feature" else core["properties"])["childObjects"] = [child]
     assert read_regions(write(tmp_path / "A1.geojson", core), SIZE).mask((80, 100), 10).sum() == 10 * 10
+
+
+def test_scan_and_tile_account_for_every_file_of_annotations(paint, cli, workspace: Workspace) -> None:
+    """A slide whose annotations are not read is tiled whole, and its row says so; one file in capitals counts."""
+    slides = [paint(f"{name}.tif", width_px=512, height_px=512, seed=seed).path for seed, name in enumerate("AB")]
+    write(slides[0].with_suffix(".GEOJSON"), feature([square(0, 0, 256)]))
+    slides[1].with_suffix(".xml").write_text("<Annotations/>")
+    loose = ("--min-tissue", 0, "--min-sharpness", 0, "--min-saturation", 0, "--max-fold", 1, "--max-ink", 1)
+    told = cli("scan", slides[0].parent, "-w", workspace.root)
+    assert "B.xml is Aperio's or ASAP's XML, not read" in told.err
+    told = cli("tile", slides[0].parent, "-w", workspace.root, "--tile-px", 128, "--mpp", 0.5, *loose)
+    assert "B.xml is Aperio's or ASAP's XML, not read" in told.err
+    rows = {row.slide: row for row in read_ledger(workspace.archive_csv)}
+    assert {slide: (row.status, row.num_tiles) for slide, row in rows.items()} == {"A": ("ok", 4), "B": ("warning", 16)}

@@ -53,3 +53,9 @@ def test_spoilt_ledger_is_told(tmp_path: Path, content: bytes, told: str) -> Non
     (tmp_path / "archive.csv").write_bytes(content)
     with pytest.raises(StoreError, match=told):
         read_ledger(tmp_path / "archive.csv")
+
+
+@pytest.mark.parametrize("first", ["\ufeff", "sep=;\n", "\ufeffsep=;\r\n", ""])
+def test_a_ledger_that_a_spreadsheet_has_saved_again_is_read(tmp_path: Path, first: str) -> None:
+    (tmp_path / "archive.csv").write_text(f'{first}file;status;mpp\n"a;1.svs";ok;0.5\n', encoding="utf-8")
+    assert read_ledger(tmp_path / "archive.csv") == [LedgerRow("a;1.svs", mpp=0.5)]

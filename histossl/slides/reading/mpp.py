@@ -5,18 +5,17 @@ Nothing here guesses. Magnification ("40x") is a hint in an error's text, never 
 
 from __future__ import annotations
 
-import csv
 import math
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from histossl.core import console
-from histossl.core.config import SEPARATORS, refuse_separator, separator_of
 from histossl.core.errors import UsageError
+from histossl.core.text_files import read_table, refuse_separator
+from histossl.slides.lookup import NameFinder
 
 PLAUSIBLE_MPP = (0.05, 5.0)  # 200x oil to 2x: nothing outside is a microscope's
 MAX_ANISOTROPY = 0.02
@@ -159,68 +158,62 @@ class MppTable:
 
     def among(self, slides: Sequence[tuple[str, str]]) -> dict[str, float]:
         """By file, of all (file, slide) of the archive. A name without its folder counts if one slide alone has it."""
-        owner = {name: file for file, slide in slides for name in (slide, file) if name in self.mpp}
-        found = {file: self.mpp[name] for name, file in owner.items()}
-        claims: dict[str, list[str]] = defaultdict(list)
-        for file, slide in slides:
-            bare = next((name for name in _names(file, slide) if name in self.mpp), None)
-            if file not in found and bare is not None and bare not in owner:
-                claims[bare].append(file)
-        for name, files in claims.items():
-            if len(files) > 1:
-                more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        meant = self._meant(slides)
+        owned = {files[0] for files in meant.values() if len(files) == 1}
+        named: dict[str, str] = {}
+        for name, files in meant.items():
+            left = files if len(files) == 1 else [file for file in files if file not in owned]
+            if len(left) > 1:
+                more = f" and {len(left) - 5} more" if len(left) > 5 else ""
                 raise UsageError(
-                    f"--mpp-csv {self.path}: {name!r} could be {' or '.join(files[:5])}{more}; name each by its path"
+                    f"--mpp-csv {self.path}: {name!r} could be {' or '.join(left[:5])}{more}; name each by its path"
                 )
-            found[files[0]] = self.mpp[name]
-        return found
+            for file in left:
+                before = named.setdefault(file, name)
+                if self.mpp[before] != self.mpp[name]:
+                    raise UsageError(
+                        f"--mpp-csv {self.path}: {before!r} and {name!r} are one slide ({file}), "
+                        f"with {self.mpp[before]:g} and {self.mpp[name]:g}; correct one of them"
+                    )
+        return {file: self.mpp[name] for file, name in named.items()}
 
-    def unused(self, slides: list[tuple[str, str]]) -> list[str]:
+    def unused(self, slides: Sequence[tuple[str, str]]) -> list[str]:
         """Names of the CSV that no (file, slide) of the archive answers to."""
-        known = {name for file, slide in slides for name in _names(file, slide)}
-        return [name for name in self.mpp if name not in known]
+        return [name for name, files in self._meant(slides).items() if not files]
+
+    def _meant(self, slides: Sequence[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+        """The files that each name of the CSV may be."""
+        finder = NameFinder({name: file for file, slide in slides for name in (slide, file)})
+        return {name: finder.find(name) for name in self.mpp}
 
 
 def read_mpp_csv(path: Path) -> MppTable:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            separator = separator_of(file.readline(), _has_columns)
-            file.seek(0)
-            if separator != ",":
-                console.say(f"--mpp-csv {path}: the columns are separated by {SEPARATORS[separator]}s, and read so")
-            table = csv.DictReader(file, delimiter=separator)
-            names = [name.strip().lower() for name in table.fieldnames or []]
-            if not _has_columns({*names}):
-                refuse_separator(f"--mpp-csv {path}", names)
-                raise UsageError(f"--mpp-csv {path}: needs the columns slide,mpp; it has {','.join(names) or 'none'}")
-            mpp: dict[str, float] = {}
-            for values in table:
-                row = {(key or "").strip().lower(): (value or "").strip() for key, value in values.items() if key}
-                slide = row.get("slide") or row.get("wsi") or row.get("file") or ""
-                value = _number(row.get("mpp"))
-                if not slide or value is None or not PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]:
-                    raise UsageError(
-                        f"--mpp-csv {path}, line {table.line_num}: slide {slide!r}, mpp {row.get('mpp', '')!r}: "
-                        f"must be a slide and a number of microns per pixel between {PLAUSIBLE_MPP[0]:g} and "
-                        f"{PLAUSIBLE_MPP[1]:g}"
-                    )
-                if mpp.get(slide, value) != value:
-                    raise UsageError(
-                        f"--mpp-csv {path}, line {table.line_num}: slide {slide!r} is listed twice, "
-                        f"with {mpp[slide]:g} and {value:g}"
-                    )
-                mpp[slide] = value
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"--mpp-csv {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    where = f"--mpp-csv {path}"
+    table = read_table(path, where, _has_columns)
+    if not _has_columns({*table.header}):
+        refuse_separator(where, table.header)
+        raise UsageError(f"{where}: needs the columns slide,mpp; it has {','.join(table.header) or 'none'}")
+    if table.note:
+        console.say(f"{where}: {table.note}")
+    mpp: dict[str, float] = {}
+    for line, cells in table.rows:
+        row = dict(zip(table.header, cells, strict=True))
+        slide = row.get("slide") or row.get("wsi") or row.get("file") or ""
+        value = _number(row["mpp"])
+        if not slide or value is None or not PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]:
+            raise UsageError(
+                f"{where}, line {line}: slide {slide!r}, mpp {row['mpp']!r}: must be a slide and a number of microns "
+                f"per pixel between {PLAUSIBLE_MPP[0]:g} and {PLAUSIBLE_MPP[1]:g}"
+            )
+        if mpp.setdefault(slide, value) != value:
+            raise UsageError(
+                f"{where}, line {line}: slide {slide!r} is listed twice, with {mpp[slide]:g} and {value:g}"
+            )
     return MppTable(path, mpp)
 
 
 def _has_columns(names: set[str]) -> bool:
     return "mpp" in names and bool({"slide", "wsi", "file"} & names)
-
-
-def _names(file: str, slide: str) -> tuple[str, ...]:
-    return slide, file, PurePosixPath(file).name, PurePosixPath(file).stem
 
 
 def _number(text: Any) -> float | None:

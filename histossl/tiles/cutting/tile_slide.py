@@ -74,6 +74,7 @@ class TileJob:
     mpp_source: str = "--slide-mpp"
     key: bytes = b""  # of an anonymous store
     regions: Path | None = None  # a GeoJSON that restricts tiling
+    note: str = ""  # of annotations that are not read
     parts: tuple[Path, ...] = ()  # all files of a slide that is several
     verify: bool = False  # decode every tile that is copied, not only some
     version: str = __version__
@@ -169,7 +170,7 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
         except SlideError as error:
             raise NotOpened(str(error)) from error.__cause__
         with opened as slide:
-            warnings = [*slide.warnings, *_too_coarse(slide, job.config)]
+            warnings = [*slide.warnings, *_too_coarse(slide, job.config), *([job.note] if job.note else [])]
             prints = prints_of(job)
             with new_store(job.zip_path, job.config.mpps) as store:
                 with _vanishing(job), closing(Making(job, slide, open_again, store, report)) as making:

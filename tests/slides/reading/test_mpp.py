@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def test_a_name_that_may_be_of_two_slides_gives_neither_a_scale(tmp_path: Path) 
         ("slide,mpp\nA1,40x\n", "line 2"),
         ("slide,mpp\nA1,0.5\n,0.5\n", "line 3"),
         ("slide,mpp\nA1,0.5\nA1,0.25\n", "listed twice"),
+        ('slide,mpp\nA1,0.5\n"A2,0.5\nA3,0.5\nA4,0.5\n', "line 3: a quote opens here and is not closed"),
+        ("slide,mpp\nA1,0,5\n", "line 2: 3 columns where the first line has 2"),
     ],
 )
 def test_csv_that_cannot_be_used(tmp_path: Path, content: str, told: str) -> None:
@@ -98,6 +101,24 @@ def test_csv_of_a_german_spreadsheet_is_read(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "mpp.csv").write_bytes('\ufeffslide;mpp\r\n"A;1";0,25\r\nB2;0,5\r\n'.encode())
     assert read_mpp_csv(tmp_path / "mpp.csv").mpp == {"A;1": 0.25, "B2": 0.5}
     assert "mpp.csv: the columns are separated by semicolons, and read so" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKD"])
+@pytest.mark.parametrize("written", ["{}", "{}.TIF ", "Stra\u00dfe\\{}.tif", "\ufeff/data/Stra\u00dfe/{}.ndpi"])
+def test_csv_names_slides_in_any_unicode_form(tmp_path: Path, form: str, written: str) -> None:
+    name = written.format(unicodedata.normalize(form, "K\u00f6ln-0"))
+    (tmp_path / "mpp.csv").write_text(f"sep=;\nslide;mpp\n{name};0,25\n", encoding="utf-8-sig")
+    table = read_mpp_csv(tmp_path / "mpp.csv")
+    own, other = (unicodedata.normalize("NFD", f"Stra\u00dfe/K\u00f6ln-{number}") for number in (0, 7))
+    slides = [(f"{own}.tif", own), (f"{other}.tif", other)]
+    assert table.among(slides) == {f"{own}.tif": 0.25}
+    assert table.unused(slides) == []
+
+
+def test_two_names_of_one_slide_with_two_scales_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mpp.csv").write_text("slide,mpp\nA1,0.25\na1.tif,0.5\n")
+    with pytest.raises(UsageError, match=r"'A1' and 'a1.tif' are one slide \(A1.tif\), with 0.25 and 0.5"):
+        read_mpp_csv(tmp_path / "mpp.csv").among([("A1.tif", "A1")])
 
 
 def test_csv_that_is_not_there(tmp_path: Path) -> None:
