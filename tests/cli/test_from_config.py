@@ -84,7 +84,7 @@ def test_options_fill_the_fields(run) -> None:
         ("--lr", "0", "must be a number above 0; leave it out for the default"),
         ("--lr", "inf", "must be a number above 0"),
         ("--mpp", "0.5,x", "must be numbers like 0.5,1"),
-        ("--grid", "natve", "must be one of auto, native"),
+        ("--grid", "natve", "must be one of auto, native, did you mean 'native'?"),
     ],
 )
 def test_a_value_out_of_range_is_one_line(run, option: str, value: str, words: str) -> None:
