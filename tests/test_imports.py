@@ -18,7 +18,7 @@ FLOORS = [
     {"report", "training.pretrain", "evaluation", "curation"},
     {"training"},
     {"methods"},
-    {"views", "backbones", "tiles"},
+    {"views", "backbones", "weights", "tiles"},
     {"slides", "demo"},
     {"units", "config", "errors", "workspace", "console", "launched", "workers", "__init__"},
 ]

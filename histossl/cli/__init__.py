@@ -19,6 +19,7 @@ import typer
 
 from histossl import __version__
 from histossl.cli import bench, curate, demo, distill, evaluate, methods, pretrain, report, scan, tile, views
+from histossl.cli.options import CheckedCommand
 from histossl.core import console
 from histossl.core.errors import HistosslError, UsageError
 from histossl.runtime.launcher_messages import failed_before, is_launched, tell_end, tell_launcher
@@ -59,6 +60,8 @@ def root(
 
 for room in (demo, bench, scan, curate, methods, pretrain, distill, evaluate, report, tile, views):
     room.register(app)
+for each in (*app.registered_commands, *bench.bench.registered_commands):
+    each.cls = CheckedCommand
 
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM

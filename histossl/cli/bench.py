@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from histossl.cli.options import WorkspaceOption, above_0
+from histossl.cli.options import CheckedGroup, WorkspaceOption, above_0
 from histossl.core import console
 from histossl.core.errors import StoreError, UsageError
 from histossl.core.workspace import Workspace
@@ -24,6 +24,7 @@ bench = typer.Typer(
     "what to change. Alone all of it in a minute or two; each command below measures one part closer.",
     epilog="Example: histossl bench -w WORKSPACE\n\nWith a part alone: histossl bench views",
     invoke_without_command=True,
+    cls=CheckedGroup,
 )
 STEPS_CPU, STEPS_GPU = 2, 10
 
@@ -246,13 +247,7 @@ def tile(
     """Cut one slide into tiles in each way it allows, and by the usual loop (openslide-python and Pillow) beside it."""
     from histossl.bench.tiling_rates import measure_tiling
     from histossl.core.config import TileConfig
-    from histossl.slides.reading.mpp import PLAUSIBLE_MPP
 
-    if slide_mpp is not None and not PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1]:
-        raise UsageError(
-            f"--slide-mpp {slide_mpp:g}: must be microns per pixel between {PLAUSIBLE_MPP[0]:g} and "
-            f"{PLAUSIBLE_MPP[1]:g}"
-        )
     if not 1 <= tiles <= 100_000:
         raise UsageError(f"--tiles {tiles}: must be 1 to 100000")
     if not 1 <= repeats <= 50:

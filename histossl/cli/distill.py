@@ -117,10 +117,10 @@ def distill(
     from histossl.training.pretrain import pretrain as run_pretrain
 
     at = Workspace.at(shared["workspace"])
-    model = load_model(teacher, "--teacher")
     DistillationConfig(temperature, targets)  # refuses what no run could use
-    settings = _settings(model, student, weights, targets, temperature, view_px, shared)
     num_processes = 1 if is_worker() else num_processes_for(shared["gpus"])
+    model = load_model(teacher, "--teacher")
+    settings = _settings(model, student, weights, targets, temperature, view_px, shared)
     slides, only_plan = shared["slides"], shared["only_plan"]
     if slides is not None and not only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive

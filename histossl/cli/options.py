@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from histossl.core.config import read_toml
+from histossl.core.config import GRIDS, read_toml, require_in_range
 from histossl.core.errors import UsageError
+
+
+class CheckedCommand(TyperCommand):
+    """A command that starts only with numbers its options can mean, from the command line or a --config file."""
+
+    def invoke(self, ctx: Any) -> Any:
+        _check_ranges(ctx)
+        return super().invoke(ctx)
+
+
+class CheckedGroup(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        _check_ranges(ctx)
+        return super().invoke(ctx)
+
+
+def _check_ranges(context: Any) -> None:
+    for name, value in context.params.items():
+        require_in_range(name, value)
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Values of a TOML file become the command's defaults: what stands on the command line wins."""
     if path is not None:
-        name_of = {
-            option.lstrip("-").replace("-", "_"): parameter.name
+        parameter_of = {
+            option.lstrip("-").replace("-", "_"): parameter
             for parameter in context.command.params
             for option in parameter.opts
             if parameter.name and not (option.startswith("-") and not option.startswith("--"))
         }
-        values = {name_of[key]: value for key, value in read_toml(path, name_of).items()}
+        values = {
+            str(parameter_of[key].name): _as_given(path, key, parameter_of[key], value)
+            for key, value in read_toml(path, parameter_of).items()
+        }
         context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _as_given(path: Path, key: str, parameter: Any, value: Any) -> Any:
+    """A value of a TOML file as it would stand on the command line: click would make 1 of 1.5 and of true."""
+    flag, several = getattr(parameter, "is_flag", False), getattr(parameter, "multiple", False)
+    wanted = "true or false" if flag else 'a list of texts, like ["a=1"]' if several else "one value"
+    right = isinstance(value, bool) if flag else isinstance(value, list) if several else isinstance(value, _SINGLE)
+    if not right or (not flag and isinstance(value, bool)):
+        raise UsageError(f"--config {path}: {key} = {value}: must be {wanted}")
+    return value if flag else [str(each) for each in value] if several else str(value)
+
+
+_SINGLE = (str, int, float)
+
+
+def given_in(context: typer.Context) -> set[str]:
+    """The options that stand on the command line or in the file of --config."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
 
 
 # Options with a --no- beside them: in a panel with others their second name takes all the room that 80 columns have.
@@ -39,6 +82,27 @@ def above_0(context: typer.Context, parameter: typer.CallbackParam, value: float
         option = str(parameter.name).replace("_", "-")
         raise UsageError(f"--{option} {value:g}: must be more than 0; leave it out for the default")
     return value
+
+
+def parsed_by(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """Callback of an option that is a number or a word: what `parse` refuses is refused before any work."""
+
+    def check(value: str) -> str:
+        parse(value)
+        return value
+
+    return check
+
+
+def scales_of(text: str) -> list[float]:
+    """`--mpp`: one number of microns per pixel, or several, finest first."""
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--mpp {text}: must be a number of microns per pixel, or several as 0.5,1,2") from error
+    for scale in scales:
+        require_in_range("mpp", scale)
+    return scales
 
 
 ConfigOption = Annotated[
@@ -109,5 +173,27 @@ RejectPenOption = Annotated[
         rich_help_panel=ON_OFF,
         help="Count pen ink, dirt and the edges of cover slips, grey or coloured, as no tissue. What ink a tile may "
         "hold beside enough tissue is tile's --max-ink.",
+    ),
+]
+MinSharpnessOption = Annotated[float, typer.Option(help="Tiles less sharp are out of focus. 0: not looked at.")]
+MaxFoldOption = Annotated[float, typer.Option(help="Share of a tile that may be folded tissue.")]
+MaxInkOption = Annotated[
+    float,
+    typer.Option(
+        help="Share of a tile that pen ink may cover, by the thumbnail and, where a tile is decoded, by its own "
+        "pixels: thin strokes show there. Copied tiles are decoded for it on slides whose thumbnail has ink. "
+        "1, or --no-reject-pen: off."
+    ),
+]
+MinSaturationOption = Annotated[
+    float, typer.Option(help="Mean colour saturation that a tile must have. 0: not looked at.")
+]
+GridOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(GRIDS),
+        help="physical: exactly --tile-px at --mpp. native: the slide's own JPEG tiles, copied, where their "
+        "scale is within 5 % of --mpp. auto: copied where they also have --tile-px; else physical, but at the "
+        "slide's own scale where that is within 0.5 % of --mpp.",
     ),
 ]

@@ -23,10 +23,11 @@ from histossl.cli.options import (
     SlidesOption,
     WorkspaceOption,
     above_0,
+    parsed_by,
 )
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
-from histossl.core.config import PretrainConfig, TileConfig
+from histossl.core.config import RANGES, PretrainConfig, TileConfig, require_in_range
 from histossl.core.errors import StoreError, UsageError
 from histossl.methods import self_supervised
 
@@ -39,6 +40,31 @@ if TYPE_CHECKING:
 DEFAULTS = PretrainConfig()
 # Where the help lists an option. Those that a first run needs have no panel and come first.
 DATA, METHOD, LENGTH, MACHINE, WATCHING = "Data", "Method", "Length and batch", "Machine", "Watching"
+
+
+# ---- options that are a number or a word
+
+
+def _batch(text: str) -> int:
+    """'auto' is 0: to be worked out."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 2:
+        raise UsageError(f"--batch-size {text}: must be auto, or 2 or more tiles")
+    require_in_range("batch_size", int(text))
+    return int(text)
+
+
+def _every(text: str) -> tuple[float, int]:
+    """'10m', '1h', '90s' or a number of steps -> (seconds, steps)."""
+    match = re.fullmatch(r"(\d+)\s*([smh]?)", text.strip())
+    if not match or not 0 < int(match[1]) <= RANGES["steps"][1]:
+        raise UsageError(f"--checkpoint-every {text}: must be like 10m, 1h, 90s, or a number of steps")
+    number, unit = int(match[1]), match[2]
+    return (number * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit], 0) if unit else (math.inf, number)
+
+
+# ---- the commands
 
 
 def register(app: typer.Typer) -> None:
@@ -207,6 +233,7 @@ def pretrain(
         str,
         typer.Option(
             metavar="N|auto",
+            callback=parsed_by(_batch),
             rich_help_panel=LENGTH,
             help="Tiles per optimizer step, over all GPUs. auto: by tiles and GPU memory.",
         ),
@@ -270,7 +297,12 @@ def pretrain(
         int, typer.Option(min=0, rich_help_panel=MACHINE, help="How often a dead GPU process is replaced.")
     ] = 3,
     checkpoint_every: Annotated[
-        str, typer.Option(rich_help_panel=WATCHING, help="Minutes (10m), hours (1h), seconds (90s), or steps (500).")
+        str,
+        typer.Option(
+            callback=parsed_by(_every),
+            rich_help_panel=WATCHING,
+            help="Minutes (10m), hours (1h), seconds (90s), or steps (500).",
+        ),
     ] = "10m",
     log_every: Annotated[
         int, typer.Option(min=1, rich_help_panel=WATCHING, help="Steps between two lines of log.jsonl.")
@@ -453,21 +485,3 @@ def _loader_threads(num_processes: int) -> int:
     # SLURM mostly binds each task to cores of its own, and a task that sees no others shares them with nobody.
     on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", cores))
     return max(1, min(cores, on_node // here) - 1)
-
-
-def _batch(text: str) -> int:
-    """'auto' is 0: to be worked out."""
-    if text == "auto":
-        return 0
-    if not text.isdigit() or int(text) < 2:
-        raise UsageError(f"--batch-size {text}: must be auto, or 2 or more tiles")
-    return int(text)
-
-
-def _every(text: str) -> tuple[float, int]:
-    """'10m', '1h', '90s' or a number of steps -> (seconds, steps)."""
-    match = re.fullmatch(r"(\d+)\s*([smh]?)", text.strip())
-    if not match or int(match[1]) == 0:
-        raise UsageError(f"--checkpoint-every {text}: must be like 10m, 1h, 90s, or a number of steps")
-    number, unit = int(match[1]), match[2]
-    return (number * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit], 0) if unit else (math.inf, number)

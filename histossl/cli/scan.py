@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from histossl.cli.options import (
     ConfigOption,
     DirectoryArgument,
+    GridOption,
+    MaxFoldOption,
     MaxHoleOption,
+    MaxInkOption,
+    MinSaturationOption,
+    MinSharpnessOption,
     MinSpeckOption,
     MinTissueOption,
     MppCsvOption,
@@ -23,9 +28,12 @@ from histossl.cli.options import (
     TissueUmOption,
     WorkspaceOption,
     archive_of,
+    given_in,
+    parsed_by,
+    scales_of,
 )
 from histossl.core import console
-from histossl.core.config import ScanConfig, TissueConfig
+from histossl.core.config import ScanConfig, TileConfig, TissueConfig
 from histossl.core.errors import UsageError
 from histossl.core.workspace import Workspace
 
@@ -47,13 +55,18 @@ def register(app: typer.Typer) -> None:
 
 
 def scan(
+    context: typer.Context,
     directory: DirectoryArgument = None,
     slides: SlidesOption = None,
     workspace: WorkspaceOption = None,
     config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
     tile_px: Annotated[int, typer.Option(help="Side in pixels of the tiles to expect.")] = DEFAULTS.tile_px,
     mpp: Annotated[
-        str, typer.Option(help="Microns per pixel of the tiles to expect (0.5 is 20x); several as 0.5,1,2.")
+        str,
+        typer.Option(
+            callback=parsed_by(scales_of),
+            help="Microns per pixel of the tiles to expect (0.5 is 20x); several as 0.5,1,2.",
+        ),
     ] = f"{DEFAULTS.mpp:g}",
     slide_mpp: SlideMppOption = None,
     mpp_csv: MppCsvOption = None,
@@ -63,6 +76,11 @@ def scan(
     min_speck_um: MinSpeckOption = TISSUE.min_speck_um,
     max_hole_um: MaxHoleOption = TISSUE.max_hole_um,
     reject_pen: RejectPenOption = TISSUE.reject_pen,
+    min_sharpness: MinSharpnessOption = TISSUE.min_sharpness,
+    max_fold: MaxFoldOption = TISSUE.max_fold,
+    max_ink: MaxInkOption = TISSUE.max_ink,
+    min_saturation: MinSaturationOption = TISSUE.min_saturation,
+    grid: GridOption = DEFAULTS.grid,
     jpeg_quality: Annotated[
         int, typer.Option(help="JPEG quality (1-100) of the tiles to expect.")
     ] = DEFAULTS.jpeg_quality,
@@ -95,44 +113,61 @@ def scan(
 ) -> None:
     """Look through an archive: which slides can be read, at which scale, with how much tissue, and what is wrong.
 
+    In a workspace that has tiles, options that are left out are as these were cut.
+
     Writes WORKSPACE/archive.csv with one row per file. Exit code 0 also with warnings, 1 if nothing can be read.
 
-    Tiles and disk are an estimate by tissue and regions. It leaves out what tile sees only when it cuts (blur, folds,
-    ink, pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its
-    quality.
+    Tiles are counted by tile's own grid and filters: on the thumbnail all places (regions, tissue, folds, ink), by
+    their pixels a few (colour, focus, thin ink), from which the share of the rest is estimated. Disk is an estimate,
+    too: tile copies a slide's own JPEG tiles where it can, in the scanner's quality.
     """
     from histossl.slides.scan import scan as scan_archive
-    from histossl.tiles.tiling import other_than_stored
+    from histossl.tiles.tiling import as_tiled, other_than_stored, stored_config
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     if regions is not None and not regions.is_dir():
         raise UsageError(f"--regions {regions}: no such folder")
-    finest, *coarser = _scales(mpp)
-    tissue: dict[str, Any] = {
-        "min_tissue": min_tissue,
-        "tissue_um": tissue_um,
-        "tissue_threshold": tissue_threshold,
-        "min_speck_um": min_speck_um,
-        "max_hole_um": max_hole_um,
-        "reject_pen": reject_pen,
-    }
-    settings = ScanConfig(
+    finest, *coarser = scales_of(mpp)
+    asked = TileConfig(
         tile_px=tile_px,
         mpp=finest,
         coarser_mpp=tuple(coarser),
+        grid=grid,
+        jpeg_quality=jpeg_quality,
+        tissue=TissueConfig(
+            min_tissue=min_tissue,
+            tissue_um=tissue_um,
+            tissue_threshold=tissue_threshold,
+            min_speck_um=min_speck_um,
+            max_hole_um=max_hole_um,
+            reject_pen=reject_pen,
+            min_sharpness=min_sharpness,
+            max_fold=max_fold,
+            max_ink=max_ink,
+            min_saturation=min_saturation,
+        ),
+    )
+    place = Workspace.at(workspace)
+    before = stored_config(place)
+    if before is not None:  # as `tile` would go on there
+        asked = as_tiled(before, asked, given_in(context))
+    settings = ScanConfig(
+        tile_px=asked.tile_px,
+        mpp=asked.mpp,
+        coarser_mpp=asked.coarser_mpp,
         slide_mpp=slide_mpp,
         mpp_csv=str(mpp_csv) if mpp_csv else None,
         time_limit_s=time_limit,
-        jpeg_quality=jpeg_quality,
-        tissue=TissueConfig(**tissue),
+        jpeg_quality=asked.jpeg_quality,
+        grid=asked.grid,
+        tissue=asked.tissue,
     )
-    place = Workspace.at(workspace)
     directory = archive_of(directory, slides)
     scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
     _show(scanned)
-    console.say(_totals(scanned, mpp, tile_px))
-    if differ := other_than_stored(place, tile_px, settings.mpps, tissue):
+    console.say(_totals(scanned, settings))
+    if differ := other_than_stored(place, asked):
         console.say(
             f"{place.tiles} was tiled with other settings than this estimate is for: {differ}; pass scan the ones of "
             "then to estimate what tile would add there"
@@ -144,7 +179,7 @@ def scan(
         from histossl.slides.contact_sheet import PAGE_FILES, write_contact_sheet
 
         title = f"{directory.resolve().name}: {console.count(len(scanned.rows), 'file')}"
-        told = _totals(scanned, mpp, tile_px)
+        told = _totals(scanned, settings)
         pages = write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, told)
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""
         console.say(f"contact sheet: {place.contact_sheet}{more}")
@@ -152,13 +187,6 @@ def scan(
         files = console.count(len(scanned.rows), "file")
         console.fail(f"{directory}: none of its {files} can be used; archive.csv says why for each")
         raise typer.Exit(1)
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--mpp {text}: must be a number of microns per pixel, or several as 0.5,1,2") from error
 
 
 def _show(scanned: Scanned) -> None:
@@ -190,8 +218,9 @@ def _cells(row: LedgerRow) -> tuple[object, ...]:
     return row.file, row.status, row.format, size, scale, row.stain, row.expected_tiles
 
 
-def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
-    rows = scanned.rows
+def _totals(scanned: Scanned, config: ScanConfig) -> str:
+    rows, tile_px = scanned.rows, config.tile_px
+    mpp = ",".join(f"{each:g}" for each in config.mpps)
     counts = Counter(row.status for row in rows)
     tiled = [row for row in rows if not row.duplicate_of]  # one content is tiled once
     tiles = sum(row.expected_tiles or 0 for row in tiled)

@@ -12,7 +12,12 @@ import typer
 from histossl.cli.options import (
     ConfigOption,
     DirectoryArgument,
+    GridOption,
+    MaxFoldOption,
     MaxHoleOption,
+    MaxInkOption,
+    MinSaturationOption,
+    MinSharpnessOption,
     MinSpeckOption,
     MinTissueOption,
     MppCsvOption,
@@ -23,9 +28,12 @@ from histossl.cli.options import (
     TissueUmOption,
     WorkspaceOption,
     archive_of,
+    given_in,
+    parsed_by,
+    scales_of,
 )
 from histossl.core import console
-from histossl.core.config import GRIDS, TileConfig, TissueConfig, note_command
+from histossl.core.config import TileConfig, TissueConfig, note_command
 from histossl.core.errors import HistosslError, StoreError, UsageError
 from histossl.core.workspace import Workspace
 
@@ -62,17 +70,12 @@ def tile(
     ] = None,
     mpp: Annotated[
         str,
-        typer.Option(help="Microns per pixel of the tiles (0.5 is 20x); several, finest first, as 0.5,1,2."),
-    ] = f"{DEFAULTS.mpp:g}",
-    grid: Annotated[
-        str,
         typer.Option(
-            metavar="|".join(GRIDS),
-            help="physical: exactly --tile-px at --mpp. native: the slide's own JPEG tiles, copied, where their "
-            "scale is within 5 % of --mpp. auto: copied where they also have --tile-px; else physical, but at the "
-            "slide's own scale where that is within 0.5 % of --mpp.",
+            callback=parsed_by(scales_of),
+            help="Microns per pixel of the tiles (0.5 is 20x); several, finest first, as 0.5,1,2.",
         ),
-    ] = DEFAULTS.grid,
+    ] = f"{DEFAULTS.mpp:g}",
+    grid: GridOption = DEFAULTS.grid,
     jpeg_quality: Annotated[
         int,
         typer.Option(
@@ -88,21 +91,10 @@ def tile(
     min_speck_um: MinSpeckOption = TISSUE.min_speck_um,
     max_hole_um: MaxHoleOption = TISSUE.max_hole_um,
     reject_pen: RejectPenOption = TISSUE.reject_pen,
-    min_sharpness: Annotated[
-        float, typer.Option(help="Tiles less sharp are out of focus. 0: not looked at.")
-    ] = TISSUE.min_sharpness,
-    max_fold: Annotated[float, typer.Option(help="Share of a tile that may be folded tissue.")] = TISSUE.max_fold,
-    max_ink: Annotated[
-        float,
-        typer.Option(
-            help="Share of a tile that pen ink may cover, by the thumbnail and, where a tile is decoded, by its own "
-            "pixels: thin strokes show there. Copied tiles are decoded for it on slides whose thumbnail has ink. "
-            "1, or --no-reject-pen: off."
-        ),
-    ] = TISSUE.max_ink,
-    min_saturation: Annotated[
-        float, typer.Option(help="Mean colour saturation that a tile must have. 0: not looked at.")
-    ] = TISSUE.min_saturation,
+    min_sharpness: MinSharpnessOption = TISSUE.min_sharpness,
+    max_fold: MaxFoldOption = TISSUE.max_fold,
+    max_ink: MaxInkOption = TISSUE.max_ink,
+    min_saturation: MinSaturationOption = TISSUE.min_saturation,
     regions: Annotated[
         Path | None,
         typer.Option(
@@ -178,7 +170,7 @@ def tile(
     if regions is not None and not regions.is_dir():
         raise UsageError(f"--regions {regions}: no such folder")
     at = Workspace.at(workspace)
-    finest, *coarser = _scales(mpp)
+    finest, *coarser = scales_of(mpp)
     before = stored_config(at)
     if tile_px is None and grid == "native" and before is None:
         tile_px = common_native_px(slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s)
@@ -203,7 +195,7 @@ def tile(
         ),
     )
     if before is not None:
-        settings = as_tiled(before, settings, _given(context))
+        settings = as_tiled(before, settings, given_in(context))
     rows = tile_archive(
         slides,
         at,
@@ -219,19 +211,6 @@ def tile(
     )
     note_command(at.tile_commands)
     tell_tiled(rows, at, settings.mpps)
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The options that stand on the command line or in the file of --config."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        return [float(part) for part in str(text).split(",")]
-    except ValueError as error:
-        raise UsageError(f"--mpp {text}: must be microns per pixel (0.5), or several of them (0.5,1,2)") from error
 
 
 def _scale_obtained(rows: Sequence[LedgerRow], mpps: Sequence[float]) -> str:

@@ -33,6 +33,75 @@ def require(holds: bool, option: str, value: object, wanted: str) -> None:
         raise UsageError(f"--{option} {value}: must be {wanted}")
 
 
+LARGEST_SEED = 2**32 - 1  # what every generator takes that a seed, or a number made of it, is given to
+FLOAT32_MOST = 1e38
+
+# What no option of a name, in any command, takes: lowest, highest, and the words for what is right. It is the one
+# definition that the command line, --config files and configs made in Python are checked by. A command may be
+# narrower. -1 and 0 mean "work it out" where the option's default is that.
+RANGES: dict[str, tuple[float, float, str]] = {
+    "seed": (0, LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}"),
+    # slides and tiles
+    "tile_px": (16, 4096, "a side of 16 to 4096 pixels"),
+    "mpp": (0.05, 100, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)"),
+    "slide_mpp": (0.05, 5, "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)"),
+    "jpeg_quality": (1, 100, "1 to 100"),
+    "min_tissue": (0, 1, "a share between 0 and 1"),
+    "tissue_um": (0.5, 100, "0.5 to 100 microns per thumbnail pixel"),
+    "tissue_threshold": (0, 2, "an optical density, 0 to 2"),
+    "min_speck_um": (0, 1e6, "a length in microns, 0 to 1000000"),
+    "max_hole_um": (0, 1e6, "a length in microns, 0 to 1000000"),
+    "min_sharpness": (0, 1, "between 0 (off) and 1"),
+    "max_fold": (0, 1, "a share between 0 and 1 (off)"),
+    "max_ink": (0, 1, "a share between 0 and 1 (off)"),
+    "min_saturation": (0, 1, "between 0 (off) and 1"),
+    "time_limit": (1e-3, 1e6, "seconds, more than 0 and at most 1000000"),
+    # training
+    "steps": (0, 10**9, "1 or more, at most 1000000000"),
+    "epochs": (0, 1e6, "a number above 0, at most 1000000"),
+    "hours": (0, 1e5, "a number above 0, at most 100000"),
+    "batch_size": (0, 10**6, "auto, or 2 or more tiles, at most 1000000"),
+    "view_px": (0, 4096, "a side of 8 to 4096 pixels"),
+    "lr": (0, FLOAT32_MOST, "a number above 0"),
+    "weight_decay": (-1, FLOAT32_MOST, "0 or more, or -1: the method's"),
+    "layer_decay": (0, 1, "between 0 and 1 (1: none)"),
+    "warmup": (-1, 1, "a share of the steps, 0 to 1"),
+    "final_lr": (-1, 1, "a share of --lr, 0 to 1"),
+    "clip_norm": (0, FLOAT32_MOST, "more than 0, and finite (1e9 shortens nothing)"),
+    "slide_balance": (0, 1, "0 (tiles alike) to 1 (slides alike)"),
+    "temperature": (0, FLOAT32_MOST, "above 0"),
+    "accumulate": (0, 10**6, "1 or more micro-batches, at most 1000000"),
+    "max_restarts": (0, 10**6, "0 to 1000000"),
+    "log_every": (1, 10**9, "1 or more steps, at most 1000000000"),
+    "monitor_every": (1, 10**9, "1 or more steps, at most 1000000000"),
+    "workers": (-1, 1024, "at most 1024"),
+    # evaluation and curation
+    "input_px": (0, 1024, "a side of 16 to 1024 pixels"),
+    "embed_batch_size": (0, 10**6, "1 or more tiles, at most 1000000"),
+    "tiles": (0, 10**12, "1 or more, at most 1000000000000"),
+    "tiles_per_slide": (1, 10**9, "1 or more, at most 1000000000"),
+    "duplicate_cosine": (0, 1, "above 0 and at most 1 (1: keep copies)"),
+    "draws": (1, 1000, "1 to 1000"),
+    "folds": (0, 10**6, "2 or more, at most 1000000"),
+    "number": (1, 10**9, "1 or more, at most 1000000000"),
+    "repeats": (1, 50, "1 to 50"),
+    "slides": (1, 100_000, "1 to 100000"),
+}  # fmt: skip
+
+
+def require_in_range(name: str, value: object) -> None:
+    """UsageError for a number that no command takes under this option's name: also for nan, which is no number."""
+    if name in RANGES and isinstance(value, int | float) and not isinstance(value, bool):
+        low, high, wanted = RANGES[name]
+        said = f"{value:g}" if isinstance(value, float) else value
+        require(low <= value <= high, name.replace("_", "-"), said, wanted)
+
+
+def _require_ranges(config: Any) -> None:
+    for each in fields(config):
+        require_in_range(each.name, getattr(config, each.name))
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean X?' for a mistyped name, with X as it is spelt, or nothing. Small letters and large are alike."""
     spelt = {each.casefold(): each for each in known}
@@ -72,11 +141,11 @@ GRIDS = ("auto", "native", "physical")
 JPEG_QUALITY = 90  # of tiles that are encoded anew
 
 
-def _require_tiles(tile_px: int, mpps: tuple[float, ...], jpeg_quality: int) -> None:
+def _require_tiles(tile_px: int, mpps: tuple[float, ...], jpeg_quality: int, grid: str) -> None:
     """What scan and tile ask of tiles alike."""
-    require(16 <= tile_px <= 4096, "tile-px", tile_px, "a side of 16 to 4096 pixels")
+    require_in_range("tile_px", tile_px)
     for mpp in mpps:
-        require(0.05 <= mpp <= 100, "mpp", mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+        require_in_range("mpp", mpp)
     given = ",".join(f"{mpp:g}" for mpp in mpps)
     require(
         all(finer < coarser for finer, coarser in itertools.pairwise(mpps)),
@@ -85,7 +154,8 @@ def _require_tiles(tile_px: int, mpps: tuple[float, ...], jpeg_quality: int) -> 
         "different scales, finest first (0.5,1,2)",
     )
     require(len(mpps) <= 16, "mpp", given, "16 scales at most")
-    require(1 <= jpeg_quality <= 100, "jpeg-quality", jpeg_quality, "1 to 100")
+    require_in_range("jpeg_quality", jpeg_quality)
+    require(grid in GRIDS, "grid", grid, f"one of {', '.join(GRIDS)}{nearest(grid, GRIDS)}")
 
 
 @dataclass(frozen=True)
@@ -104,17 +174,7 @@ class TissueConfig:
     min_saturation: float = 0.02  # mean colour saturation (0 grey, 1 pure colour)
 
     def __post_init__(self) -> None:
-        require(0 <= self.min_tissue <= 1, "min-tissue", self.min_tissue, "a share between 0 and 1")
-        require(0.5 <= self.tissue_um <= 100, "tissue-um", self.tissue_um, "0.5 to 100 microns per thumbnail pixel")
-        require(
-            0 <= self.tissue_threshold <= 2, "tissue-threshold", self.tissue_threshold, "an optical density, 0 to 2"
-        )
-        require(self.min_speck_um >= 0, "min-speck-um", self.min_speck_um, "a length in microns, 0 or more")
-        require(self.max_hole_um >= 0, "max-hole-um", self.max_hole_um, "a length in microns, 0 or more")
-        require(0 <= self.min_sharpness <= 1, "min-sharpness", self.min_sharpness, "between 0 (off) and 1")
-        require(0 <= self.max_fold <= 1, "max-fold", self.max_fold, "a share between 0 and 1 (off)")
-        require(0 <= self.max_ink <= 1, "max-ink", self.max_ink, "a share between 0 and 1 (off)")
-        require(0 <= self.min_saturation <= 1, "min-saturation", self.min_saturation, "between 0 (off) and 1")
+        _require_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -128,18 +188,14 @@ class ScanConfig:
     mpp_csv: str | None = None  # columns slide,mpp: the same, slide by slide
     time_limit_s: float = 120.0
     jpeg_quality: int = JPEG_QUALITY
+    grid: str = "auto"  # as TileConfig's
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
-        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality)
-        require(
-            self.slide_mpp is None or 0.05 <= self.slide_mpp <= 5,
-            "slide-mpp",
-            self.slide_mpp,
-            "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)",
-        )
-        require(0 < self.time_limit_s < 1e6, "time-limit", self.time_limit_s, "seconds, more than 0")
+        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality, self.grid)
+        require_in_range("slide_mpp", self.slide_mpp)
+        require_in_range("time_limit", self.time_limit_s)
 
     @property
     def mpps(self) -> tuple[float, ...]:
@@ -163,8 +219,7 @@ class TileConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
-        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality)
-        require(self.grid in GRIDS, "grid", self.grid, f"one of {', '.join(GRIDS)}{nearest(self.grid, GRIDS)}")
+        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality, self.grid)
 
     @property
     def mpps(self) -> tuple[float, ...]:
@@ -207,26 +262,18 @@ class PretrainConfig:
         object.__setattr__(self, "set", tuple(self.set))
         object.__setattr__(self, "view_set", tuple(self.view_set or ()))
         object.__setattr__(self, "excluded_slides", tuple(sorted(self.excluded_slides)))
-        require(self.steps >= 0, "steps", self.steps, "1 or more")
-        for name in ("epochs", "hours"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, name, value, "a number above 0")
+        _require_ranges(self)
         given = [name for name in ("steps", "epochs", "hours") if getattr(self, name)]
         if len(given) > 1:
             raise UsageError(f"--{' and --'.join(given)}: give only one of them; each sets the length")
-        require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, "auto, or 2 or more tiles")
+        require(self.batch_size == 0 or self.batch_size >= 2, "batch-size", self.batch_size, RANGES["batch_size"][2])
         require(16 <= self.view_px <= 1024, "view-px", self.view_px, "a side of 16 to 1024 pixels")
         require(self.optimizer in ("", *OPTIMIZERS), "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}")
-        require(0 <= self.lr < math.inf, "lr", self.lr, "a number above 0")
-        decay = self.weight_decay
-        require(decay == -1 or 0 <= decay < math.inf, "weight-decay", decay, "0 or more, or -1: the method's")
-        require(0 <= self.layer_decay <= 1, "layer-decay", self.layer_decay, "between 0 and 1 (1: none)")
-        require(self.warmup == -1 or 0 <= self.warmup < 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
-        require(self.final_lr == -1 or 0 <= self.final_lr <= 1, "final-lr", self.final_lr, "a share of --lr, 0 to 1")
-        require(self.clip_norm > 0, "clip-norm", self.clip_norm, "more than 0")
-        require(
-            0 <= self.slide_balance <= 1, "slide-balance", self.slide_balance, "0 (tiles alike) to 1 (slides alike)"
-        )
+        for name in ("weight_decay", "warmup", "final_lr"):
+            value = getattr(self, name)
+            require(value == -1 or value >= 0, name.replace("_", "-"), value, RANGES[name][2])
+        require(self.warmup < 1, "warmup", self.warmup, RANGES["warmup"][2])
+        require(self.clip_norm > 0, "clip-norm", self.clip_norm, RANGES["clip_norm"][2])
 
 
 @dataclass(frozen=True)
@@ -262,9 +309,8 @@ class CurateConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("queries", "labelled_slides", "excluded_slides"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
-        cosine = self.duplicate_cosine
-        require(0 < cosine <= 1, "duplicate-cosine", cosine, "above 0 and at most 1 (1: keep copies)")
-        require(self.tiles >= 0, "tiles", self.tiles, "1 or more")
+        _require_ranges(self)
+        require(self.duplicate_cosine > 0, "duplicate-cosine", self.duplicate_cosine, RANGES["duplicate_cosine"][2])
         given = ",".join(map(str, self.clusters))
         require(all(count >= 1 for count in self.clusters), "clusters", given, "numbers of 1 or more, like 1000,100,10")
         falling = all(finer > coarser for finer, coarser in itertools.pairwise(self.clusters))
@@ -289,8 +335,8 @@ class EmbedConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 0, "embed-batch-size", self.batch_size, "1 or more tiles")
-        require(self.num_workers >= 0, "workers", self.num_workers, "1 or more")
+        require_in_range("embed_batch_size", self.batch_size)
+        require(0 <= self.num_workers <= RANGES["workers"][1], "workers", self.num_workers, "1 to 1024")
 
 
 @dataclass(frozen=True)
@@ -307,10 +353,10 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "bags_per_step", "tiles_per_bag", "test_tiles"):
-            require(getattr(self, name) >= 1, f"tune {name}", getattr(self, name), "1 or more")
-        require(self.lr > 0, "tune lr", self.lr, "more than 0")
+            require(1 <= getattr(self, name) <= 10**9, f"tune {name}", getattr(self, name), "1 or more")
+        require(0 < self.lr < math.inf, "tune lr", self.lr, "more than 0")
         require(0 < self.layer_decay <= 1, "tune layer_decay", self.layer_decay, "between 0 and 1 (1: none)")
-        require(self.weight_decay >= 0, "tune weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.weight_decay < math.inf, "tune weight_decay", self.weight_decay, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -353,14 +399,11 @@ class FinetuneConfig:
         end_to_end = f"abmil with --train {self.train}: only the attention head learns together with a backbone"
         require(self.train == "head" or self.head == "abmil", "head", self.head, end_to_end)
         for budget in self.budgets:
-            right = budget == "all" or (isinstance(budget, int) and budget >= 1)
+            right = budget == "all" or (isinstance(budget, int) and 1 <= budget <= 10**9)
             require(right, "budgets", budget, "numbers of labelled items per class, or all, like 1,2,4,8,all")
-        require(1 <= self.draws <= 1000, "draws", self.draws, "1 to 1000")
+        _require_ranges(self)
         require(self.folds == 0 or self.folds >= 2, "folds", self.folds, "2 or more")
-        require(self.tiles_per_slide >= 1, "tiles-per-slide", self.tiles_per_slide, "1 or more")
-        require(
-            self.input_px == 0 or 16 <= self.input_px <= 1024, "input-px", self.input_px, "a side of 16 to 1024 pixels"
-        )
+        require(self.input_px == 0 or self.input_px >= 16, "input-px", self.input_px, RANGES["input_px"][2])
         twice = [name for name in self.starts if self.starts.count(name) > 1]
         require(not twice, "starts", ",".join(self.starts), "different starts")
 
@@ -397,9 +440,13 @@ def _as_type_of(default: object, text: str, assignment: str) -> object:
             raise UsageError(f"--set {assignment}: must be true or false")
         return text.lower() in ("true", "1", "yes", "on")
     try:
-        return kind(float(text)) if kind is int and float(text).is_integer() else kind(text)  # type: ignore[call-arg]
+        value: Any = kind(float(text)) if kind is int and float(text).is_integer() else kind(text)  # type: ignore[call-arg]
     except ValueError as error:
         raise UsageError(f"--set {assignment}: must be {'a whole' if kind is int else 'a'} number") from error
+    most = {int: 10**9, float: FLOAT32_MOST}.get(kind)
+    if most is not None and not abs(value) <= most:  # nan is never within anything
+        raise UsageError(f"--set {assignment}: must be a finite number, at most {most:g}")
+    return value
 
 
 def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from histossl.core import console
 from histossl.core.config import (
+    RANGES,
     FinetuneConfig,
     PretrainConfig,
     ScanConfig,
@@ -24,6 +25,7 @@ from histossl.core.config import (
     plain,
     read_run,
     require,
+    require_in_range,
     write_run,
 )
 from histossl.core.errors import MismatchError, UsageError
@@ -54,8 +56,8 @@ class DemoConfig:
         least = 2 * SLIDES_PER_PATIENT * len(CLASSES)
         wanted = f"{least} or more: {len(CLASSES)} classes, two patients each, {SLIDES_PER_PATIENT} slides a patient"
         require(self.slides >= least, "slides", self.slides, wanted)
-        require(self.steps >= 1, "steps", self.steps, "1 or more")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require_in_range("seed", self.seed)
+        require(self.steps >= 1, "steps", self.steps, RANGES["steps"][2])
 
 
 @dataclass(frozen=True)
