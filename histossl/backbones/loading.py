@@ -15,12 +15,8 @@ import functools
 import hashlib
 import json
 import os
-import pickle
-import re
 import socket
-import sys
-import zipfile
-from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,24 +26,16 @@ from urllib.parse import urlsplit
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from histossl.backbones.weight_files import fitted, read_weights, refuse_non_finite
+from histossl.core import console
 from histossl.core.errors import UsageError, WeightsError
 from histossl.core.workspace import written_aside
 
-# Where checkpoints of the field keep the part that we want, outermost first.
-WRAPPERS = ("state_dict", "model", "teacher", "student", "model_ema")
-# What torch and safetensors raise on files that are something else, or half of something.
-UNREADABLE = (
-    OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, SafetensorError,
-    zipfile.BadZipFile,
-)  # fmt: skip
 ALIKE = 0.6  # a mistyped name is at least so much like one that is meant
-PREFIXES = ("module.", "encoder_q.", "base_encoder.", "backbone.", "_orig_mod.")
-MASK_TOKENS = ("mask_token", "masked_embed")  # DINOv2's name, iBOT's
-IN_CHUNKS = re.compile(r"^blocks\.\d+\.(?=\d+\.)")  # DINOv2's blocks.CHUNK.BLOCK., blocks counted through all chunks
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,9 @@ def load_backbone(path: Path) -> tuple[nn.Module, BackboneInfo]:
         return backbone, info
     behind = path.with_name(info.projection)
     try:
-        return Projected(backbone, read_weights(behind)), info
+        layers = read_weights(behind)
+        refuse_non_finite(behind, layers)
+        return Projected(backbone, layers), info
     except (KeyError, RuntimeError) as error:
         raise WeightsError(f"{behind}: holds no layers that fit behind {path.name} ({error})") from error
 
@@ -309,103 +299,45 @@ def _require_hub(timm_name: str, backbone: nn.Module) -> None:
 
 def _load_into(backbone: nn.Module, path: Path) -> dict[str, Any]:
     """Fill every key of `backbone` from `path`, or raise a WeightsError that names what does not fit."""
-    given, dropped = _unwrapped(read_weights(path))
-    brought = [given[name] for name in MASK_TOKENS if name in given and name not in backbone.state_dict()]
-    given.pop("masked_embed", None)  # mask_token stays until timm has known by it whose names these are
-    given = _adapted(given, backbone)
-    if brought:
-        given.pop("mask_token", None)
-    wanted = {key: value for key, value in backbone.state_dict().items() if not key.endswith("num_batches_tracked")}
-    classifier = _timm_config(backbone).get("classifier") or ()
-    classifier = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    heads = [key for key in given if key.startswith(tuple(f"{name}." for name in classifier)) and key not in wanted]
-    missing = [key for key in wanted if key not in given]
-    unexpected = [
-        key for key in given if key not in wanted and key not in heads and not key.endswith("num_batches_tracked")
-    ]
-    misshapen = [
-        f"{key} {tuple(given[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in given and given[key].shape != value.shape
-    ]
-    if missing or unexpected or misshapen:
-        parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for keys, what in ((missing, "keys missing"), (unexpected, "not known"), (misshapen, "of another shape"))
-            if keys
-        ]
-        raise WeightsError(
-            f"{path}: does not fit {_timm_config(backbone).get('architecture')}: {'; '.join(parts)}; "
-            f"{len(wanted) - len(missing) - len(misshapen)} of {len(wanted)} keys fit. Is --backbone the right one?"
-        )
-    backbone.load_state_dict({key: given.get(key, value) for key, value in backbone.state_dict().items()})
+    found = fitted(read_weights(path), backbone, path)
+    backbone.load_state_dict(found.state)
     told: dict[str, Any] = {
         "start_weights": str(from_anywhere(path)),
-        "keys_loaded": len(wanted),
-        "keys_dropped": [*dropped, *heads],
+        "keys_loaded": sum(not key.endswith("num_batches_tracked") for key in found.state),
+        "keys_dropped": found.dropped,
+        "notes": found.notes,
     }
-    if brought:
-        cast(Any, backbone).given_mask_token = brought[0].flatten()
+    if found.mask_token is not None:
+        cast(Any, backbone).given_mask_token = found.mask_token
         told["mask_token"] = True
     return told
 
 
-def read_weights(path: Path) -> Mapping[str, Any]:
-    """The content of a weights file, without running any code in it."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(str(path))
-        with torch.serialization.safe_globals([Namespace]):  # DINO's and iBOT's checkpoints hold their arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: refused, it is not a plain set of tensors (pickled code or not a torch file); "
-            "save its state_dict alone, or convert it to safetensors"
-        ) from error
-    except UNREADABLE as error:
-        # EINVAL is torch's, which looks for more of a short zip than there is.
-        if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
-            raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
-        raise WeightsError(
-            f"{path}: is no weights file, or is truncated; give a .safetensors file, or what torch.save wrote of a "
-            "state_dict"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content
+def weights_told(info: BackboneInfo, masks: bool) -> str:
+    """Where weights come from, that every key was filled, how, and what else of the file was (not) taken.
 
-
-def _unwrapped(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """Down to the tensors: through {'state_dict': ...} and the like, and off prefixes like 'encoder_q.'.
-
-    With the names of those that lay beside the ones taken: heads, queues, momentum encoders.
+    `masks`: whether the mask token that a file may bring is used.
     """
-    for _ in range(len(WRAPPERS)):
-        for name in WRAPPERS:
-            if isinstance(content.get(name), Mapping):
-                content = content[name]
-                break
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    beside: list[str] = []
-    for prefix in PREFIXES * 2:
-        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if inside:
-            beside += [key for key in tensors if not key.startswith(prefix)]
-            tensors = inside
-    return tensors, beside
+    begun = info.provenance.get("start_weights", "")
+    if "keys_loaded" not in info.provenance:
+        return f"start: {begun}"
+    brought = info.provenance.get("mask_token", False)
+    also = " and its mask token" if brought and masks else ""
+    dropped = Counter(key.partition(".")[0] for key in info.provenance["keys_dropped"])
+    if brought and not masks:
+        dropped["mask_token"] = 1
+    names = [f"{name} ({keys} keys)" if keys > 1 else name for name, keys in dropped.items()]
+    rest = [*info.provenance.get("notes", ()), *([f"left out: {', '.join(names)}"] if names else [])]
+    keys = f"all {info.provenance['keys_loaded']} keys of the backbone{also} loaded"
+    return "; ".join([f"start: {begun}, {keys}", *rest])
 
 
-def _adapted(given: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """Foreign key names (torchvision, DINOv2's hub, ...) and position grids made timm's own, by timm."""
-    wanted = backbone.state_dict()
-    if not any(IN_CHUNKS.match(key) for key in wanted):
-        given = {IN_CHUNKS.sub("blocks.", key): value for key, value in given.items()}
-    if given.keys() >= wanted.keys() and all(given[key].shape == value.shape for key, value in wanted.items()):
-        return given
-    filter_of_timm = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if filter_of_timm is None:
-        return given
-    try:
-        return dict(filter_of_timm(dict(given), backbone))
-    except (KeyError, ValueError, RuntimeError, AssertionError, IndexError, AttributeError):
-        return given  # timm could make nothing of it; the key check that follows says what does not fit
+@functools.lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    console.say(text)
+
+
+def report_weights(info: BackboneInfo) -> None:
+    """Print once how a weights file of other makers was read; histossl's own files are read as they are."""
+    if "keys_loaded" in info.provenance:
+        _say_once(weights_told(info, masks=False))

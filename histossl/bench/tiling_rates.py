@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from histossl.core.config import TileConfig
 from histossl.core.errors import SlideError
-from histossl.slides.grid import Grid
+from histossl.slides.grid import Grid, native_side_px
+from histossl.slides.places import Wanted
 from histossl.slides.quality.tissue import find_tissue
 from histossl.slides.reading.slide import Slide, open_slide
-from histossl.tiles.cutting.cutter import Cutter, Ints, agrees, cutter_for, native_side_px
-from histossl.tiles.cutting.tile_slide import Making, TileJob, Wanted
+from histossl.tiles.cutting.cutter import Cutter, Ints, agrees, cutter_for
+from histossl.tiles.cutting.tile_slide import Making, TileJob
 from histossl.tiles.store.zip_store import new_store
 
 Shares = NDArray[np.float64]

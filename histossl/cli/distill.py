@@ -103,10 +103,10 @@ def distill(
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
-    model = load_model(teaching.teacher, "--teacher")
     DistillationConfig(teaching.temperature, teaching.targets)  # refuses what no run could use
-    config = _settings(model, teaching, config)
     num_processes = 1 if is_worker() else num_processes_for(launching.gpus)
+    model = load_model(teaching.teacher, "--teacher")
+    config = _settings(model, teaching, config)
     if data.slides is not None and not only.only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive
 

@@ -43,7 +43,7 @@ class Given:
     command_line: frozenset[str]
     file: frozenset[str]
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.command_line | self.file
 
 
@@ -158,7 +158,9 @@ def command(
         owned: dict[str, list[str]] = {one: [] for one in configs}  # of two configs with one field the first has it
         for one, kind in configs.items():
             for slot in slots_of(kind):
-                if slot.name not in without and slot.name not in slots:
+                if slot.name in slots and is_required(slot.field):
+                    owned[one].append(slot.name)
+                elif slot.name not in without and slot.name not in slots:
                     told = (change or {}).get(slot.name, {})
                     slots[slot.name] = replace(slot, option=replace(slot.option, **told))
                     owned[one].append(slot.name)

@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from histossl.core.config import MPP_CSV_HELP, SLIDE_MPP_HELP, SLIDES_HELP, read_toml
+from histossl.core.config import read_toml
 from histossl.core.errors import UsageError
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Values of a TOML file become the command's defaults: what stands on the command line wins."""
     if path is not None:
-        name_of = {
-            option.lstrip("-").replace("-", "_"): parameter.name
+        parameter_of = {
+            option.lstrip("-").replace("-", "_"): parameter
             for parameter in context.command.params
             for option in parameter.opts
             if parameter.name and not (option.startswith("-") and not option.startswith("--"))
         }
-        values = {name_of[key]: value for key, value in read_toml(path, name_of).items()}
+        values = {
+            str(parameter_of[key].name): _as_given(path, key, parameter_of[key], value)
+            for key, value in read_toml(path, parameter_of).items()
+        }
         context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
-# Options with a --no- beside them: in a panel with others their second name takes all the room that 80 columns have.
-ON_OFF = "On or off"
+def _as_given(path: Path, key: str, parameter: Any, value: Any) -> Any:
+    """A value of a TOML file as it would stand on the command line: click would make 1 of 1.5 and of true."""
+    flag, several = getattr(parameter, "is_flag", False), getattr(parameter, "multiple", False)
+    wanted = "true or false" if flag else 'a list of texts, like ["a=1"]' if several else "one value"
+    right = isinstance(value, bool) if flag else isinstance(value, list) if several else isinstance(value, _SINGLE)
+    if not right or (not flag and isinstance(value, bool)):
+        raise UsageError(f"--config {path}: {key} = {value}: must be {wanted}")
+    return value if flag else [str(each) for each in value] if several else str(value)
 
 
-def above_0(context: typer.Context, parameter: typer.CallbackParam, value: float) -> float:
-    """Callback of options whose default, 0, means 'work it out': a person who types 0 means something else.
-
-    (In a --config file a 0 is the default, written out.)
-    """
-    given = context.get_parameter_source(str(parameter.name))
-    if value < 0 or (value == 0 and given is not None and given.name == "COMMANDLINE"):
-        option = str(parameter.name).replace("_", "-")
-        raise UsageError(f"--{option} {value:g}: must be more than 0; leave it out for the default")
-    return value
+_SINGLE = (str, int, float)
 
 
 ConfigOption = Annotated[
@@ -61,20 +61,6 @@ WorkspaceOption = Annotated[
         show_default=False,
     ),
 ]
-SlidesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--slides",
-        metavar="DIR",
-        help=SLIDES_HELP,
-        show_default=False,
-    ),
-]
-
-DirectoryArgument = Annotated[
-    Path | None,
-    typer.Argument(metavar="DIR", help="The same as --slides DIR.", show_default=False),
-]
 
 
 def archive_of(directory: Path | None, slides: Path | None) -> Path:
@@ -85,27 +71,3 @@ def archive_of(directory: Path | None, slides: Path | None) -> Path:
     if found is None:
         raise UsageError("--slides DIR: name the folder that holds the slides")
     return found
-
-
-# ---- what scan and tile mean by scale and by tissue
-
-SlideMppOption = Annotated[float | None, typer.Option(help=SLIDE_MPP_HELP, show_default=False)]
-MppCsvOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.csv", help=MPP_CSV_HELP, show_default=False),
-]
-MinTissueOption = Annotated[float, typer.Option(help="Share of a tile that must be tissue.")]
-TissueUmOption = Annotated[float, typer.Option(help="Microns per pixel of the thumbnail on which tissue is sought.")]
-TissueThresholdOption = Annotated[
-    float, typer.Option(help="Optical density that divides tissue from glass. 0: found by Otsu's method.")
-]
-MinSpeckOption = Annotated[float, typer.Option(help="Tissue smaller than a square of this side is dust.")]
-MaxHoleOption = Annotated[float, typer.Option(help="A hole smaller than a square of this side belongs to the tissue.")]
-RejectPenOption = Annotated[
-    bool,
-    typer.Option(
-        rich_help_panel=ON_OFF,
-        help="Count pen ink, dirt and the edges of cover slips, grey or coloured, as no tissue. What ink a tile may "
-        "hold beside enough tissue is tile's --max-ink.",
-    ),
-]

@@ -4,161 +4,123 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli.options import (
-    ConfigOption,
-    DirectoryArgument,
-    MaxHoleOption,
-    MinSpeckOption,
-    MinTissueOption,
-    MppCsvOption,
-    RejectPenOption,
-    SlideMppOption,
-    SlidesOption,
-    TissueThresholdOption,
-    TissueUmOption,
-    WorkspaceOption,
-    archive_of,
-)
+from histossl.cli.from_config import LOOK, Given, command
+from histossl.cli.options import archive_of
 from histossl.core import console
-from histossl.core.config import ScanConfig, TissueConfig
+from histossl.core.config import MPP, SLIDES_HELP, ScanConfig, TileConfig, check_scales, read_scales
 from histossl.core.errors import UsageError
+from histossl.core.options import Checked, between, option, show_list
 from histossl.core.workspace import Workspace
 
 if TYPE_CHECKING:
     from histossl.slides.ledger import LedgerRow
     from histossl.slides.scan import Scanned
 
-DEFAULTS, TISSUE = ScanConfig(), TissueConfig()
 SHOWN_ROWS = 40
 OWN_PX = (224, 512)  # sides of tiles that --grid native takes
 
 
+@dataclass(frozen=True)
+class Scan(Checked):
+    """What one look through an archive is asked for, besides what it expects of tiles."""
+
+    directory: Path | None = option(None, "The same as --slides DIR.", metavar="DIR", positional=True)
+    slides: Path | None = option(None, SLIDES_HELP, metavar="DIR")
+    mpp: tuple[float, ...] = option(
+        (MPP,),
+        "Microns per pixel of the tiles to expect (0.5 is 20x); several as 0.5,1,2.",
+        read=read_scales,
+        show=show_list,
+    )
+    regions: Path | None = option(
+        None,
+        "Folder with QuPath GeoJSON files (A1.geojson for A1.svs). Default: those next to the slides.",
+        metavar="DIR",
+    )
+    contact_sheet: bool = option(
+        False,
+        "Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles; of many slides in pages.",
+    )
+    again: bool = option(False, "Open every file again, also those known from before.")
+    workers: int | None = option(
+        None, "Processes, one file each. Default: one per core.", check=between(1, 1024, "1 to 1024")
+    )
+
+
 def register(app: typer.Typer) -> None:
-    app.command(
+    command(
+        app,
+        group=LOOK,
         epilog="Example: histossl scan /data/slides\n\n"
         "With pictures: histossl scan /data/slides --contact-sheet\n\n"
-        "Scale missing: histossl scan /data/slides --mpp-csv mpp.csv"
+        "Scale missing: histossl scan /data/slides --mpp-csv mpp.csv",
     )(scan)
 
 
-def scan(
-    directory: DirectoryArgument = None,
-    slides: SlidesOption = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
-    tile_px: Annotated[int, typer.Option(help="Side in pixels of the tiles to expect.")] = DEFAULTS.tile_px,
-    mpp: Annotated[
-        str, typer.Option(help="Microns per pixel of the tiles to expect (0.5 is 20x); several as 0.5,1,2.")
-    ] = f"{DEFAULTS.mpp:g}",
-    slide_mpp: SlideMppOption = None,
-    mpp_csv: MppCsvOption = None,
-    min_tissue: MinTissueOption = TISSUE.min_tissue,
-    tissue_um: TissueUmOption = TISSUE.tissue_um,
-    tissue_threshold: TissueThresholdOption = TISSUE.tissue_threshold,
-    min_speck_um: MinSpeckOption = TISSUE.min_speck_um,
-    max_hole_um: MaxHoleOption = TISSUE.max_hole_um,
-    reject_pen: RejectPenOption = TISSUE.reject_pen,
-    jpeg_quality: Annotated[
-        int, typer.Option(help="JPEG quality (1-100) of the tiles to expect.")
-    ] = DEFAULTS.jpeg_quality,
-    regions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with QuPath GeoJSON files (A1.geojson for A1.svs). Default: those beside the slides.",
-            show_default=False,
-        ),
-    ] = None,
-    contact_sheet: Annotated[
-        bool,
-        typer.Option(
-            "--contact-sheet",
-            help="Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles; of many slides in pages.",
-        ),
-    ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Open every file anew, also those known from before.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes, one file each. Default: one per core.", show_default=False)
-    ] = None,
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            help="Seconds that the whole look at one file may take (opening, thumbnail, tissue, sample tiles); then it "
-            "is stopped, and told as unreadable."
-        ),
-    ] = DEFAULTS.time_limit_s,
-) -> None:
+def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) -> int:
     """Look through an archive: which slides can be read, at which scale, with how much tissue, and what is wrong.
+
+    In a workspace that has tiles, options that are left out are as these were cut.
 
     Writes WORKSPACE/archive.csv with one row per file. Exit code 0 also with warnings, 1 if nothing can be read.
 
-    Tiles and disk are an estimate by tissue and regions. It leaves out what tile sees only when it cuts (blur, folds,
-    ink, pale tiles), and that tile copies a slide's own JPEG tiles where it can, on the scanner's grid and in its
-    quality.
+    Tiles are counted by tile's own grid and filters: on the thumbnail all places (regions, tissue, folds, ink), by
+    their pixels a few (colour, focus, thin ink), from which the share of the rest is estimated. Disk is an estimate,
+    too: tile copies a slide's own JPEG tiles where it can, in the scanner's quality.
     """
     from histossl.slides.scan import scan as scan_archive
-    from histossl.tiles.tiling import other_than_stored
+    from histossl.tiles.tiling import as_tiled, other_than_stored, stored_config
 
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: must be 1 or more")
-    if regions is not None and not regions.is_dir():
-        raise UsageError(f"--regions {regions}: no such folder")
-    finest, *coarser = _scales(mpp)
-    tissue: dict[str, Any] = {
-        "min_tissue": min_tissue,
-        "tissue_um": tissue_um,
-        "tissue_threshold": tissue_threshold,
-        "min_speck_um": min_speck_um,
-        "max_hole_um": max_hole_um,
-        "reject_pen": reject_pen,
-    }
-    settings = ScanConfig(
-        tile_px=tile_px,
-        mpp=finest,
-        coarser_mpp=tuple(coarser),
-        slide_mpp=slide_mpp,
-        mpp_csv=str(mpp_csv) if mpp_csv else None,
-        time_limit_s=time_limit,
-        jpeg_quality=jpeg_quality,
-        tissue=TissueConfig(**tissue),
+    check_scales(asked.mpp)
+    if asked.regions is not None and not asked.regions.is_dir():
+        raise UsageError(f"--regions {asked.regions}: no such folder")
+    mpp, *coarser = asked.mpp
+    config = replace(config, mpp=mpp, coarser_mpp=tuple(coarser))
+    names = ("tile_px", "mpp", "coarser_mpp", "grid", "jpeg_quality", "tissue")
+    tiling = TileConfig(**{name: getattr(config, name) for name in names})
+    before = stored_config(workspace)
+    if before is not None:  # as `tile` would go on there
+        tiling = as_tiled(before, tiling, given)
+    config = replace(config, **{name: getattr(tiling, name) for name in names})
+    directory = archive_of(asked.directory, asked.slides)
+    scanned = scan_archive(
+        directory,
+        workspace,
+        config,
+        asked.workers,
+        regions=asked.regions,
+        previews=asked.contact_sheet,
+        again=asked.again,
     )
-    place = Workspace.at(workspace)
-    directory = archive_of(directory, slides)
-    scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
     _show(scanned)
-    console.say(_totals(scanned, mpp, tile_px))
-    if differ := other_than_stored(place, tile_px, settings.mpps, tissue):
+    console.say(_totals(scanned, config))
+    if differ := other_than_stored(workspace, tiling):
         console.say(
-            f"{place.tiles} was tiled with other settings than this estimate is for: {differ}; pass scan the ones of "
-            "then to estimate what tile would add there"
+            f"{workspace.tiles} was tiled with other settings than this estimate is for: {differ}; pass scan the ones "
+            "of then to estimate what tile would add there"
         )
-    if copied := copies_at_other_size(scanned.rows, settings):
+    if copied := copies_at_other_size(scanned.rows, config):
         console.say(copied)
-    console.say(f"one row per file: {place.archive_csv}")
-    if contact_sheet:
+    console.say(f"one row per file: {workspace.archive_csv}")
+    if asked.contact_sheet:
         from histossl.slides.contact_sheet import PAGE_FILES, write_contact_sheet
 
         title = f"{directory.resolve().name}: {console.count(len(scanned.rows), 'file')}"
-        told = _totals(scanned, mpp, tile_px)
-        pages = write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, told)
+        told = _totals(scanned, config)
+        pages = write_contact_sheet(workspace.contact_sheet, title, scanned.rows, scanned.previews, told)
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""
-        console.say(f"contact sheet: {place.contact_sheet}{more}")
+        console.say(f"contact sheet: {workspace.contact_sheet}{more}")
     if not scanned.num_readable:
         files = console.count(len(scanned.rows), "file")
         console.fail(f"{directory}: none of its {files} can be used; archive.csv says why for each")
-        raise typer.Exit(1)
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--mpp {text}: must be a number of microns per pixel, or several as 0.5,1,2") from error
+        return 1
+    return 0
 
 
 def _show(scanned: Scanned) -> None:
@@ -190,8 +152,9 @@ def _cells(row: LedgerRow) -> tuple[object, ...]:
     return row.file, row.status, row.format, size, scale, row.stain, row.expected_tiles
 
 
-def _totals(scanned: Scanned, mpp: str, tile_px: int) -> str:
-    rows = scanned.rows
+def _totals(scanned: Scanned, config: ScanConfig) -> str:
+    rows, tile_px = scanned.rows, config.tile_px
+    mpp = ",".join(f"{each:g}" for each in config.mpps)
     counts = Counter(row.status for row in rows)
     tiled = [row for row in rows if not row.duplicate_of]  # one content is tiled once
     tiles = sum(row.expected_tiles or 0 for row in tiled)

@@ -4,160 +4,109 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from histossl.cli.options import (
-    ConfigOption,
-    DirectoryArgument,
-    MaxHoleOption,
-    MinSpeckOption,
-    MinTissueOption,
-    MppCsvOption,
-    RejectPenOption,
-    SlideMppOption,
-    SlidesOption,
-    TissueThresholdOption,
-    TissueUmOption,
-    WorkspaceOption,
-    archive_of,
-)
+from histossl.cli.from_config import TILES, Given, command
+from histossl.cli.options import archive_of
 from histossl.core import console
-from histossl.core.config import GRIDS, TileConfig, TissueConfig, note_command
+from histossl.core.config import (
+    MACHINE,
+    MPP,
+    MPP_CSV_HELP,
+    SLIDE_MPP,
+    SLIDE_MPP_HELP,
+    SLIDES_HELP,
+    TILE_PX,
+    TILE_SIDE,
+    TileConfig,
+    check_scales,
+    note_command,
+    read_scales,
+)
 from histossl.core.errors import HistosslError, StoreError, UsageError
+from histossl.core.options import Checked, between, option, show_list
 from histossl.core.workspace import Workspace
 
 if TYPE_CHECKING:
     from histossl.slides.ledger import LedgerRow
 
-DEFAULTS, TISSUE = TileConfig(), TissueConfig()
 SHOWN_REASONS = 8
 SAME_SCALE = 0.005  # what slides differ by is not worth a line
 SILENCE_S = 300.0  # a slide that gives nothing for so long is taken for hung
 
 
+@dataclass(frozen=True)
+class Tiling(Checked):
+    """What one call of `tile` is asked for, besides what its tiles are."""
+
+    directory: Path | None = option(None, "The same as --slides DIR.", metavar="DIR", positional=True)
+    slides: Path | None = option(None, SLIDES_HELP, metavar="DIR")
+    tile_px: int | None = option(
+        None,
+        f"Side of a tile in pixels. Default: as tiled, else {TILE_PX}, or the slides' own with --grid native.",
+        check=TILE_SIDE,
+    )
+    mpp: tuple[float, ...] = option(
+        (MPP,),
+        "Microns per pixel of the tiles (0.5 is 20x); several, finest first, as 0.5,1,2.",
+        read=read_scales,
+        show=show_list,
+    )
+    slide_mpp: float | None = option(None, SLIDE_MPP_HELP, check=SLIDE_MPP)
+    mpp_csv: Path | None = option(None, MPP_CSV_HELP, metavar="FILE.csv")
+    regions: Path | None = option(
+        None,
+        "Folder with QuPath GeoJSON files (A1.geojson for A1.svs) that restrict tiling to their areas. Default: those "
+        "next to the slides. Of MIRAX and Leica slides, coordinates count from the scanned area's corner, as QuPath "
+        "counts without its --no-crop.",
+        metavar="DIR",
+    )
+    workers: int | None = option(
+        None,
+        "Processes, each with one slide at a time. Default: one per core.",
+        MACHINE,
+        check=between(1, 1024, "1 to 1024"),
+    )
+    dask: str | None = option(
+        None,
+        "Send the slides to this Dask scheduler (tcp://host:8786) instead. Needs the extra `dask`.",
+        MACHINE,
+        metavar="ADDRESS",
+    )
+    retry: bool = option(
+        False,
+        "Try again what failed before, and tile replaced slides again. Zips are not read through: `unzip -t` tests "
+        "one, and one that you delete is made again.",
+    )
+    verify_copies: bool = option(
+        False,
+        "Decode every tile that is copied, to find flipped bits. Default: of each slide a sample; all, if one of the "
+        "sample is damaged.",
+    )
+    time_limit: float | None = option(
+        None,
+        f"Seconds without a tile after which a slide is taken for hung and given up. Default: {SILENCE_S:.0f}. Not "
+        "with --dask, whose cluster decides when a job has taken too long.",
+        MACHINE,
+        check=between(1e-3, 1e6, "seconds, more than 0 and at most 1000000"),
+    )
+
+
 def register(app: typer.Typer) -> None:
-    app.command(
+    command(
+        app,
+        group=TILES,
         epilog="Example: histossl tile --slides /data/slides --workers 8\n\n"
         "Several scales: histossl tile --slides /data/slides --mpp 0.5,1,2 -w multiscale\n\n"
-        "As the scanner tiled: histossl tile --slides /data/slides --grid native"
+        "As the scanner tiled: histossl tile --slides /data/slides --grid native",
     )(tile)
 
 
-def tile(
-    context: typer.Context,
-    directory: DirectoryArgument = None,
-    slides: SlidesOption = None,
-    workspace: WorkspaceOption = None,
-    config: ConfigOption = None,  # noqa: ARG001  (its callback has turned it into defaults)
-    tile_px: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Side of a tile in pixels. Default: as tiled, else {DEFAULTS.tile_px}, or the slides' own with "
-            "--grid native.",
-            show_default=False,
-        ),
-    ] = None,
-    mpp: Annotated[
-        str,
-        typer.Option(help="Microns per pixel of the tiles (0.5 is 20x); several, finest first, as 0.5,1,2."),
-    ] = f"{DEFAULTS.mpp:g}",
-    grid: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(GRIDS),
-            help="physical: exactly --tile-px at --mpp. native: the slide's own JPEG tiles, copied, where their "
-            "scale is within 5 % of --mpp. auto: copied where they also have --tile-px; else physical, but at the "
-            "slide's own scale where that is within 0.5 % of --mpp.",
-        ),
-    ] = DEFAULTS.grid,
-    jpeg_quality: Annotated[
-        int,
-        typer.Option(
-            help="Of tiles that are encoded anew, 1-100. Their colour is kept at half the resolution (4:2:0), as most "
-            "scanners do, also where the slide's is not."
-        ),
-    ] = DEFAULTS.jpeg_quality,
-    slide_mpp: SlideMppOption = None,
-    mpp_csv: MppCsvOption = None,
-    min_tissue: MinTissueOption = TISSUE.min_tissue,
-    tissue_um: TissueUmOption = TISSUE.tissue_um,
-    tissue_threshold: TissueThresholdOption = TISSUE.tissue_threshold,
-    min_speck_um: MinSpeckOption = TISSUE.min_speck_um,
-    max_hole_um: MaxHoleOption = TISSUE.max_hole_um,
-    reject_pen: RejectPenOption = TISSUE.reject_pen,
-    min_sharpness: Annotated[
-        float, typer.Option(help="Tiles less sharp are out of focus. 0: not looked at.")
-    ] = TISSUE.min_sharpness,
-    max_fold: Annotated[float, typer.Option(help="Share of a tile that may be folded tissue.")] = TISSUE.max_fold,
-    max_ink: Annotated[
-        float,
-        typer.Option(
-            help="Share of a tile that pen ink may cover, by the thumbnail and, where a tile is decoded, by its own "
-            "pixels: thin strokes show there. Copied tiles are decoded for it on slides whose thumbnail has ink. "
-            "1, or --no-reject-pen: off."
-        ),
-    ] = TISSUE.max_ink,
-    min_saturation: Annotated[
-        float, typer.Option(help="Mean colour saturation that a tile must have. 0: not looked at.")
-    ] = TISSUE.min_saturation,
-    regions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with QuPath GeoJSON files (A1.geojson for A1.svs) that restrict tiling to their areas. "
-            "Default: those beside the slides. Of MIRAX and Leica slides, coordinates count from the scanned area's "
-            "corner, as QuPath counts without its --no-crop.",
-            show_default=False,
-        ),
-    ] = None,
-    anonymize: Annotated[
-        bool,
-        typer.Option(
-            "--anonymize",
-            help="Name zips by a keyed hash; WORKSPACE/anonymous-names.csv says what they stand for. Give away the "
-            "folder tiles alone: archive.csv names the files, too.",
-        ),
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes, each with one slide at a time. Default: one per core.", show_default=False),
-    ] = None,
-    dask: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Send the slides to this Dask scheduler (tcp://host:8786) instead. Needs the extra `dask`.",
-            show_default=False,
-        ),
-    ] = None,
-    retry: Annotated[
-        bool,
-        typer.Option(
-            "--retry",
-            help="Try again what failed before, and tile replaced slides anew. Zips are not read through: `unzip -t` "
-            "tests one, and one that you delete is made anew.",
-        ),
-    ] = False,
-    verify_copies: Annotated[
-        bool,
-        typer.Option(
-            "--verify-copies",
-            help="Decode every tile that is copied, to find flipped bits. Default: of each slide a sample; all, if "
-            "one of the sample is damaged.",
-        ),
-    ] = False,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds without a tile after which a slide is taken for hung and given up. Default: "
-            f"{SILENCE_S:.0f}. Not with --dask, whose cluster decides when a job has taken too long.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
+def tile(workspace: Workspace, asked: Tiling, config: TileConfig, given: Given) -> None:
     """Cut the tissue of an archive's slides into JPEG tiles: one zip per slide, in WORKSPACE/tiles.
 
     The same command again goes on where it stopped. Each file's row in WORKSPACE/archive.csv says what became of it.
@@ -165,73 +114,37 @@ def tile(
     """
     from histossl.tiles.tiling import as_tiled, common_native_px, stored_config, tile_archive
 
-    slides = archive_of(directory, slides)
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: must be 1 or more")
-    if dask is not None and workers is not None:
+    check_scales(asked.mpp)
+    slides = archive_of(asked.directory, asked.slides)
+    if asked.dask is not None and asked.workers is not None:
         raise UsageError("--workers and --dask: the Dask cluster has its own workers; give one of the two")
-    if dask is not None and time_limit is not None:
+    if asked.dask is not None and asked.time_limit is not None:
         raise UsageError("--time-limit and --dask: a slide on a cluster is the cluster's to stop; give one of the two")
-    silence_s = SILENCE_S if time_limit is None else time_limit
-    if time_limit is not None and time_limit <= 0:
-        raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
-    if regions is not None and not regions.is_dir():
-        raise UsageError(f"--regions {regions}: no such folder")
-    at = Workspace.at(workspace)
-    finest, *coarser = _scales(mpp)
-    before = stored_config(at)
-    if tile_px is None and grid == "native" and before is None:
-        tile_px = common_native_px(slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s)
-    settings = TileConfig(
-        tile_px=DEFAULTS.tile_px if tile_px is None else tile_px,
-        mpp=finest,
-        coarser_mpp=tuple(coarser),
-        grid=grid,
-        jpeg_quality=jpeg_quality,
-        anonymize=anonymize,
-        tissue=TissueConfig(
-            min_tissue=min_tissue,
-            tissue_um=tissue_um,
-            tissue_threshold=tissue_threshold,
-            min_speck_um=min_speck_um,
-            max_hole_um=max_hole_um,
-            reject_pen=reject_pen,
-            min_sharpness=min_sharpness,
-            max_fold=max_fold,
-            max_ink=max_ink,
-            min_saturation=min_saturation,
-        ),
-    )
+    if asked.regions is not None and not asked.regions.is_dir():
+        raise UsageError(f"--regions {asked.regions}: no such folder")
+    mpp, *coarser = asked.mpp
+    silence_s = SILENCE_S if asked.time_limit is None else asked.time_limit
+    before, tile_px = stored_config(workspace), asked.tile_px
+    if tile_px is None and config.grid == "native" and before is None:
+        tile_px = common_native_px(slides, mpp, asked.slide_mpp, asked.mpp_csv, asked.workers or 2, silence_s)
+    config = replace(config, tile_px=TILE_PX if tile_px is None else tile_px, mpp=mpp, coarser_mpp=tuple(coarser))
     if before is not None:
-        settings = as_tiled(before, settings, _given(context))
+        config = as_tiled(before, config, given)
     rows = tile_archive(
         slides,
-        at,
-        settings,
-        workers,
-        slide_mpp=slide_mpp,
-        mpp_csv=mpp_csv,
-        regions=regions,
-        retry=retry,
-        dask=dask,
+        workspace,
+        config,
+        asked.workers,
+        slide_mpp=asked.slide_mpp,
+        mpp_csv=asked.mpp_csv,
+        regions=asked.regions,
+        retry=asked.retry,
+        dask=asked.dask,
         silence_s=silence_s,
-        verify=verify_copies,
+        verify=asked.verify_copies,
     )
-    note_command(at.tile_commands)
-    tell_tiled(rows, at, settings.mpps)
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The options that stand on the command line or in the file of --config."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-
-
-def _scales(text: str) -> list[float]:
-    try:
-        return [float(part) for part in str(text).split(",")]
-    except ValueError as error:
-        raise UsageError(f"--mpp {text}: must be microns per pixel (0.5), or several of them (0.5,1,2)") from error
+    note_command(workspace.tile_commands)
+    tell_tiled(rows, workspace, config.mpps)
 
 
 def _scale_obtained(rows: Sequence[LedgerRow], mpps: Sequence[float]) -> str:

@@ -49,77 +49,116 @@ def require(holds: bool, option: str, value: object, wanted: str) -> None:
 # ---- scan and tile
 
 GRIDS = ("auto", "native", "physical")
-JPEG_QUALITY = 90  # of tiles that are encoded anew
+JPEG_QUALITY = 90  # of tiles that are encoded again
+TILE_PX, MPP = 256, 0.5
+MOST_SCALES = 16
+SLIDE_MPP = between(0.05, 5, "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)")
+TILE_SIDE = between(16, 4096, "a side of 16 to 4096 pixels")
+TILE_MPP = between(0.05, 100, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
+LENGTH_UM = between(0, 1e6, "a length in microns, 0 to 1000000")
+SHARE = between(0, 1, "a share between 0 and 1")
+SHARE_OFF = between(0, 1, "a share between 0 and 1 (off)")
+SLIDES_HELP = "Folder with the slides (searched through all its subfolders)."
+SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
+MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
+FILTERS = "Filters"  # a panel of help
+read_scales = numbers(float, "a number of microns per pixel, or several, finest first, as 0.5,1,2")
 
 
-def _require_tiles(tile_px: int, mpps: tuple[float, ...], jpeg_quality: int) -> None:
-    """What scan and tile ask of tiles alike."""
-    require(16 <= tile_px <= 4096, "tile-px", tile_px, "a side of 16 to 4096 pixels")
+def check_scales(mpps: tuple[float, ...]) -> None:
+    """UsageError unless these are the scales of a store: each possible, finest first, not too many."""
     for mpp in mpps:
-        require(0.05 <= mpp <= 100, "mpp", mpp, "microns per pixel between 0.05 and 100 (0.5 is a 20x scan)")
-    given = ",".join(f"{mpp:g}" for mpp in mpps)
-    require(
-        all(finer < coarser for finer, coarser in itertools.pairwise(mpps)),
-        "mpp",
-        given,
-        "different scales, finest first (0.5,1,2)",
+        require(TILE_MPP.holds(mpp), "mpp", mpp, TILE_MPP.words)
+    given = show_list(mpps)
+    rising = all(finer < coarser for finer, coarser in itertools.pairwise(mpps))
+    require(bool(mpps) and rising, "mpp", given, "different scales, finest first (0.5,1,2)")
+    require(len(mpps) <= MOST_SCALES, "mpp", given, f"{MOST_SCALES} scales at most")
+
+
+@dataclass(frozen=True)
+class TissueConfig(Checked):
+    """What counts as tissue, and which tiles are too poor to train on. 0 (or 1 for a `max_`) turns a filter off."""
+
+    min_tissue: float = option(0.5, "Share of a tile that must be tissue.", FILTERS, check=SHARE)
+    tissue_um: float = option(
+        8.0,
+        "Microns per pixel of the thumbnail on which tissue is sought; finer on small slides.",
+        FILTERS,
+        check=between(0.5, 100, "0.5 to 100 microns per thumbnail pixel"),
     )
-    require(len(mpps) <= 16, "mpp", given, "16 scales at most")
-    require(1 <= jpeg_quality <= 100, "jpeg-quality", jpeg_quality, "1 to 100")
+    tissue_threshold: float = option(
+        0.0,
+        "Optical density that divides tissue from glass. 0: found by Otsu's method, within sane bounds.",
+        FILTERS,
+        check=between(0, 2, "an optical density, 0 to 2"),
+    )
+    min_speck_um: float = option(100.0, "Tissue smaller than a square of this side is dust.", FILTERS, check=LENGTH_UM)
+    max_hole_um: float = option(
+        150.0,
+        "A hole smaller than a square of this side (a gland's lumen, fat) belongs to the tissue.",
+        FILTERS,
+        check=LENGTH_UM,
+    )
+    reject_pen: bool = option(
+        True,
+        "Count pen ink, dirt and the edges of cover slips, grey or coloured, as no tissue. What ink a tile may hold "
+        "next to enough tissue is --max-ink.",
+    )
+    min_sharpness: float = option(
+        0.15,
+        "Tiles less sharp are out of focus: share of contrast in detail of 3-7 px; in focus 0.3 and more, 3 px blurred "
+        "0.12. 0: off.",
+        FILTERS,
+        check=between(0, 1, "between 0 (off) and 1"),
+    )
+    max_fold: float = option(0.5, "Share of a tile that may be folded tissue.", FILTERS, check=SHARE_OFF)
+    max_ink: float = option(
+        0.01,
+        "Share of a tile that pen ink may cover, by the thumbnail and, where a tile is decoded, by its own pixels, "
+        "which show thin strokes. Copied tiles are decoded for it on slides whose thumbnail has ink. 1, or "
+        "--no-reject-pen: off.",
+        FILTERS,
+        check=SHARE_OFF,
+    )
+    min_saturation: float = option(
+        0.02,
+        "Mean colour saturation that a tile must have (0 grey, 1 pure colour). 0: off.",
+        FILTERS,
+        check=between(0, 1, "between 0 (off) and 1"),
+    )
+
+
+GRID_HELP = (
+    "physical: exactly --tile-px at --mpp. native: the slide's own JPEG tiles, copied, where their scale is within 5 % "
+    "of --mpp. auto: copied where they also have --tile-px; else physical, but at the slide's own scale where that is "
+    "within 0.5 % of --mpp."
+)
 
 
 @dataclass(frozen=True)
-class TissueConfig:
-    """What counts as tissue, and which tiles are too poor to learn from. 0 (or 1 for a `max_`) turns a filter off."""
+class ScanConfig(Checked):
+    """How an archive is looked through: where scale comes from, how long one file may take, what tiling would do."""
 
-    min_tissue: float = 0.5  # share of a tile that must be tissue
-    tissue_um: float = 8.0  # microns per pixel of the thumbnail on which tissue is sought; finer on small slides
-    tissue_threshold: float = 0.0  # optical density that divides tissue from glass; 0: Otsu, kept within sane bounds
-    min_speck_um: float = 100.0  # tissue smaller than a square of this side is dust
-    max_hole_um: float = 150.0  # a hole smaller than a square of this side (a gland's lumen, fat) belongs to the tissue
-    reject_pen: bool = True  # blue, green, red and black ink, and grey: cover-slip edges, dirt
-    min_sharpness: float = 0.15  # blur: share of contrast in detail of 3-7 px; in focus 0.3 and more, 3 px blurred 0.12
-    max_fold: float = 0.5  # share of a tile that may be folded tissue
-    max_ink: float = 0.01  # share of a tile that pen ink may cover; looked for only with reject_pen
-    min_saturation: float = 0.02  # mean colour saturation (0 grey, 1 pure colour)
-
-    def __post_init__(self) -> None:
-        require(0 <= self.min_tissue <= 1, "min-tissue", self.min_tissue, "a share between 0 and 1")
-        require(0.5 <= self.tissue_um <= 100, "tissue-um", self.tissue_um, "0.5 to 100 microns per thumbnail pixel")
-        require(
-            0 <= self.tissue_threshold <= 2, "tissue-threshold", self.tissue_threshold, "an optical density, 0 to 2"
-        )
-        require(self.min_speck_um >= 0, "min-speck-um", self.min_speck_um, "a length in microns, 0 or more")
-        require(self.max_hole_um >= 0, "max-hole-um", self.max_hole_um, "a length in microns, 0 or more")
-        require(0 <= self.min_sharpness <= 1, "min-sharpness", self.min_sharpness, "between 0 (off) and 1")
-        require(0 <= self.max_fold <= 1, "max-fold", self.max_fold, "a share between 0 and 1 (off)")
-        require(0 <= self.max_ink <= 1, "max-ink", self.max_ink, "a share between 0 and 1 (off)")
-        require(0 <= self.min_saturation <= 1, "min-saturation", self.min_saturation, "between 0 (off) and 1")
-
-
-@dataclass(frozen=True)
-class ScanConfig:
-    """How an archive is looked through: where scale comes from, how long one file may take, what tiling would ask."""
-
-    tile_px: int = 256
-    mpp: float = 0.5
+    tile_px: int = option(TILE_PX, "Side in pixels of the tiles to expect.", check=TILE_SIDE)
+    mpp: float = MPP
     coarser_mpp: tuple[float, ...] = ()  # further scales
-    slide_mpp: float | None = None  # microns per pixel of every slide, over what the files say
-    mpp_csv: str | None = None  # columns slide,mpp: the same, slide by slide
-    time_limit_s: float = 120.0
-    jpeg_quality: int = JPEG_QUALITY
+    slide_mpp: float | None = option(None, SLIDE_MPP_HELP, check=SLIDE_MPP)
+    mpp_csv: str | None = option(None, MPP_CSV_HELP, metavar="FILE.csv")
+    time_limit_s: float = option(
+        120.0,
+        "Seconds that the whole check of one file may take (opening, thumbnail, tissue, sample tiles); then it is "
+        "stopped, and its row says unreadable.",
+        flag="--time-limit",
+        check=between(1e-3, 1e6, "seconds, more than 0 and at most 1000000"),
+    )
+    jpeg_quality: int = option(JPEG_QUALITY, "JPEG quality (1-100) of the tiles to expect.", check=between(1, 100))
+    grid: str = option("auto", GRID_HELP, metavar="|".join(GRIDS), check=one_of(*GRIDS))
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
-        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality)
-        require(
-            self.slide_mpp is None or 0.05 <= self.slide_mpp <= 5,
-            "slide-mpp",
-            self.slide_mpp,
-            "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)",
-        )
-        require(0 < self.time_limit_s < 1e6, "time-limit", self.time_limit_s, "seconds, more than 0")
+        super().__post_init__()
+        check_scales(self.mpps)
 
     @property
     def mpps(self) -> tuple[float, ...]:
@@ -127,24 +166,33 @@ class ScanConfig:
 
 
 @dataclass(frozen=True)
-class TileConfig:
+class TileConfig(Checked):
     """How slides become tiles. Only physical scale decides: a tile is `tile_px` wide at `mpp` microns per pixel.
 
     One store holds tiles of one config. What belongs to a slide (its scale, say) is kept with the slide instead.
     """
 
-    tile_px: int = 256
-    mpp: float = 0.5  # of the finest tiles
+    tile_px: int = option(TILE_PX, "Side of a tile in pixels.", check=TILE_SIDE)
+    mpp: float = MPP  # of the finest tiles
     coarser_mpp: tuple[float, ...] = ()  # further scales, each with its own grid
-    grid: str = "auto"  # auto, native, physical: whether the slide's own JPEG tiles are copied
-    jpeg_quality: int = JPEG_QUALITY  # copied tiles keep the scanner's
-    anonymize: bool = False  # name zips by a keyed hash
+    grid: str = option("auto", GRID_HELP, metavar="|".join(GRIDS), check=one_of(*GRIDS))
+    jpeg_quality: int = option(
+        JPEG_QUALITY,
+        "Of tiles that are encoded again, 1-100. Their colour is kept at half the resolution (4:2:0), as most scanners "
+        "do, also where the slide's is not.",
+        check=between(1, 100),
+    )
+    anonymize: bool = option(
+        False,
+        "Name zips by a keyed hash; WORKSPACE/anonymous-names.csv says what they stand for. Give away the folder tiles "
+        "alone: archive.csv names the files, too.",
+    )
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coarser_mpp", tuple(self.coarser_mpp))
-        _require_tiles(self.tile_px, self.mpps, self.jpeg_quality)
-        require(self.grid in GRIDS, "grid", self.grid, f"one of {', '.join(GRIDS)}{nearest(self.grid, GRIDS)}")
+        super().__post_init__()
+        check_scales(self.mpps)
 
     @property
     def mpps(self) -> tuple[float, ...]:
@@ -357,10 +405,7 @@ class RuntimeConfig(Checked):
         return read_interval(self.checkpoint_every)[1]
 
 
-SLIDES_HELP = "Folder with the slides (searched through all its subfolders)."
-SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
 ALLOW_MISSING_HELP = "Go on though test slides of --labels are not in the workspace. Misspelt ones would be trained on."
-MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
 
 
 @dataclass(frozen=True)
@@ -376,9 +421,13 @@ class PretrainData(Checked):
     name: str = option("", "Name of the run: its directory under WORKSPACE/pretrain.", unset="the method")
     allow_missing_test_slides: bool = option(False, ALLOW_MISSING_HELP, DATA)
     exclude: Path | None = option(None, "Slides to leave out: one name a line.", DATA, metavar="FILE")
-    tile_px: int | None = option(None, "Side of the tiles in pixels. Default: as tiled, else 256.", DATA)
-    mpp: float | None = option(None, "Microns per pixel of the tiles. Default: as tiled, else 0.5.", DATA)
-    slide_mpp: float | None = option(None, SLIDE_MPP_HELP, DATA)
+    tile_px: int | None = option(
+        None, "Side of the tiles in pixels. Default: as tiled, else 256.", DATA, check=TILE_SIDE
+    )
+    mpp: float | None = option(
+        None, "Microns per pixel of the tiles. Default: as tiled, else 0.5.", DATA, check=TILE_MPP
+    )
+    slide_mpp: float | None = option(None, SLIDE_MPP_HELP, DATA, check=SLIDE_MPP)
     mpp_csv: Path | None = option(None, MPP_CSV_HELP, DATA, metavar="FILE.csv")
 
 
@@ -508,10 +557,10 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "bags_per_step", "tiles_per_bag", "test_tiles"):
-            require(getattr(self, name) >= 1, f"tune {name}", getattr(self, name), "1 or more")
-        require(self.lr > 0, "tune lr", self.lr, "more than 0")
+            require(1 <= getattr(self, name) <= 10**9, f"tune {name}", getattr(self, name), "1 or more")
+        require(0 < self.lr < math.inf, "tune lr", self.lr, "more than 0")
         require(0 < self.layer_decay <= 1, "tune layer_decay", self.layer_decay, "between 0 and 1 (1: none)")
-        require(self.weight_decay >= 0, "tune weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.weight_decay < math.inf, "tune weight_decay", self.weight_decay, "0 or more")
 
 
 STARTS, SPLITS, HEADS = "Starts", "Splits", "Heads"  # panels of help
@@ -697,9 +746,13 @@ def _as_type_of(default: object, text: str, assignment: str) -> object:
             raise UsageError(f"--set {assignment}: must be true or false")
         return text.lower() in ("true", "1", "yes", "on")
     try:
-        return kind(float(text)) if kind is int and float(text).is_integer() else kind(text)  # type: ignore[call-arg]
+        value: Any = kind(float(text)) if kind is int and float(text).is_integer() else kind(text)  # type: ignore[call-arg]
     except ValueError as error:
         raise UsageError(f"--set {assignment}: must be {'a whole' if kind is int else 'a'} number") from error
+    most = {int: 10**9, float: MOST}.get(kind)
+    if most is not None and not abs(value) <= most:  # nan is never within anything
+        raise UsageError(f"--set {assignment}: must be a finite number, at most {most:g}")
+    return value
 
 
 def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from histossl.backbones.loading import create_backbone, load_backbone
+from histossl.backbones.loading import create_backbone, load_backbone, report_weights
 from histossl.core import console
 from histossl.core.config import CurateConfig, EmbedConfig, FinetuneConfig, read_run, refuse_other_config, write_run
 from histossl.core.errors import LabelsError, MismatchError, UsageError
@@ -407,6 +407,7 @@ def embedder_for(
     if weights:
         name = Path(weights).stem.lstrip(".") or "weights"
         model, info = create_backbone(backbone, weights, seed)
+        report_weights(info)
     else:
         try:
             settings = FinetuneConfig(labels="", starts=("adapted",), adapted=adapted, backbone=backbone)

@@ -32,6 +32,7 @@ from histossl.backbones.loading import (
     info_beside,
     load_backbone,
     recorded_with,
+    report_weights,
 )
 from histossl.core.config import FinetuneConfig, PretrainConfig, plain, read_run
 from histossl.core.errors import UsageError, WeightsError
@@ -70,7 +71,9 @@ class Start:
         assert self.name != COLOUR
         if self.exported is not None:
             return load_backbone(self.exported)
-        return create_backbone(self.timm_name, self.weights, seed)
+        backbone, info = create_backbone(self.timm_name, self.weights, seed)
+        report_weights(info)
+        return backbone, info
 
     def embedder(self, *, seed: int, input_px: int, tile_px: int, device: torch.device) -> Embedder:
         if self.name == COLOUR:

@@ -100,6 +100,9 @@ def load_model(folder: Path, option: str = "--model") -> Model:
             f"{option} {folder}: its model.json or head.safetensors is damaged or not histossl's; copy the whole model "
             "folder again (WORKSPACE/finetune/NAME/model)"
         ) from error
+    wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if wrong:
+        raise WeightsError(f"{option} {folder}: {wrong[0]} in its head.safetensors holds values that are no numbers")
     if info.format != FORMAT or info.head not in HEADS:
         raise WeightsError(f"{option} {folder}: was written by another version of histossl (format {info.format})")
     training, patients = arrays.pop(TRAINING), arrays.pop(PATIENTS)

@@ -35,6 +35,10 @@ def slides_learnt(record: Mapping[str, Any], index: TileIndex) -> Learnt:
 
     Fingerprints of an anonymous store are keyed, so that those of another store never equal them: there a name counts
     too, as it does where the model was made before models kept fingerprints.
+
+    Equal samples count as the same slide here, without a comparison of all bytes: the training slide need not be at
+    hand. It is the safe side. Nothing is attributed or left out by it; a slide that is counted wrongly only loses its
+    mark as a test of the model, while one that is missed would be reported as a test that it is not.
     """
     contents: Contents = record.get("contents", {})
     known = defaultdict(list)

@@ -128,17 +128,20 @@ def _walked(directory: Path, visit: _Visit) -> Walk:
     result = Walk(directory)
     files: list[tuple[Path, str, str]] = []  # path, problem, note
     parts: dict[Path, tuple[Path, ...]] = {}
+    series: dict[str, list[_Series]] = defaultdict(list)
     like_slides: list[Path] = []  # folders by their name
     for folder, names, problem in _folders(directory, visit):
         if problem:
             files.append((folder, problem, ""))
             continue
-        files += _slides_of(folder, names, result.ignored, visit, parts)
+        files += _slides_of(folder, names, result.ignored, visit, parts, series)
         if folder != directory and folder.suffix.lower() in SUFFIXES - {".dcm"}:
             like_slides.append(folder)
     for folder in like_slides:
         if not any(path.is_relative_to(folder) for path, _, _ in files):
             files.append((folder, "a folder named like a slide, without a slide in it", ""))
+    for group in series.values():
+        files = _one_of(group, files, directory) if len(group) > 1 else files
     result.found = [replace(one, parts=parts.get(one.path, ())) for one in _named(directory, files)]
     return result
 
@@ -180,13 +183,53 @@ def _folders(root: Path, visit: _Visit) -> Iterator[tuple[Path, list[str], str]]
         yield folder, files, ""
 
 
+@dataclass(frozen=True)
+class _Series:
+    """What one folder holds of a DICOM series."""
+
+    path: Path  # the file to open
+    instances: frozenset[str]
+    has_volume: bool
+
+
+def _one_of(group: list[_Series], files: list[tuple[Path, str, str]], root: Path) -> list[tuple[Path, str, str]]:
+    """A DICOM series is one slide, also where it lies in several folders: that of the folder with its finest level.
+
+    OpenSlide looks for the rest of a series beside the file that it opens, no further. A folder with the very same
+    instances is a copy; whether it is whole, its content will tell.
+    """
+    volumes = [one for one in group if one.has_volume]
+    if not volumes:
+        return files
+    main = min(volumes, key=lambda one: (-dicom_columns(one.path), -len(one.instances), one.path))
+    at = relative(main.path, root)
+    told: dict[Path, tuple[str, str]] = {}
+    for one in group:
+        if one is main:
+            continue
+        if one.instances == main.instances:
+            told[one.path] = "", f"the same DICOM series as {at}"
+            continue
+        told[one.path] = f"part of the DICOM series of {at}, in another folder; put all its files into one folder", ""
+        if not one.instances <= main.instances:
+            beside = relative(one.path.parent, root)
+            note = f"its DICOM series goes on in another folder ({beside}), which is not read; put all into one"
+            told[main.path] = "", note
+    return [(path, *told.get(path, (problem, note))) for path, problem, note in files]
+
+
 def _slides_of(
-    folder: Path, names: list[str], ignored: Counter[str], visit: _Visit, parts: dict[Path, tuple[Path, ...]]
+    folder: Path,
+    names: list[str],
+    ignored: Counter[str],
+    visit: _Visit,
+    parts: dict[Path, tuple[Path, ...]],
+    all_series: dict[str, list[_Series]],
 ) -> list[tuple[Path, str, str]]:
     """The slides among a folder's files; companions of other files are noted in `parts`, the rest is counted."""
     companions = _companions(folder, names, visit, parts)
     files: list[tuple[Path, str, str]] = []
-    series: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+    series: dict[str, list[tuple[Path, str, str]]] = defaultdict(list)
     for name in names:
         path = folder / name
         suffix = path.suffix.lower()
@@ -201,9 +244,9 @@ def _slides_of(
             continue
         head = _head(path)
         if head[128:132] == b"DICM":
-            uid, kind = dicom_series(path)
+            uid, kind, instance = dicom_series(path)
             if uid:
-                series[uid].append((path, kind))
+                series[uid].append((path, kind, instance))
             elif known:
                 files.append((path, "a DICOM file without a series; not a slide", ""))
             else:
@@ -214,12 +257,14 @@ def _slides_of(
             files.append((path, "", f"its suffix {suffix or '(none)'} is no slide's, its content is a TIFF"))
         else:
             ignored[_writable(suffix) or "no suffix"] += 1
-    for instances in series.values():
+    for uid, instances in series.items():
         # A label or an overview is an instance of the series like the levels are; it is never the one to open.
-        volumes = [path for path, kind in instances if VOLUME in kind.split("\\")]
+        volumes = [path for path, kind, _ in instances if VOLUME in kind.split("\\")]
+        uids = frozenset(instance or str(path) for path, _, instance in instances)
+        all_series[uid].append(_Series(volumes[0] if volumes else instances[0][0], uids, bool(volumes)))
         if volumes:
             files.append((volumes[0], "", ""))
-            parts[volumes[0]] = tuple(path for path, _ in instances)
+            parts[volumes[0]] = tuple(path for path, *_ in instances)
         else:
             files.append((instances[0][0], "a DICOM series without a volume image (no whole-slide levels)", ""))
     return files
@@ -293,32 +338,57 @@ _LONG = frozenset([b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UR"
 _SEQUENCE_END, _ITEM_END = (0xFFFE, 0xE0DD), (0xFFFE, 0xE00D)
 
 
-def dicom_series(path: Path) -> tuple[str, str]:
-    """(SeriesInstanceUID, ImageType) of a DICOM file; empty if it has none or is damaged. Stops before the pixels."""
-    found = {(0x0020, 0x000E): "", (0x0008, 0x0008): ""}
+_SYNTAX, _TYPE, _INSTANCE = (0x0002, 0x0010), (0x0008, 0x0008), (0x0008, 0x0018)
+_SERIES, _COLUMNS = (0x0020, 0x000E), (0x0048, 0x0006)
+
+
+def dicom_series(path: Path) -> tuple[str, str, str]:
+    """(SeriesInstanceUID, ImageType, SOPInstanceUID) of a DICOM file; empty if it has none or is damaged."""
+    found = _elements(path, (_TYPE, _INSTANCE, _SERIES))
+    if _SERIES not in found:
+        return "", "", ""
+    text = {tag: value.decode("latin-1").strip("\0 ") for tag, value in found.items()}
+    return text[_SERIES], text.get(_TYPE, ""), text.get(_INSTANCE, "")
+
+
+def dicom_columns(path: Path) -> int:
+    """Width in pixels of the finest level of a DICOM series among the files of this one's folder; 0 if none says it."""
+    mine = dicom_series(path)[0]
+    widest = 0
+    for one in path.parent.iterdir():
+        if _head(one)[128:132] == b"DICM" and (kind := dicom_series(one))[0] == mine and VOLUME in kind[1]:
+            value = _elements(one, (_COLUMNS,)).get(_COLUMNS, b"")
+            widest = max(widest, int.from_bytes(value[:4], "little"))
+    return widest
+
+
+def _elements(path: Path, wanted: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], bytes]:
+    """Values of elements of a DICOM file, as it holds them; none of a damaged one. Stops before the pixels."""
+    found: dict[tuple[int, int], bytes] = {}
+    last = max(wanted)
     try:
         with path.open("rb") as file:
             file.seek(132)
             implicit, big = False, False
             while True:
                 tag, kind, length = _element(file, implicit, big)
-                if tag > (0x0020, 0x000E):
+                if tag > last:
                     break
                 if kind == b"SQ" or length == 0xFFFFFFFF:
                     _skip_sequence(file, length, implicit, big)
                     continue
-                value = file.read(min(length, 1024)) if tag in found or tag == (0x0002, 0x0010) else b""
+                value = file.read(min(length, 1024)) if tag in wanted or tag == _SYNTAX else b""
                 file.seek(length - len(value), os.SEEK_CUR)
-                text = value.decode("latin-1").strip("\0 ")
-                if tag == (0x0002, 0x0010):
+                if tag == _SYNTAX:
+                    text = value.decode("latin-1").strip("\0 ")
                     implicit, big = text == "1.2.840.10008.1.2", text == "1.2.840.10008.1.2.2"
-                elif tag in found:
-                    found[tag] = text
-                if tag == (0x0020, 0x000E):
+                elif tag in wanted:
+                    found[tag] = value
+                if tag == last:
                     break
     except (OSError, struct.error, RecursionError):
-        return "", ""
-    return found[0x0020, 0x000E], found[0x0008, 0x0008]
+        return {}
+    return found
 
 
 def _element(file: BinaryIO, implicit: bool, big: bool) -> tuple[tuple[int, int], bytes, int]:

@@ -60,6 +60,7 @@ class LedgerRow:
     rejected_saturation: int | None = None
     rejected_damaged: int | None = None
     tile_settings: str = ""  # of file and settings behind tile_status
+    tile_stamp: str = ""  # size and time of the file that was tiled
     tile_twin: str = ""  # the slide that holds the tiles, where it is another one of the same content
 
     settings: str = ""  # digest of the settings behind the figures above

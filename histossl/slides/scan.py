@@ -39,24 +39,26 @@ from histossl.core.workspace import Workspace
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Job, Report, num_cores, run_jobs
 from histossl.slides.annotation_files import NONE, Annotations, match_regions
-from histossl.slides.annotations import MIN_INSIDE, read_regions
 from histossl.slides.archive import SlideFile, Walk, find_slides, relative, walk
-from histossl.slides.grid import Grid, enlargement, physical_grid
+from histossl.slides.content import Files, contents, files_of, sampled
+from histossl.slides.grid import Grid, enlargement, grid_of
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
+from histossl.slides.places import PlaceFilter, Wanted, left_out
 from histossl.slides.quality.stain import OTHER, Stain, stain_of
-from histossl.slides.quality.tissue import TissueMask, readable_thumbnail, tissue_mask
+from histossl.slides.quality.tissue import TissueMask
 from histossl.slides.reading.mpp import MppTable, read_mpp_csv
 from histossl.slides.reading.slide import Slide, open_slide
 
 __all__ = ["Preview", "Scanned", "SlideFile", "find_slides", "scan"]
 
 NUM_PROBES = 9  # tiles read as tiling would, to find damage and to learn how large tiles get
+MORE = 27  # further ones, where filters turn some of these down: their share is to be known
+NEARLY_ALL = 0.9  # of them turned down is worth a warning
 PREVIEW_PX = 360
 BLUE = (11, 95, 214)
 PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
 GONE = "not in the folder any more; its tiles are still in the workspace"
 LEDGER_EVERY_S = 10.0
-DIGEST_BYTES = 8 << 20  # read between two signs of life
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ def scan(
                         write_ledger(workspace.archive_csv, list({**known, **rows}.values()))
                         written_s = time.monotonic()
             found = [rows[relative(one.path, directory)] for one in walked.found]
-            found = _with_duplicates(directory, found, num_workers, config.time_limit_s)
+            files = {relative(one.path, directory): files_of(one.path, one.parts) for one in walked.found}
+            found = _with_duplicates(found, files, num_workers, config.time_limit_s)
             all_seen = True
         finally:
             if not all_seen:  # Ctrl-C: what was looked at need not be opened again
@@ -243,11 +246,8 @@ def _still_speaks(before: LedgerRow, now: LedgerRow) -> bool:
 
 def stamp(path: Path, parts: Sequence[Path] = ()) -> tuple[int | None, float | None]:
     """Size and latest change of a slide: of all its files, where it is made of several."""
-    paths = [*(parts or [path])]
     try:
-        if path.suffix.lower() == ".mrxs":
-            paths += [one for one in path.with_suffix("").glob("*") if one.is_file()]
-        states = [one.stat() for one in paths]
+        states = [one.stat() for one in files_of(path, parts)]
     except OSError:
         return None, None
     return sum(one.st_size for one in states), round(max(one.st_mtime for one in states), 3)
@@ -339,34 +339,31 @@ class _Look:
                     with contextlib.suppress(SlideError):
                         self.picture = _picture(slide.thumbnail(PREVIEW_PX))
                 raise SlideError(slide.mpp_problem)
-            found = readable_thumbnail(slide, self._open, config.tissue.tissue_um)
-            thumbnail, downsample = found.pixels, found.downsample
-            if found.handle_spent:
-                missing = found.unreadable.mean()
+            filters = PlaceFilter(slide, self._open, config.tissue, job.regions)
+            if filters.handle_spent:
+                missing = filters.unreadable_share
                 what = f"{missing:.1%} of it cannot be read on any level" if missing else "a level of it cannot be read"
                 self.warnings.append(f"damaged: {what}")
-            um_per_px = um_from_l0(downsample, slide.mpp_l0)
-            tissue = TissueMask(tissue_mask(thumbnail, um_per_px, config.tissue), downsample)
-            drawn = None
-            if job.regions is not None:
-                regions = read_regions(job.regions, slide.size_l0, slide.bounds_l0)
-                drawn = TissueMask(regions.mask(tissue.mask.shape, downsample), downsample)
-            stain = stain_of(thumbnail, tissue.mask)
-            self._warn_of(slide, tissue, stain)
-            corners, grid = self._places(slide, tissue, drawn)
+            stain = stain_of(filters.thumbnail, filters.seen.mask)
+            self._warn_of(slide, filters.seen, stain)
+            grids = [grid_of(slide, config.tile_px, mpp, config.grid) for mpp in config.mpps]
+            wanted = [self._wanted(slide, filters, grid) for grid in grids]
+            self._warn_of_places(slide, grids[0], wanted[0], filters)
             with self._open() as fresh:  # the first may have met damage, and then reads nothing any more
-                tile_bytes = self._probe(fresh, corners, grid.side_l0)
-            per_scale = [len(corners)] + [len(self._grid(slide, mpp, tissue, drawn)[0]) for mpp in config.coarser_mpp]
+                probes = [self._probe(fresh, each, grid, filters) for each, grid in zip(wanted, grids, strict=True)]
+            tiles = [round(len(each.places) * probe.kept) for each, probe in zip(wanted, probes, strict=True)]
+            num_bytes = sum(count * probe.tile_bytes for count, probe in zip(tiles, probes, strict=True))
             self.row = replace(
                 self.row,
                 stain=stain.family,
                 stain_figures=stain.figures,
-                tissue_mm2=round(tissue.area_um2(slide.mpp_l0) / 1e6, 3),
-                expected_tiles=sum(per_scale),
-                expected_mb=round(sum(per_scale) * tile_bytes / 1e6, 3),
+                tissue_mm2=round(filters.seen.area_um2(slide.mpp_l0) / 1e6, 3),
+                expected_tiles=sum(tiles),
+                expected_mb=round(num_bytes / 1e6, 3),
             )
-            shown = tissue if drawn is None else replace(tissue, mask=tissue.mask & drawn.mask)
-            preview = _preview(thumbnail, shown, corners, grid) if job.preview else None
+            drawn = filters.drawn
+            shown = filters.seen if drawn is None else replace(filters.seen, mask=filters.seen.mask & drawn)
+            preview = _preview(filters.thumbnail, shown, wanted[0].places, grids[0]) if job.preview else None
         reason = "; ".join(self.warnings)
         self.row = replace(self.row, status=WARNING if reason else OK, reason=reason)
         return preview
@@ -398,72 +395,98 @@ class _Look:
         if not tissue.mask.any():
             self.warnings.append("no tissue found: blank glass, ink only, or tissue smaller than --min-speck-um")
 
-    def _places(self, slide: Slide, tissue: TissueMask, drawn: TissueMask | None) -> tuple[NDArray[np.float64], Grid]:
+    def _wanted(self, slide: Slide, filters: PlaceFilter, grid: Grid) -> Wanted:
+        """The places that tile would cut; none of a slide too coarse for any."""
+        wanted = filters.wanted(grid)
+        too_coarse = enlargement(slide.mpp_l0, self.job.config.mpp)[1]
+        return replace(wanted, places=wanted.places[:0]) if too_coarse else wanted
+
+    def _warn_of_places(self, slide: Slide, grid: Grid, wanted: Wanted, filters: PlaceFilter) -> None:
         config = self.job.config
-        corners, grid = self._grid(slide, config.mpp, tissue, drawn)
         if not grid.num_places:
             width_um, height_um = (um_from_l0(side, slide.mpp_l0) for side in slide.size_l0)
             self.warnings.append(
                 f"smaller than one tile: {width_um:.0f} x {height_um:.0f} microns, a tile of {config.tile_px} px at "
                 f"{config.mpp:g} covers {config.tile_px * config.mpp:.0f}"
             )
-        elif not len(corners) and tissue.mask.any() and not enlargement(slide.mpp_l0, config.mpp)[1]:
-            where = "in the drawn regions " if drawn else ""
-            self.warnings.append(f"no place {where}has {config.tissue.min_tissue:.0%} tissue (--min-tissue)")
-        return corners, grid
+        elif not len(wanted.places) and filters.seen.mask.any() and not enlargement(slide.mpp_l0, config.mpp)[1]:
+            told = left_out(wanted.rejected, asdict(config.tissue))
+            self.warnings.append(f"no tiles: of {grid.num_places} places on the grid {told}")
 
-    def _grid(
-        self, slide: Slide, mpp: float, tissue: TissueMask, drawn: TissueMask | None
-    ) -> tuple[NDArray[np.float64], Grid]:
-        """Corners (n, 2) of the tiles that tiling would cut, by tissue and regions, in level-0 pixels; and all places.
+    def _probe(self, slide: Slide, wanted: Wanted, grid: Grid, filters: PlaceFilter) -> _Probe:
+        """Read a few tiles and judge them as tiling would; of few all, and more where some are turned down.
 
-        As with --grid auto, where no slide's own tiles are copied.
+        Warns where nearly all are. SlideError if none of them can be read.
         """
-        config = self.job.config
-        grid = physical_grid(slide, config.tile_px, mpp, exact=False)
-        x, y = grid.corners_l0(np.arange(grid.num_places))
-        kept = tissue.share(x, y, grid.side_l0) >= config.tissue.min_tissue
-        if drawn is not None:
-            kept &= drawn.share(x, y, grid.side_l0) >= MIN_INSIDE
-        kept &= not enlargement(slide.mpp_l0, config.mpp)[1]
-        return np.stack([x[kept], y[kept]], axis=1).astype(np.float64), grid
-
-    def _probe(self, slide: Slide, corners: NDArray[np.float64], side_l0: float) -> float:
-        """Read a few tiles as tiling would. Bytes per tile; SlideError if none of them can be read."""
-        tile_px = self.job.config.tile_px
+        corners = np.stack([each.astype(np.float64) for each in grid.corners_l0(wanted.places)], axis=1)
         if not len(corners):
-            middle = [max(0.0, (side - side_l0) / 2) for side in slide.size_l0]
-            corners = np.array([middle])
-        chosen = corners[np.unique(np.linspace(0, len(corners) - 1, NUM_PROBES).astype(int))]
-        sizes: list[int] = []
-        errors: list[str] = []
-        for x_l0, y_l0 in chosen:
+            corners = np.array([[max(0.0, (side - grid.side_l0) / 2) for side in slide.size_l0]])
+        seen = _spread(len(corners), NUM_PROBES)
+        probe = _Probe()
+        self._read(slide, corners[seen], grid, filters, probe)
+        if any(probe.poor.values()) or len(corners) <= NUM_PROBES + MORE:
+            self._read(
+                slide, np.delete(corners, seen, 0)[_spread(len(corners) - len(seen), MORE)], grid, filters, probe
+            )
+        if probe.errors and not probe.sizes:
+            raise SlideError(f"damaged: {probe.errors[0]}")
+        if probe.errors:
+            looked = len(probe.errors) + len(probe.sizes)
+            self.warnings.append(f"damaged: {len(probe.errors)} of {looked} places read cannot be ({probe.errors[0]})")
+        if len(wanted.places) and probe.kept <= 1 - NEARLY_ALL:
+            told = left_out(probe.poor, asdict(self.job.config.tissue))
+            self.warnings.append(f"few or no tiles: of {len(probe.sizes)} places with tissue that were read {told}")
+        return probe
+
+    def _read(
+        self, slide: Slide, corners: NDArray[np.float64], grid: Grid, filters: PlaceFilter, probe: _Probe
+    ) -> None:
+        side_l0, tile_px = grid.side_l0, grid.tile_px
+        for x_l0, y_l0 in corners:
             try:
                 # Anew each time after a failure: OpenSlide answers nothing more once a read went wrong.
-                if errors:
+                if probe.errors:
                     with self._open() as fresh:
                         pixels = fresh.read_region_l0(x_l0, y_l0, side_l0, side_l0, tile_px, tile_px)
                 else:
                     pixels = slide.read_region_l0(x_l0, y_l0, side_l0, side_l0, tile_px, tile_px)
             except SlideError as error:
-                errors.append(_without_name(str(error), self.job.path))
+                probe.errors.append(_without_name(str(error), self.job.path))
                 continue
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "JPEG", quality=self.job.config.jpeg_quality)
-            sizes.append(buffer.tell())
-        if errors and not sizes:
-            raise SlideError(f"damaged: {errors[0]}")
-        if errors:
-            self.warnings.append(
-                f"damaged: {len(errors)} of {len(chosen)} places looked at cannot be read ({errors[0]})"
-            )
-        return float(np.mean(sizes))
+            probe.sizes.append(buffer.tell())
+            if why := filters.poor(pixels) or ("ink" if filters.inked(pixels, grid.mpp) else ""):
+                probe.poor[why] += 1
+
+
+@dataclass
+class _Probe:
+    """What became of the tiles that were read on trial."""
+
+    sizes: list[int] = field(default_factory=list)  # bytes of each
+    poor: Counter[str] = field(default_factory=Counter)  # filters that turned some down
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """Share that all filters pass."""
+        return 1 - sum(self.poor.values()) / len(self.sizes)
+
+    @property
+    def tile_bytes(self) -> float:
+        return float(np.mean(self.sizes))
+
+
+def _spread(count: int, at_most: int) -> NDArray[np.int64]:
+    """So many numbers below `count`, evenly apart."""
+    return np.unique(np.linspace(0, count - 1, at_most).astype(np.int64)) if count else np.zeros(0, np.int64)
 
 
 def _preview(
     thumbnail: NDArray[np.uint8],
     tissue: TissueMask,
-    corners: NDArray[np.float64],
+    wanted: NDArray[np.int64],
     places: Grid,
 ) -> Preview:
     plain_picture = _picture(thumbnail)
@@ -475,9 +498,9 @@ def _preview(
     painted.putpalette([0, 0, 0, 90, 90, 110, 0, 190, 80])  # tissue clear, all else veiled, a green line between
     overlay = io.BytesIO()
     painted.save(overlay, "PNG", transparency=bytes([0, 150, 255]), bits=2)
-    chosen = np.rint(corners / places.side_l0).astype(int)
+    row, column = np.divmod(wanted, max(1, places.columns))
     grid = np.zeros((places.rows, places.columns), np.uint8)
-    grid[chosen[:, 1], chosen[:, 0]] = 1 + chosen.sum(axis=1) % 2  # two blues by turns, one paler, to tell tiles apart
+    grid[row, column] = 1 + (row + column) % 2  # two blues by turns, one paler, to tell tiles apart
     tiles = io.BytesIO()
     if grid.size:
         squares = Image.fromarray(grid, "P")
@@ -505,27 +528,29 @@ def _picture(thumbnail: NDArray[np.uint8]) -> Preview:
 
 
 def _with_duplicates(
-    directory: Path, rows: list[LedgerRow], num_workers: int | None, time_limit_s: float
+    rows: list[LedgerRow], files: Mapping[str, Files], num_workers: int | None, time_limit_s: float
 ) -> list[LedgerRow]:
-    """Mark files whose content an earlier one has. Only files of the same size are compared, then byte for byte.
+    """Mark slides whose content an earlier one has: of those of one size and equal samples all bytes are compared.
 
-    As `tile` chooses: the one that has the tiles, else the first that is no link.
+    `files` of each row are all that its slide is made of. As `tile` chooses: the one that has the tiles, else the first
+    that is no link.
     """
-    first = sorted(rows, key=lambda row: (not row.num_tiles, (directory / row.file).is_symlink()))
+    first = sorted(rows, key=lambda row: (not row.num_tiles, files[row.file][0].is_symlink()))
     groups = _grouped(first, {row.file: row.bytes for row in rows})
-    for digest in (_sample, _digest):
-        # In workers, as all that opens a slide: a disk that does not answer costs a file its twin, not the scan.
-        jobs = [directory / row.file for group in groups for row in group]
-        digests = dict(_results(digest, jobs, num_workers, time_limit_s))
-        keys = {row.file: digests.get(directory / row.file) for group in groups for row in group}
-        groups = [same for group in groups for same in _grouped(group, keys)]
+    # In workers, as all that opens a slide: a disk that does not answer costs a file its duplicate, not the scan.
+    jobs = [files[row.file] for group in groups for row in group]
+    samples = dict(_results(sampled, jobs, num_workers, time_limit_s))
+    groups = [same for group in groups for same in _grouped(group, {r.file: samples.get(files[r.file]) for r in group})]
+    compared = [[files[row.file] for row in group] for group in groups]
+    whole = contents(compared, _num_workers(compared, num_workers), time_limit_s)
+    groups = [same for group in groups for same in _grouped(group, {r.file: whole.get(files[r.file]) for r in group})]
     twins = {row.file: group[0].file for group in groups for row in group[1:]}
     return [_as_duplicate(row, twins.get(row.file, "")) for row in rows]
 
 
 def _results(
-    function: Job, jobs: Sequence[Path], num_workers: int | None, time_limit_s: float
-) -> Iterator[tuple[Path, Any]]:
+    function: Job, jobs: Sequence[Files], num_workers: int | None, time_limit_s: float
+) -> Iterator[tuple[Files, Any]]:
     for event in run_jobs(function, jobs, _num_workers(jobs, num_workers), time_limit_s) if jobs else ():
         if event.kind == "done":
             yield jobs[event.job], event.value
@@ -549,30 +574,3 @@ def _as_duplicate(row: LedgerRow, twin: str) -> LedgerRow:
         reasons.append(f"same content as {twin}")
     status = row.status if row.status == UNREADABLE else (WARNING if reasons else OK)
     return replace(row, duplicate_of=twin, reason="; ".join(reasons), status=status)
-
-
-def _sample(path: Path, report: Report) -> str:
-    """A digest of 16 pieces of a file: enough to tell slides apart without reading them whole."""
-    digest = hashlib.sha256()
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for piece in range(16):
-                file.seek((size - min(size, 16384)) * piece // 15)
-                digest.update(file.read(16384))
-                report(0)
-    except OSError:
-        return ""
-    return digest.hexdigest()
-
-
-def _digest(path: Path, report: Report) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(DIGEST_BYTES):
-                digest.update(piece)
-                report(0)  # the time limit is for silence: a large file takes what it takes
-    except OSError:
-        return ""
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 from histossl.core.units import um_from_l0
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, read_ledger, write_ledger
+from histossl.slides.places import left_out
 from histossl.tiles.cutting.tile_slide import SlideOutcome
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"
@@ -43,7 +44,7 @@ class Ledger:
         return [self._rows[file] for file in files]
 
 
-def tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRow:
+def tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str, stamp: str) -> LedgerRow:
     facts, counts = outcome.tiling["slide"], outcome.tiling["counts"]
     reason = why_none(outcome.tiling) if not counts["tiles"] else "; ".join(outcome.tiling["warnings"])
     return replace(
@@ -61,6 +62,7 @@ def tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRow
         tile_way="+".join(dict.fromkeys(scale["way"] for scale in outcome.tiling["scales"])),
         tile_mpp="+".join(f"{scale['mpp']:.4g}" for scale in outcome.tiling["scales"]),
         tile_settings=identity,
+        tile_stamp=stamp,
         tile_twin="",
         rejected_tissue=counts["tissue"],
         rejected_region=counts["region"],
@@ -82,10 +84,12 @@ def _verdict(row: LedgerRow, reason: str) -> dict[str, Any]:
     return {"status": WARNING if reason else OK, "reason": reason}
 
 
-def twin_row(row: LedgerRow, twin: str, holder: str) -> LedgerRow:
+def twin_row(row: LedgerRow, twin: str, holder: str, settings: str) -> LedgerRow:
+    """`settings`: of both files, as they were when their content was compared; as long as they are, it need not be."""
     reason = f"same content as {twin}"
     told = _verdict(row, reason)
-    return replace(untiled(row), tile_status=NO_TILES, tile_reason=reason, tile_twin=holder, num_tiles=0, **told)
+    none = replace(untiled(row), tile_status=NO_TILES, tile_reason=reason, num_tiles=0, **told)
+    return replace(none, tile_twin=holder, tile_settings=settings)
 
 
 def failed_row(row: LedgerRow, reason: str, identity: str, opened: bool) -> LedgerRow:
@@ -96,6 +100,7 @@ def failed_row(row: LedgerRow, reason: str, identity: str, opened: bool) -> Ledg
         tile_status=FAILED,
         tile_reason=reason,
         tile_settings=identity,
+        tile_stamp=row.tile_stamp,  # of what its zip was made of, if it has one
     )
 
 
@@ -107,6 +112,7 @@ def untiled(row: LedgerRow) -> LedgerRow:
         tile_way="",
         tile_mpp="",
         tile_settings="",
+        tile_stamp="",
         tile_twin="",
         num_tiles=None,
         rejected_tissue=None,
@@ -130,14 +136,4 @@ def why_none(tiling: Mapping[str, Any]) -> str:
             f"smaller than one tile: {width_um:.0f} x {height_um:.0f} microns, "
             f"a tile of {tiling['tile_px']} px at {scale['mpp']:g} covers {side_um:.0f}"
         )
-    words = {
-        "region": "lie outside the regions",
-        "tissue": f"have less than {tiling['config']['tissue']['min_tissue']:.0%} tissue",
-        "fold": "are folded",
-        "ink": f"have more than {tiling['config']['tissue'].get('max_ink', 1):.0%} pen ink",
-        "saturation": "have no colour",
-        "blur": "are out of focus",
-        "damaged": "are damaged",
-    }
-    parts = [f"{counts[name]} {what}" for name, what in words.items() if counts.get(name)]
-    return f"no tiles: of {counts['places']} places on the grid {', '.join(parts)}"
+    return f"no tiles: of {counts['places']} places on the grid {left_out(counts, tiling['config']['tissue'])}"

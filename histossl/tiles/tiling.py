@@ -8,43 +8,43 @@ A zip is whole or absent, so the same command again goes on with the slides that
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from histossl.core import console
-from histossl.core.config import TileConfig, TissueConfig, plain, require
+from histossl.core.config import SLIDE_MPP, TileConfig, TissueConfig, require
 from histossl.core.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
 from histossl.core.workspace import Workspace
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event, Report, num_cores, run_jobs
 from histossl.slides.annotation_files import match_regions
 from histossl.slides.archive import SlideFile, relative, walk
+from histossl.slides.content import SPOTS, fingerprint, samples_are_all
+from histossl.slides.grid import native_side_px
 from histossl.slides.ledger import UNREADABLE, WARNING, LedgerRow, read_ledger
-from histossl.slides.reading.mpp import PLAUSIBLE_MPP, read_mpp_csv
+from histossl.slides.reading.mpp import read_mpp_csv
 from histossl.slides.reading.slide import open_slide
-from histossl.slides.scan import resolved, stamp
-from histossl.tiles.cutting.cutter import native_side_px
+from histossl.slides.scan import resolved
 from histossl.tiles.cutting.tile_slide import (
-    SPOTS,
+    Claim,
     NotOpened,
     SlideOutcome,
     StoreFull,
     TileJob,
-    fingerprint,
+    identity_of,
     regions_fingerprint,
+    stamp_of,
     tile_slide,
 )
 from histossl.tiles.ledger_rows import FAILED, NO_TILES, TILED, Ledger, failed_row, tiled_row, twin_row, untiled
 from histossl.tiles.store.anonymisation import Names
-from histossl.tiles.store.duplicate_slides import file_of, find_twins, moved_store
+from histossl.tiles.store.duplicate_slides import Twin, file_of, find_twins, moved_store
 from histossl.tiles.store.index import find_zips
 from histossl.tiles.store.zip_store import read_store, read_tiling
 
@@ -78,12 +78,7 @@ def tile_archive(
     `verify` decodes every tile that is copied, to find flipped bits; else a sample of each slide is decoded.
     A store has one config: another one is a MismatchError that names what differs.
     """
-    require(
-        slide_mpp is None or PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1],
-        "slide-mpp",
-        slide_mpp,
-        "microns per pixel between 0.05 and 5 (0.25 is a 40x scan, 0.5 a 20x scan)",
-    )
+    require(slide_mpp is None or SLIDE_MPP.holds(slide_mpp), "slide-mpp", slide_mpp, SLIDE_MPP.words)
     directory = Path(directory)
     files = walk(directory).found
     if not files:
@@ -91,7 +86,9 @@ def tile_archive(
     with alone_in_workspace(workspace, "tile"):
         _sweep(workspace.tiles)
         refuse_other_settings(workspace, config)
-        plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
+        plan = _plan(
+            *(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify), num_workers, silence_s
+        )
         ledger = Ledger(workspace.archive_csv, plan.rows, plan.unknown)
         try:
             if not plan.jobs:
@@ -120,14 +117,15 @@ def _config_from(stored: Mapping[str, Any]) -> TileConfig:
     return TileConfig(**{**values, "tissue": TissueConfig(**{**older, **values["tissue"]})})
 
 
-def as_tiled(before: TileConfig, asked: TileConfig, given: Collection[str]) -> TileConfig:
+def as_tiled(before: TileConfig, asked: TileConfig, given: Container[str]) -> TileConfig:
     """The settings of the tiles that a workspace holds, but for those of `asked` that are among the options `given`.
 
     What is given and differs stays, to be refused.
     """
-    told = {*given, *(("coarser_mpp",) if "mpp" in given else ())}  # --mpp names all scales
-    own: dict[str, Any] = {one.name: getattr(asked, one.name) for one in fields(TileConfig) if one.name in told}
-    tissue = {one.name: getattr(asked.tissue, one.name) for one in fields(TissueConfig) if one.name in told}
+    names = [one.name for one in fields(TileConfig) if one.name in given]
+    names += ["coarser_mpp"] if "mpp" in given else []  # --mpp names all scales
+    own: dict[str, Any] = {name: getattr(asked, name) for name in names}
+    tissue = {one.name: getattr(asked.tissue, one.name) for one in fields(TissueConfig) if one.name in given}
     return replace(before, **{**own, "tissue": replace(before.tissue, **tissue)})
 
 
@@ -142,17 +140,10 @@ def refuse_other_settings(workspace: Workspace, config: TileConfig) -> None:
     )
 
 
-def other_than_stored(workspace: Workspace, tile_px: int, mpp: Sequence[float], tissue: Mapping[str, Any]) -> str:
-    """What is asked for, but is not how the tiles of a workspace were made; empty without tiles or a difference.
-
-    `tissue` holds those of TissueConfig's settings that are asked for.
-    """
+def other_than_stored(workspace: Workspace, config: TileConfig) -> str:
+    """What of a config is not how the tiles of a workspace were made; empty without tiles or a difference."""
     before = stored_config(workspace)
-    if before is None:
-        return ""
-    now = replace(before, tile_px=tile_px, mpp=mpp[0], coarser_mpp=tuple(mpp[1:]))
-    now = replace(now, tissue=replace(before.tissue, **tissue))
-    return "; ".join(_differences(before, now))
+    return "" if before is None else "; ".join(_differences(before, config))
 
 
 def _differences(before: TileConfig, now: TileConfig) -> list[str]:
@@ -179,6 +170,9 @@ class _Plan:
     files: list[str] = field(default_factory=list)  # the ledger's file of each job
     identities: list[str] = field(default_factory=list)  # of each job, before it runs
     unknown: set[str] = field(default_factory=set)  # files with a job of which the ledger says nothing yet
+    stamps: list[str] = field(default_factory=list)  # of each job's file, before it runs
+    claims: dict[str, Twin] = field(default_factory=dict)  # what a file with a claim is, if that is true
+    gone: dict[str, LedgerRow] = field(default_factory=dict)  # row of the file whose tiles it then has
 
 
 def _plan(
@@ -191,6 +185,8 @@ def _plan(
     regions: Path | None,
     retry: bool,
     verify: bool,
+    num_workers: int | None,
+    silence_s: float,
 ) -> _Plan:
     """Which slides are done, which are to do, and which failed before and are left alone."""
     known = {row.file: row for row in read_ledger(workspace.archive_csv)}
@@ -239,9 +235,20 @@ def _plan(
         files_of = {path: file_of(path, outcome, workspace, names) for path, outcome in stored.items()}
         new = [file for file, state in states.items() if state.outcome is None]
         replaced = [file for file, state in states.items() if state.replaced]
-        twins = find_twins(resolved(directory), workspace.tiles, known, jobs, new, replaced, stored, files_of, pool)
+        workers = num_cores() if num_workers is None else num_workers
+        twins = find_twins(
+            *(resolved(directory), workspace.tiles, known, jobs, new, replaced, stored, files_of),
+            *(pool, workers, silence_s),
+        )
     moved = 0
-    for file, old in twins.moved.items():
+    for file, (claim, twin) in twins.claims.items():
+        jobs[file] = replace(jobs[file], claim=claim)
+        plan.claims[file] = twin
+        before = known.get(files_of[claim.zip_path])
+        stored.pop(claim.zip_path, None)  # no stray, as far as is known
+        if claim.then == "replaced" and before is not None and before.file not in jobs:
+            plan.gone[file] = _given_away(before, file, jobs[file])
+    for file, old in twins.renamed.items():
         outcome = moved_store(old, jobs[file])
         if outcome is not None:
             moved += 1
@@ -253,8 +260,7 @@ def _plan(
             stored.pop(old)
             before = known.get(files_of[old])
             if before is not None and before.file not in jobs:
-                reason, holder = f"its content and its tiles are {file}'s now", jobs[file].slide
-                plan.rows.append(replace(untiled(before), status=WARNING, reason=reason, tile_twin=holder))
+                plan.rows.append(_given_away(before, file, jobs[file]))
     if moved > MOVED_TOLD:
         console.say(f"and {moved - MOVED_TOLD:,} more zips whose slides were moved; archive.csv says where they are")
     _tell_strays(workspace, directory, stored, jobs)
@@ -269,22 +275,33 @@ def _plan(
         job = jobs.get(row.file)
         if job is None:
             continue
-        state, identity = states[row.file], _identity(job)
+        state, identity = states[row.file], identity_of(job)
         damaged = state.outcome is not None and state.outcome.tiling["counts"]["damaged"] > 0
         mended = damaged and (retry or (row.tile_status == TILED and row.tile_settings != identity))
         if row.file in twins.of:
-            plan.rows[position] = twin_row(row, *twins.of[row.file])
-        elif state.outcome is not None and not state.replaced and not mended:
-            plan.rows[position] = tiled_row(row, state.outcome, identity)
-        elif row.tile_status == FAILED and row.tile_settings == identity and not retry:
+            twin = twins.of[row.file]
+            plan.rows[position] = twin_row(row, twin.of, twin.holder, twin.settings)
             continue
-        else:
-            plan.jobs.append(job)
-            plan.files.append(row.file)
-            plan.identities.append(identity)
-            if row.file not in known:
-                plan.unknown.add(row.file)
+        if state.outcome is not None and not state.replaced and not mended:
+            if not state.unsure:
+                plan.rows[position] = tiled_row(row, state.outcome, identity, stamp_of(job))
+                continue
+            if not retry:
+                job = replace(job, claim=Claim(job.zip_path, str(state.outcome.tiling["digest"]), "kept"))
+        if row.tile_status == FAILED and row.tile_settings == identity and not retry:
+            continue
+        plan.jobs.append(job)
+        plan.files.append(row.file)
+        plan.identities.append(identity)
+        plan.stamps.append(stamp_of(job))
+        if row.file not in known:
+            plan.unknown.add(row.file)
     return plan
+
+
+def _given_away(before: LedgerRow, file: str, job: TileJob) -> LedgerRow:
+    reason = f"its content and its tiles are {file}'s now"
+    return replace(untiled(before), status=WARNING, reason=reason, tile_twin=job.slide)
 
 
 def _outcome(path: Path, whole: bool) -> SlideOutcome | StoreError:
@@ -312,6 +329,9 @@ def _tell_strays(
 class _State:
     outcome: SlideOutcome | None = None
     replaced: str = ""  # what differs between the slide now and when it was tiled
+    unsure: bool = (
+        False  # written to since, with equal size and samples: only its tiles will show whether it is another
+    )
 
 
 def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreError | None) -> _State:
@@ -327,9 +347,13 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     if job.slide_mpp is None and own is not None and not math.isclose(own, facts["mpp_l0"], rel_tol=1e-6):
         by = facts["mpp_source"]
         return _State(outcome, f"{facts['mpp_l0']:g} microns per pixel by {by} then, {own:g} by itself now")
-    if row is not None and row.tile_status in (TILED, NO_TILES) and row.tile_settings == _identity(job):
+    if row is not None and row.tile_status in (TILED, NO_TILES) and row.tile_settings == identity_of(job):
         return _State(outcome)  # same size and time as then: its content need not be read
+    # Samples alone are believed only where no time says otherwise: in a workspace whose archive.csv was lost, or is of
+    # before 2026-12. To cut everything once more there, for a slide that nobody exchanged, would cost too much.
+    then = row.tile_stamp if row is not None else ""
     try:
+        unsure = then not in ("", stamp_of(job)) and not samples_are_all(job.path, job.parts)
         same = fingerprint(job.path, job.key, parts=job.parts) == facts["fingerprint"]
         if same and "spots" in facts:
             same = fingerprint(job.path, job.key, SPOTS, job.parts) == facts["spots"]
@@ -339,7 +363,7 @@ def _state(job: TileJob, row: LedgerRow | None, outcome: SlideOutcome | StoreErr
     except OSError as error:
         return _State(outcome, f"cannot be read now: {error.strerror}")
     if same:
-        return _State(outcome)
+        return _State(outcome, unsure=unsure)
     was = facts["bytes"]
     if job.key:
         return _State(outcome, "other content")
@@ -352,13 +376,6 @@ def _refuse_same_zip(jobs: Mapping[str, TileJob]) -> None:
         if job.zip_path in seen:
             raise StoreError(f"{file} and {seen[job.zip_path]} would share {job.zip_path.name}; rename one of them")
         seen[job.zip_path] = file
-
-
-def _identity(job: TileJob) -> str:
-    """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
-    stamps = [stamp(job.path, job.parts), stamp(job.regions) if job.regions else None]
-    parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 # ---- running
@@ -393,7 +410,7 @@ def _run(
                 job, identity = jobs[event.job], plan.identities[event.job]
                 row = ledger[plan.files[event.job]]
                 if event.kind == "done":
-                    ledger.put(tiled_row(row, event.value, identity))
+                    _put(plan, ledger, event.job, event.value)
                 elif isinstance(event.error, StoreFull):
                     raise HistosslError(str(event.error))
                 else:
@@ -408,6 +425,18 @@ def _run(
         close = getattr(events, "close", None)
         if close is not None:
             close()
+
+
+def _put(plan: _Plan, ledger: Ledger, number: int, outcome: SlideOutcome) -> None:
+    """A finished slide into the ledger; where its claim came true, as the duplicate or the successor that it is."""
+    file, claim = plan.files[number], plan.jobs[number].claim
+    twin = plan.claims.get(file) if outcome.claimed else None
+    if claim is not None and claim.then == "kept" and twin is not None:
+        ledger.put(twin_row(ledger[file], twin.of, twin.holder, twin.settings))
+        return
+    ledger.put(tiled_row(ledger[file], outcome, plan.identities[number], plan.stamps[number]))
+    if twin is not None and file in plan.gone:
+        ledger.put(plan.gone[file])
 
 
 def _sweep(tiles: Path) -> None:

@@ -9,10 +9,9 @@ import timm
 import torch
 from torch import Tensor
 
-from histossl.backbones.loading import create_backbone
+from histossl.backbones.loading import create_backbone, weights_told
 from histossl.core.errors import UsageError
 from histossl.methods.modules.masked_vit import Tokens
-from histossl.training.setup.plan_report import _weights_told
 
 NAME = "vit_tiny_patch16_224"
 
@@ -77,8 +76,10 @@ def test_a_run_says_in_a_line_what_it_left_out(tmp_path: Path, state: dict[str, 
     teacher = {**inside("backbone.", {**state, "mask_token": torch.ones(1, 192)}), "head.w": torch.ones(1)}
     torch.save({"teacher": {**teacher, "head.b": torch.ones(1)}}, tmp_path / "weights.pth")
     _, info = create_backbone(NAME, tmp_path / "weights.pth")
-    assert _weights_told(info, masks=True).endswith("backbone and its mask token loaded; left out: head (2 keys)")
-    assert _weights_told(info, masks=False).endswith("backbone loaded; left out: head (2 keys), mask_token")
+    said = weights_told(info, masks=True)
+    assert "all 150 keys of the backbone and its mask token loaded; taken from 'teacher' 'backbone.' of" in said
+    assert said.endswith("; left out: head (2 keys)")
+    assert weights_told(info, masks=False).endswith("; left out: head (2 keys), mask_token")
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_without_patients_each_slide_is_its_own_and_it_is_said(tmp_path):
 def test_a_slide_of_the_ledger_without_tiles_is_told_from_a_mistyped_one(tmp_path, capsys):
     at = Workspace(tmp_path)
     write_synthetic_store(at, slides=("V-1a", "V-1b"), tiles_per_slide=4, tile_px=16)
-    none = "no tiles: of 16 places on the grid 16 have less than 50% tissue"
+    none = "no tiles: of 16 places on the grid 16 have less than 50% tissue (--min-tissue)"
     write_ledger(
         at.archive_csv,
         [

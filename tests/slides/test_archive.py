@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from histossl.core.config import ScanConfig
 from histossl.core.errors import HistosslError, SlideError, UsageError
+from histossl.core.workspace import Workspace
 from histossl.slides import archive
 from histossl.slides.archive import dicom_series, find_slides, relative, walk
+from histossl.slides.content import fingerprint
 from histossl.slides.reading.slide import open_slide
-from histossl.slides.scan import stamp
-from histossl.tiles.cutting.tile_slide import fingerprint
+from histossl.slides.scan import scan, stamp
 
 TIFF = b"II*\0" + bytes(200)
 
@@ -36,7 +39,12 @@ def element(tag: tuple[int, int], kind: bytes, value: bytes) -> bytes:
     return struct.pack("<HH2sH", *tag, kind, len(value)) + value
 
 
-def dicom(series: bytes, image_type: bytes = b"ORIGINAL\\PRIMARY\\VOLUME\\NONE") -> bytes:
+def dicom(
+    series: bytes,
+    image_type: bytes = b"ORIGINAL\\PRIMARY\\VOLUME\\NONE",
+    instance: bytes = b"",
+    columns: int = 0,
+) -> bytes:
     """A DICOM header with a sequence in front of the series, whose own series must not be taken for it."""
     inner = element((0x0020, 0x000E), b"UI", b"9.9.9.9 ")
     item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + inner + struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
@@ -45,7 +53,10 @@ def dicom(series: bytes, image_type: bytes = b"ORIGINAL\\PRIMARY\\VOLUME\\NONE")
     )
     meta = element((0x0002, 0x0010), b"UI", b"1.2.840.10008.1.2.1\0")
     kind = element((0x0008, 0x0008), b"CS", image_type + b" " * (len(image_type) % 2))
-    return bytes(128) + b"DICM" + meta + kind + sequence + element((0x0020, 0x000E), b"UI", series) + bytes(64)
+    own = element((0x0008, 0x0018), b"UI", instance) if instance else b""
+    width = element((0x0048, 0x0006), b"UL", struct.pack("<I", columns)) if columns else bytes(64)
+    uid = element((0x0020, 0x000E), b"UI", series)
+    return bytes(128) + b"DICM" + meta + kind + own + sequence + uid + width
 
 
 def test_id_is_the_path_without_suffix(tmp_path: Path) -> None:
@@ -172,6 +183,48 @@ def test_dicom_series_is_one_slide_and_its_label_is_not_opened(tmp_path: Path) -
     assert len(found) == 4
 
 
+LABEL = b"ORIGINAL\\PRIMARY\\LABEL\\NONE"
+
+
+def test_a_dicom_series_in_two_folders_is_one_slide_that_of_its_finest_level(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.dcm", content=dicom(b"1.2.1 ", instance=b"1.5.2 ", columns=1024))
+    touch(tmp_path, "b/0.dcm", content=dicom(b"1.2.1 ", instance=b"1.5.1 ", columns=4096))
+    touch(tmp_path, "c/9.dcm", content=dicom(b"1.2.1 ", LABEL, instance=b"1.5.9 "))
+    touch(tmp_path, "d/7.dcm", content=dicom(b"1.2.7 ", instance=b"1.5.7 ", columns=4096))
+    found = {one.slide: one for one in walk(tmp_path).found}
+    assert [name for name, one in found.items() if not one.problem] == ["b", "d"]
+    assert "part of the DICOM series of b/0.dcm" in found["a"].problem
+    assert "part of the DICOM series of b/0.dcm" in found["c"].problem
+    assert "goes on in another folder" in found["b"].note
+    assert (found["d"].problem, found["d"].note) == ("", "")
+    assert found["b"].parts == (tmp_path / "b" / "0.dcm",)
+
+
+def test_a_dicom_series_copied_to_another_folder_is_left_to_its_content(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        touch(tmp_path, f"{folder}/0.dcm", content=dicom(b"1.2.1 ", instance=b"1.5.1 ", columns=4096))
+        touch(tmp_path, f"{folder}/1.dcm", content=dicom(b"1.2.1 ", instance=b"1.5.2 ", columns=1024))
+    touch(tmp_path, "part/1.dcm", content=dicom(b"1.2.1 ", instance=b"1.5.2 ", columns=1024))
+    found = {one.slide: one for one in walk(tmp_path).found}
+    assert [found[name].problem for name in ("a", "b")] == ["", ""]
+    assert (found["a"].note, found["b"].note) == ("", "the same DICOM series as a/0.dcm")
+    assert "part of the DICOM series of a/0.dcm" in found["part"].problem
+
+
+@pytest.mark.data
+def test_a_real_dicom_series_copied_is_a_duplicate_and_split_is_one_slide(real_data: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        shutil.copytree(real_data / "slides" / "boxes_dicom", tmp_path / folder)
+    workspace = Workspace.at(tmp_path / "ws").make()
+    rows = {row.slide: row for row in scan(tmp_path, workspace, ScanConfig(), 1).rows}
+    assert rows["b"].duplicate_of == rows["a"].file
+    (tmp_path / "a" / "boxes_1.dcm").unlink()
+    (tmp_path / "b" / "boxes_0.dcm").unlink()
+    rows = {row.slide: row for row in scan(tmp_path, workspace, ScanConfig(), 1).rows}
+    assert "part of the DICOM series" in rows["b"].reason
+    assert rows["b"].duplicate_of == ""
+
+
 def test_a_slide_is_known_by_all_its_files_and_no_other_s(tmp_path: Path) -> None:
     """Also by those of a series without a suffix or with it in capitals, and by the JPEGs of a VMS."""
     touch(tmp_path, "1.DCM", "2", content=dicom(b"1.2.1 "))
@@ -199,8 +252,8 @@ def test_a_slide_is_known_by_all_its_files_and_no_other_s(tmp_path: Path) -> Non
 def test_dicom_header_is_read_past_nested_sequences(tmp_path: Path) -> None:
     touch(tmp_path, "a.dcm", content=dicom(b"1.2.3.4 "))
     touch(tmp_path, "cut.dcm", content=dicom(b"1.2.3.4 ")[:180])
-    assert dicom_series(tmp_path / "a.dcm") == ("1.2.3.4", "ORIGINAL\\PRIMARY\\VOLUME\\NONE")
-    assert dicom_series(tmp_path / "cut.dcm") == ("", "")
+    assert dicom_series(tmp_path / "a.dcm") == ("1.2.3.4", "ORIGINAL\\PRIMARY\\VOLUME\\NONE", "")
+    assert dicom_series(tmp_path / "cut.dcm") == ("", "", "")
 
 
 @pytest.mark.data

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histossl.core.config import ScanConfig
+from histossl.core.config import ScanConfig, TissueConfig
 from histossl.demo.paint import PaintedSlide
 from histossl.slides import scan as scanning
 from histossl.slides.contact_sheet import write_contact_sheet
@@ -44,14 +44,14 @@ class Page(HTMLParser):
 
 
 def test_page_shows_thumbnail_mask_and_grid(tmp_path: Path, painted_slide: PaintedSlide) -> None:
-    config = ScanConfig(tile_px=128)
+    config = ScanConfig(tile_px=128, tissue=TissueConfig(max_ink=1, max_fold=1))
     job = ScanJob(painted_slide.path, LedgerRow("A1.tif"), config, None, "--slide-mpp", preview=True)
     row, preview = look_at(job, lambda count: None)
     assert preview is not None
     tiles = np.asarray(Image.open(io.BytesIO(base64.b64decode(preview.grid_png))).convert("RGBA"))[..., 3] > 0
     assert tiles.shape == (8, 8), "eight tiles of 128 px cross 1,024 px"
     assert preview.grid_size == (1.0, 1.0)
-    assert tiles.sum() == row.expected_tiles
+    assert row.expected_tiles <= tiles.sum() <= row.expected_tiles + 4, "some are turned down by their pixels"
     share = painted_slide.tissue_mask.reshape(8, 8, 8, 8).mean(axis=(1, 3))
     assert tiles[share > 0.7].all()
     assert not tiles[share < 0.3].any()
@@ -83,10 +83,8 @@ def test_a_slide_without_a_scale_is_shown_without_mask_and_grid(tmp_path: Path) 
 
 def test_memory_does_not_grow_with_tiles_or_slides(tmp_path: Path) -> None:
     thumbnail = np.full((500, 1000, 3), 200, np.uint8)
-    x, y = np.meshgrid(np.arange(400) * 256.0, np.arange(200) * 256.0)
-    corners = np.stack([x.ravel(), y.ravel()], axis=1)
     tissue = TissueMask(np.ones((500, 1000), bool), 102.5)
-    preview = scanning._preview(thumbnail, tissue, corners, Grid(256, 256.0, 400, 200, 0.25))
+    preview = scanning._preview(thumbnail, tissue, np.arange(80_000), Grid(256, 256.0, 400, 200, 0.25))
     assert len(pickle.dumps(preview)) < 30e3, "80,000 tiles"
     assert preview.grid_size == pytest.approx((400 * 256 / 102500, 200 * 256 / 51250))
 

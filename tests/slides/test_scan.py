@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from scipy import ndimage
 
 from histossl.cli.scan import copies_at_other_size
 from histossl.core.config import ScanConfig, TileConfig, TissueConfig
@@ -26,6 +27,7 @@ from histossl.demo.paint import PaintedSlide
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event
 from histossl.slides import scan as scanning
+from histossl.slides.content import sampled
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.scan import scan
 from histossl.tiles.tiling import tile_archive
@@ -128,12 +130,98 @@ def test_scan_expects_the_tiles_that_tile_cuts(
     paint: Callable[..., PaintedSlide], workspace: Workspace, mpp: float, count: int, reason: str
 ) -> None:
     directory = paint("A1.tif", mpp=mpp, width_px=512, height_px=512).path.parent
-    keep = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
-    scanned = scan(directory, workspace, ScanConfig(tissue=keep)).rows[0]
-    tiled = tile_archive(directory, workspace, TileConfig(tissue=keep), 0)[0]
+    scanned = scan(directory, workspace, ScanConfig(tissue=KEEP)).rows[0]
+    tiled = tile_archive(directory, workspace, TileConfig(tissue=KEEP), 0)[0]
     assert (scanned.expected_tiles, tiled.num_tiles or 0) == (count, count)
     assert reason in scanned.reason
     assert reason in tiled.reason
+
+
+KEEP = TissueConfig(min_tissue=0, min_sharpness=0, min_saturation=0, max_fold=1, max_ink=1)
+GREY = {"photometric": "minisblack"}
+
+
+def painted(paint: Callable[..., PaintedSlide], **options: Any) -> np.ndarray:
+    path = paint("source.tif", **{"seed": 3, "mpp": 0.5, "pyramid": False, **options}).path
+    pixels = tifffile.imread(path)
+    path.unlink()
+    return pixels
+
+
+def written(folder: Path, pixels: np.ndarray, mpp: float = 0.5, **options: Any) -> None:
+    resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(folder / "A1.tif", pixels, **{"photometric": "rgb", "tile": (256, 256), **resolution, **options})
+
+
+# What is done to a slide of 1024 px, the options of both commands, and what takes most of its tiles.
+KINDS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any], dict[str, Any], str]] = {
+    "coloured": (lambda pixels: pixels, {}, {}, ""),
+    "grey of three channels": (
+        lambda p: p.mean(2, keepdims=True).repeat(3, 2).astype("u1"),
+        {},
+        {},
+        "--min-saturation",
+    ),
+    "grey of one channel": (lambda pixels: pixels.mean(2).astype("u1"), GREY, {}, "--min-saturation"),
+    "pale": (lambda p: (p.mean(2, keepdims=True) * 0.97 + p * 0.03).astype("u1"), {}, {}, "--min-saturation"),
+    "blurred": (lambda p: ndimage.gaussian_filter(p, (6, 6, 0)), {}, {}, "--min-sharpness"),
+    "blurred, kept": (
+        lambda p: ndimage.gaussian_filter(p, (6, 6, 0)),
+        {},
+        {"tissue": TissueConfig(min_sharpness=0)},
+        "",
+    ),
+    "tiny": (lambda pixels: pixels[:200, :200], {}, {}, "smaller than one tile"),
+    "one tile": (lambda pixels: pixels[300:556, 300:556], {}, {}, ""),
+    "blank": (lambda pixels: np.full_like(pixels, 244), {}, {}, ""),
+    "no filter": (lambda pixels: pixels, {}, {"tissue": KEEP}, ""),
+    "much tissue asked": (lambda pixels: pixels, {}, {"tissue": TissueConfig(min_tissue=1.0)}, ""),
+    "two scales": (lambda pixels: pixels, {}, {"coarser_mpp": (1.0, 2.0)}, ""),
+    "another scale": (lambda pixels: pixels, {}, {"mpp": 0.7}, ""),
+    "native grid": (lambda pixels: pixels[:1000, :1000], {"compression": "jpeg"}, {"mpp": 0.51, "grid": "native"}, ""),
+    "native by itself": (lambda pixels: pixels[:1000, :1000], {"compression": "jpeg"}, {"mpp": 0.51}, ""),
+    "physical though native": (
+        lambda p: p[:1000, :1000],
+        {"compression": "jpeg"},
+        {"mpp": 0.51, "grid": "physical"},
+        "",
+    ),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_and_tile_agree(kind: str, paint: Callable[..., PaintedSlide], workspace: Workspace, tmp_path) -> None:
+    change, layout, options, filter_ = KINDS[kind]
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    written(folder, np.ascontiguousarray(change(painted(paint))), **layout)
+    scanned = scan(folder, workspace, ScanConfig(**options), 1).rows[0]
+    tiled = tile_archive(folder, workspace, TileConfig(**options), 0)[0]
+    assert scanned.expected_tiles == tiled.num_tiles, (scanned.reason, tiled.tile_reason)
+    assert (scanned.status == "ok") == (tiled.num_tiles > 0) == (not tiled.tile_reason)
+    if filter_:
+        assert tiled.num_tiles == 0
+        assert filter_ in scanned.reason
+        assert filter_ in tiled.tile_reason
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "options",
+    [{"pens": ("blue", "black"), "seed": 4}, {"num_folds": 3}, {"num_blurs": 3}, {"look": "pale"}, {"look": "fat"}],
+    ids=str,
+)
+def test_scan_and_tile_nearly_agree_where_a_tile_is_judged_by_its_pixels(
+    options: dict[str, Any], paint: Callable[..., PaintedSlide], workspace: Workspace
+) -> None:
+    """A copied tile whose bytes leave no doubt is not decoded: that is all the difference."""
+    settings = {"tile_px": 128, "tissue": TissueConfig(max_fold=0.1)}
+    folder = paint("A1.tif", **{"seed": 3, "mpp": 0.5, **options}).path.parent
+    scanned = scan(folder, workspace, ScanConfig(**settings), 1).rows[0]
+    tiled = tile_archive(folder, workspace, TileConfig(**settings), 0)[0]
+    assert tiled.num_tiles > 5
+    assert scanned.expected_tiles == pytest.approx(tiled.num_tiles, abs=3)
 
 
 @pytest.mark.usefixtures("here")
@@ -141,7 +229,8 @@ def test_expected_tiles_follow_the_settings_of_tiling(painted_slide: PaintedSlid
     def look(tissue: TissueConfig = TissueConfig(), **options: Any) -> LedgerRow:
         return scan(painted_slide.path.parent, workspace, ScanConfig(tile_px=128, tissue=tissue, **options)).rows[0]
 
-    assert look(TissueConfig(min_tissue=0)).expected_tiles == 64, "no filter: tile cuts the glass too"
+    assert look(KEEP).expected_tiles == 64, "no filter: tile cuts the glass too"
+    assert look(TissueConfig(min_tissue=0)).expected_tiles < 64, "glass has no colour, and no focus"
     assert look().expected_tiles < 64
     assert look(jpeg_quality=50).expected_mb < 0.7 * look().expected_mb
     assert ScanConfig().jpeg_quality == TileConfig().jpeg_quality
@@ -298,7 +387,7 @@ def test_a_disk_that_hangs_while_twins_are_compared_does_not_stop_the_scan(
     folder.mkdir()
     for name in ("A1.tif", "B1.tif", "C1.tif"):
         shutil.copy(painted_slide.path, folder / name)
-    silent = {scanning._sample: hanging}
+    silent = {scanning.sampled: hanging}
 
     def answers(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
         yield from process_pool.run_jobs(silent.get(function, function), jobs, num_workers, silence_s)
@@ -308,10 +397,10 @@ def test_a_disk_that_hangs_while_twins_are_compared_does_not_stop_the_scan(
     assert rows == {"A1.tif": "", "B1.tif": "", "C1.tif": "A1.tif"}
 
 
-def hanging(path: Path, report: Any) -> str:
-    if path.name == "B1.tif":
+def hanging(files: tuple[Path, ...], report: Any) -> str:
+    if files[0].name == "B1.tif":
         time.sleep(600)
-    return scanning._sample(path, report)
+    return sampled(files, report)
 
 
 def sabotaged(job: Any, report: Any) -> Any:
@@ -354,7 +443,7 @@ def test_regions_limit_what_is_expected(tmp_path: Path, painted_slide: PaintedSl
     half = scanned.rows[0]
     assert everything.expected_tiles is not None
     assert half.expected_tiles == pytest.approx(everything.expected_tiles / 2, rel=0.25)
-    none = scan(folder, workspace, ScanConfig(tile_px=64, tissue=TissueConfig(min_tissue=0))).rows[0]
+    none = scan(folder, workspace, ScanConfig(tile_px=64, tissue=KEEP)).rows[0]
     assert none.expected_tiles == 8 * 16, "half of the places, with tissue or without"
     (folder / "A1.geojson").write_text("not json")
     assert "not a GeoJSON" in scan(folder, workspace, ScanConfig(tile_px=64)).rows[0].reason

@@ -18,13 +18,15 @@ def said(told) -> str:
 
 def test_an_estimate_of_other_tiles_than_there_are_is_told_as_such(workspace, tiled, cli):
     told = said(cli("scan", tiled, "-w", workspace.root, "--workers", 1, "--min-tissue", 0.25))
-    assert "was tiled with other settings than this estimate is for: tile-px was 64, now 256; min-tissue was " in told
+    assert "was tiled with other settings than this estimate is for: min-tissue was 0.5, now 0.25" in told
 
 
 def test_the_settings_of_then_are_not_remarked_upon(workspace, tiled, cli):
-    """A filter that scan does not have is no difference."""
-    told = said(cli("scan", tiled, "-w", workspace.root, "--workers", 1, "--tile-px", 64))
-    assert "other settings" not in told
+    """What is left out is as it was tiled, as tile has it."""
+    for more in ((), ("--tile-px", 64, "--max-ink", 0.5)):
+        told = said(cli("scan", tiled, "-w", workspace.root, "--workers", 1, *more))
+        assert "other settings" not in told
+        assert "tiles of 64 px" in told
 
 
 def test_a_workspace_without_tiles_is_not_compared(workspace, paint, cli):

@@ -32,6 +32,7 @@ from histossl.demo.paint import paint_slide
 from histossl.labels.slide_lookup import SlideNames
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event
+from histossl.slides import content, places
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.reading import slide as reader
 from histossl.slides.reading.slide import open_slide
@@ -268,7 +269,7 @@ def test_why_there_are_no_tiles(workspace, paint):
     )
     rows = {row.slide: row for row in tile_archive(workspace.root.parent / "slides", workspace, TileConfig(), 0)}
     assert "smaller than one tile: 100 x 100 microns" in rows["small"].tile_reason
-    assert rows["blank"].tile_reason == "no tiles: of 16 places on the grid 16 have less than 50% tissue"
+    assert rows["blank"].tile_reason == "no tiles: of 16 places on the grid 16 have less than 50% tissue (--min-tissue)"
     assert rows["blank"].tile_status == "no tiles"
     assert rows["blank"].status == "warning"
     with pytest.raises(StoreError, match="none of its slides gave a tile"):
@@ -578,10 +579,10 @@ def test_a_slide_of_several_files_changes_with_each(tmp_path):
     data = tmp_path / "A1" / "Data0001.dat"
     data.write_bytes(b"abc")
     job = one_slide.TileJob(tmp_path / "A1.mrxs", "A1", "A1.mrxs", tmp_path / "A1.zip", TileConfig())
-    before = tiling._identity(job)
-    assert tiling._identity(job) == before
+    before = one_slide.identity_of(job)
+    assert one_slide.identity_of(job) == before
     os.utime(data, (2e9, 2e9))
-    assert tiling._identity(job) != before
+    assert one_slide.identity_of(job) != before
 
 
 def test_what_changed_while_it_was_tiled_is_tried_again_by_the_same_command(workspace, paint, monkeypatch):
@@ -825,7 +826,7 @@ def test_slides_that_differ_in_one_place_only_are_two(workspace, paint):
     first = paint("A1.tif", pyramid=False).path
     shutil.copy(first, first.with_name("B1.tif"))
     damage_native_tiles(first.with_name("B1.tif"), [5])
-    assert one_slide.fingerprint(first) != one_slide.fingerprint(first.with_name("B1.tif"), spots=one_slide.SPOTS)
+    assert content.fingerprint(first) != content.fingerprint(first.with_name("B1.tif"), spots=content.SPOTS)
     rows = tile_archive(first.parent, workspace, everything(), 0)
     assert [row.num_tiles for row in rows] == [16, 15]
 
@@ -835,7 +836,7 @@ def test_a_large_thumbnail_gives_signs_of_life(tmp_path, paint, monkeypatch):
     monkeypatch.setattr(reader, "MAX_READ_PX", 256 * 256)
     job = one_slide.TileJob(painted.path, "A1", "A1.tif", tmp_path / "A1.zip", everything())
     seen = []
-    real = one_slide.readable_thumbnail
+    real = places.readable_thumbnail
 
     def readable_thumbnail(*arguments):
         before = len(reports)
@@ -844,7 +845,7 @@ def test_a_large_thumbnail_gives_signs_of_life(tmp_path, paint, monkeypatch):
         return found
 
     reports = []
-    monkeypatch.setattr(one_slide, "readable_thumbnail", readable_thumbnail)
+    monkeypatch.setattr(places, "readable_thumbnail", readable_thumbnail)
     one_slide.tile_slide(job, reports.append)
     assert seen[0] >= 16
 

@@ -586,7 +586,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--view-set", "jpg_p=0.5"), 2, "did you mean 'jpeg_p'"),
         (("--slide-mpp", "0.25"), 2, "without --slides none is read"),
         (("--slides", "/nowhere"), 2, "--slides /nowhere: no such folder"),
-        (("--weight-decay", "-5"), 2, "--weight-decay -5.0: must be 0 or more"),
+        (("--weight-decay", "-5"), 2, "--weight-decay -5: must be 0 or more"),
         (("--workers", "-7"), 2, "--workers"),
         (("--lr", "inf"), 2, "--lr inf: must be a number above 0"),
         (("--hours", "inf"), 2, "--hours inf: must be a number above 0"),

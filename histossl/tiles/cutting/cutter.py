@@ -22,11 +22,11 @@ from PIL import Image
 
 from histossl.core.config import TileConfig
 from histossl.core.errors import SlideError
-from histossl.slides.grid import NATIVE_TOLERANCE, Grid, physical_grid
+from histossl.slides.grid import Grid, decodable, grid_of, native_grid, physical_grid
 from histossl.slides.reading.levels import believe
 from histossl.slides.reading.slide import Slide
 from histossl.slides.reading.tifffile_backend import NativeLevel, TiffLevels
-from histossl.tiles.cutting.native_jpeg import DamagedTile, NativeTiles, best_shrink, copyable, decodable
+from histossl.tiles.cutting.native_jpeg import DamagedTile, NativeTiles, best_shrink
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -278,27 +278,6 @@ def _runs(grid: Grid, places: Ints, downsample: float) -> Iterator[Ints]:
 # ---- choosing the way
 
 
-def native_side_px(slide: Slide, mpp: float) -> int | None:
-    """Side of the slide's own JPEG tiles at `mpp` (within 5 %); None if it has none there, or they are not square."""
-    level = _native_level(slide, mpp)
-    if level is None or slide.native is None:
-        return None
-    found = slide.native[level]
-    assert found is not None
-    return found.tile_width_px if found.tile_width_px == found.tile_height_px else None
-
-
-def _native_level(slide: Slide, mpp: float) -> int | None:
-    """The level whose JPEG tiles are within the tolerance of `mpp`, the nearest if there are several."""
-    near = []
-    for number, level in enumerate(slide.native or ()):
-        if copyable(level):
-            off = abs(slide.mpp_l0 * slide.level_downsamples[number] / mpp - 1)
-            near.append((off, number))
-    off, number = min(near, default=(math.inf, 0))
-    return number if off <= NATIVE_TOLERANCE else None
-
-
 def cutter_for(
     slide: Slide, mpp: float, config: TileConfig, open_again: Callable[[], Slide], way: str | None = None
 ) -> Cutter:
@@ -306,15 +285,17 @@ def cutter_for(
 
     SlideError where --grid native asks for tiles that the slide does not have.
     """
-    if way in (None, "copied") and config.grid != "physical":
-        copied = _copying(slide, mpp, config)
-        if copied is not None:
-            return copied
-    if config.grid == "native":
-        raise SlideError(_why_not_native(slide, mpp, config.tile_px))
-    grid = physical_grid(slide, config.tile_px, mpp, exact=config.grid == "physical")
-    level = slide.level_for(grid.mpp / slide.mpp_l0)
-    return cutter_of_level(slide, grid, level, open_again, through_library=way not in (None, "stitched"))
+    native = native_grid(slide, config.tile_px, mpp) if config.grid != "physical" and slide.native else None
+    if way in (None, "copied") and native is not None and slide.native is not None:
+        level = slide.native[native[0]]
+        assert level is not None
+        return Cutter(native[1], "copied", NativeTiles(slide.path, level))
+    if native is None:
+        grid = grid_of(slide, config.tile_px, mpp, config.grid)
+    else:  # another way than copying is asked for
+        grid = physical_grid(slide, config.tile_px, mpp, exact=config.grid == "physical")
+    number = slide.level_for(grid.mpp / slide.mpp_l0)
+    return cutter_of_level(slide, grid, number, open_again, through_library=way not in (None, "stitched"))
 
 
 def cutter_of_level(
@@ -350,29 +331,6 @@ def _under_strip(grid: Grid, level: NativeLevel) -> int:
     side = grid.side_l0 / level.downsample
     across, down = (math.ceil(STRIP_TILES * side / level.tile_width_px), math.ceil(side / level.tile_height_px))
     return (across + 2) * (down + 2)
-
-
-def _copying(slide: Slide, mpp: float, config: TileConfig) -> Cutter | None:
-    number = _native_level(slide, mpp)
-    if number is None or native_side_px(slide, mpp) != config.tile_px or slide.native is None:
-        return None
-    level = slide.native[number]
-    assert level is not None
-    down = slide.level_downsamples[number]
-    # Tiles at the right and lower edge are padded by the scanner: those are left out.
-    columns, rows = level.width_px // config.tile_px, level.height_px // config.tile_px
-    grid = Grid(config.tile_px, config.tile_px * down, columns, rows, slide.mpp_l0 * down)
-    return Cutter(grid, "copied", NativeTiles(slide.path, level))
-
-
-def _why_not_native(slide: Slide, mpp: float, tile_px: int) -> str:
-    side = native_side_px(slide, mpp)
-    if side is not None:
-        return f"{slide.path.name}: its own tiles are {side} px wide, the store's {tile_px}; use --grid physical"
-    return (
-        f"{slide.path.name}: has no square JPEG tiles of its own within {NATIVE_TOLERANCE:.0%} of {mpp:g} "
-        f"microns per pixel (level 0 is at {slide.mpp_l0:.4g}); use --grid physical"
-    )
 
 
 def agrees(cutter: Cutter, slide: Slide, open_again: Callable[[], Slide], places: Ints) -> tuple[bool, bool]:

@@ -17,7 +17,8 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.tifffile_backend import JPEG, NativeLevel
+from histossl.slides.grid import decodable
+from histossl.slides.reading.tifffile_backend import NativeLevel
 
 Pixels = NDArray[np.uint8]
 
@@ -252,16 +253,6 @@ class NativeTiles:
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return pixels
-
-
-def decodable(level: NativeLevel | None) -> bool:
-    """Whether a level is made of JPEG tiles whose colours we can vouch for."""
-    return level is not None and level.compression == JPEG and level.photometric in ("RGB", "YCBCR")
-
-
-def copyable(level: NativeLevel | None) -> bool:
-    """The same, and its tiles lie on a grid that begins in the slide's corner."""
-    return level is not None and decodable(level) and not any(level.corner_px)
 
 
 def best_shrink(level: NativeLevel, downsample: float) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,33 +23,21 @@ import numpy.typing as npt
 from histossl import __version__
 from histossl.core.config import TileConfig, plain
 from histossl.core.errors import HistosslError, SlideError, StoreError
-from histossl.core.units import um_from_l0
 from histossl.runtime.process_pool import Report
-from histossl.slides.annotations import read_regions
+from histossl.slides.content import SPOTS, fingerprint
 from histossl.slides.grid import enlargement
-from histossl.slides.quality.focus import out_of_focus, surely_in_focus, without_colour
-from histossl.slides.quality.tissue import (
-    INK_UM,
-    InkFinder,
-    TissueMask,
-    fold_mask,
-    glass_colour,
-    highest,
-    lowest,
-    readable_thumbnail,
-    tissue_and_ink,
-)
+from histossl.slides.places import PlaceFilter, Wanted
+from histossl.slides.quality.focus import surely_in_focus
+from histossl.slides.quality.tissue import INK_UM, TissueMask
 from histossl.slides.reading.slide import Slide, open_slide
 from histossl.slides.scan import stamp
 from histossl.tiles.cutting.cutter import Cutter, Pixels, agrees, cutter_for, cutter_of_level, encode, other_levels, rgb
 from histossl.tiles.cutting.native_jpeg import DamagedTile, NativeTiles, decoded
-from histossl.tiles.store.zip_store import StoreWriter, new_store, scale_name
+from histossl.tiles.store.zip_store import StoreWriter, new_store, read_tiling, scale_name
 
 Ints = npt.NDArray[np.int64]
 
-MIN_INSIDE = 0.5  # share of a tile that must lie in drawn regions, where there are any
 REPORT_EVERY_S = 0.5
-SPOTS = 256  # samples that tell a slide from its mended copy: 4 MB, so a smaller file is compared whole
 SAMPLE = 32  # native tiles looked at, to know how large a blurred one is, and whether the slide is damaged
 FEW_PLACES, FEW_SAMPLE = 256, 16  # of a slide of fewer tiles, fewer are looked at
 PALE_POINTS = 8  # across a tile, to tell from the thumbnail whether it may have no colour
@@ -59,6 +47,20 @@ SMALL = 0.7  # of the usual bytes of a copied tile: less may be blur
 GLASS_BYTES = 0.25  # of what tissue takes, glass does, at most
 SMALL_BLURRED = 1.3  # of the bytes of a tile that is blurred: less may be blur, too
 GIVE_UP_DAMAGED = 200  # damaged tiles, when they are also most of what was read
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A zip of a slide of the same size and samples, whose file cannot be compared: it is gone, or has changed.
+
+    Cutting the slide decides: only where it gives the same tiles, byte for byte, is it the same slide. Then `zip_path`
+    is `then`: "replaced" by this slide's (its file is gone), or "kept", and this one's is not written (its file may
+    come back, or it is this very slide's).
+    """
+
+    zip_path: Path
+    tiles: str  # digest of its tiles
+    then: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class TileJob:
     regions: Path | None = None  # a GeoJSON that restricts tiling
     note: str = ""  # of annotations that are not read
     parts: tuple[Path, ...] = ()  # all files of a slide that is several
+    claim: Claim | None = None  # tiles that were perhaps cut from this very content
     verify: bool = False  # decode every tile that is copied, not only some
     version: str = __version__
 
@@ -103,35 +106,19 @@ class SlideOutcome:
     tiling: dict[str, Any]
     num_bytes: int
     warnings: list[str] = field(default_factory=list)
+    claimed: bool = False  # the job's claim is true
 
 
 class StoreFull(StoreError):
     """The disk takes no more: the run ends, and what is finished stays."""
 
 
+class _Kept(Exception):
+    """The tiles are those of a zip that stays: this one's is not written."""
+
+
 class NotOpened(SlideError):
     """The slide cannot be opened at all; any other SlideError is of a slide that scan may well have praised."""
-
-
-def fingerprint(path: Path, key: bytes = b"", spots: int = 10, parts: Sequence[Path] = ()) -> str:
-    """Tells a slide from another, or from its replacement, by its size and samples of its bytes; not by its name.
-
-    Of a slide in several files (MIRAX, the `parts` of DICOM or VMS) the sizes of the others count too.
-    """
-    digest = hmac.new(key, digestmod=hashlib.sha256)
-    size = path.stat().st_size
-    digest.update(str(size).encode())
-    with path.open("rb") as file:
-        for sample in range(spots):
-            file.seek((size - min(size, 16384)) * sample // (spots - 1))
-            digest.update(file.read(16384))
-    others = list(parts)
-    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-        others = [each for each in path.with_suffix("").glob("*") if each.is_file()]
-    if others:
-        sizes = sorted((each.name, each.stat().st_size) for each in others)
-        digest.update(json.dumps(sizes).encode())
-    return digest.hexdigest()[:32]
 
 
 def size_mark(size: int, key: bytes = b"") -> int | str:
@@ -147,6 +134,22 @@ def prints_of(job: TileJob) -> tuple[str, str]:
 
 def regions_fingerprint(job: TileJob) -> str | None:
     return None if job.regions is None else fingerprint(job.regions, job.key)
+
+
+def written_stamp(size: int | None, modified_s: float | None) -> str:
+    return "" if size is None else f"{size}@{modified_s}"
+
+
+def stamp_of(job: TileJob) -> str:
+    """Size and time of all its files, for the ledger: as long as they are, its content is taken to be."""
+    return written_stamp(*stamp(job.path, job.parts))
+
+
+def identity_of(job: TileJob) -> str:
+    """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
+    stamps = [stamp(job.path, job.parts), stamp(job.regions) if job.regions else None]
+    parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
@@ -177,7 +180,11 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
                     tiling = making.tiling(warnings, *prints, own_mpp)
                 if stamp(job.path, job.parts) != before:
                     raise SlideError(f"{job.path.name}: changed while it was tiled; run the command again")
+                claimed = _is_true(job, store)
                 store.finish(tiling)
+    except _Kept:
+        assert job.claim is not None
+        return SlideOutcome(read_tiling(job.claim.zip_path), job.claim.zip_path.stat().st_size, claimed=True)
     except FileNotFoundError as error:
         raise SlideError(f"{job.path.name}: vanished while it was tiled") from error
     except HistosslError as error:
@@ -191,7 +198,27 @@ def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
     except OSError as error:
         # No SlideError: the disk's fault may be over when the command runs again.
         raise HistosslError(f"{job.path.name}: cannot be read ({error.strerror or error})") from error
-    return SlideOutcome(tiling, job.zip_path.stat().st_size)
+    return SlideOutcome(tiling, job.zip_path.stat().st_size, claimed=claimed)
+
+
+def _is_true(job: TileJob, store: StoreWriter) -> bool:
+    """Whether the tiles are those of the job's claim. SlideError if its own tiles are another slide's."""
+    claim = job.claim
+    if claim is None:
+        return False
+    own = claim.zip_path == job.zip_path
+    # Two slides without tiles are not one for that.
+    same = store.digest() == claim.tiles and (own or store.num_tiles > 0)
+    if own and not same:
+        raise SlideError(
+            f"{job.path.name}: same size, other content than when it was tiled; histossl tile --retry tiles it anew, "
+            "another --workspace keeps the old tiles"
+        )
+    if same and claim.then == "kept":
+        raise _Kept
+    if same:  # first, so that a kill in between leaves no slide twice
+        claim.zip_path.unlink(missing_ok=True)
+    return same
 
 
 @contextmanager
@@ -221,18 +248,6 @@ def _too_coarse(slide: Slide, config: TileConfig) -> list[str]:
     if too_much:
         raise SlideError(f"{slide.path.name}: {said}")
     return [said] if said else []
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Places of a grid to be cut (columns of equal length), and how many others each filter turned down."""
-
-    places: Ints
-    x_l0: Ints
-    y_l0: Ints
-    tissue: npt.NDArray[np.float64]
-    regions: npt.NDArray[np.uint16]
-    rejected: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -280,25 +295,8 @@ class Making:
         self._opened: Slide | None = None
         self._counts = Counts()
         self._unreported, self._reported_s = 0, time.monotonic()
-        found = readable_thumbnail(slide, open_again, job.config.tissue.tissue_um)
-        thumbnail, downsample = found.pixels, found.downsample
-        # What the thumbnail could not show counts as tissue: cutting will tell exactly which tiles are damaged.
-        mask, ink = tissue_and_ink(thumbnail, um_from_l0(downsample, slide.mpp_l0), job.config.tissue)
-        mask |= found.unreadable
-        self._tissue = TissueMask(mask, downsample)
-        self._ink = TissueMask(ink, downsample) if ink is not None and ink.any() else None
-        sought = ink is not None and job.config.tissue.max_ink < 1
-        self._ink_finder = InkFinder(glass_colour(thumbnail)) if sought else None
-        self._folds = TissueMask(fold_mask(thumbnail, mask), downsample)
-        self._pale = _pale(thumbnail, 3 * job.config.tissue.min_saturation)
-        self._region_names: list[str] = []
-        self._regions: list[TissueMask] = []
-        if job.regions is not None:
-            regions = read_regions(job.regions, slide.size_l0, slide.bounds_l0)
-            drawn = regions.masks(mask.shape, downsample)
-            self._regions = [TissueMask(each, downsample) for each in drawn.values()]
-            self._region_names = list(drawn)
-        if found.handle_spent:
+        self._filter = PlaceFilter(slide, open_again, job.config.tissue, job.regions)
+        if self._filter.handle_spent:
             self._slide = self._opened = open_again()
         self._beat(0, force=True)
 
@@ -320,7 +318,7 @@ class Making:
         return {
             "tile_px": self._config.tile_px,
             "scales": scales,
-            "regions": self._region_names,
+            "regions": self._filter.region_names,
             "counts": asdict(self._counts),
             "warnings": warnings,
             "slide": {
@@ -344,7 +342,7 @@ class Making:
     def _one_scale(self, number: int, mpp: float) -> dict[str, Any]:
         cutter = cutter_for(self._slide, mpp, self._config, self._open_again)
         try:
-            wanted = self._wanted(cutter)
+            wanted = self._filter.wanted(cutter.grid)
             same, spent = agrees(cutter, self._slide, self._open_again, wanted.places)
             if spent:
                 self.close()
@@ -352,44 +350,12 @@ class Making:
             if not same:
                 cutter.source.close()
                 cutter = cutter_for(self._slide, mpp, replace(self._config, grid="physical"), self._open_again, "read")
-                wanted = self._wanted(cutter)
+                wanted = self._filter.wanted(cutter.grid)
             self.fill(number, cutter, wanted)
         finally:
             cutter.source.close()
         grid = cutter.grid
         return {"name": scale_name(mpp), "mpp": grid.mpp, "side_l0": grid.side_l0, "way": cutter.way}
-
-    def _wanted(self, cutter: Cutter) -> Wanted:
-        """What the filters of the thumbnail leave."""
-        limits, side_l0 = self._config.tissue, cutter.grid.side_l0
-        places = np.arange(cutter.grid.num_places)
-        x_l0, y_l0 = cutter.grid.corners_l0(places)
-        tissue = self._tissue.share(x_l0, y_l0, side_l0)
-        regions = np.zeros(len(places), np.uint16)
-        inside = np.ones(len(places), bool)
-        if self._regions:
-            shares = np.stack([each.share(x_l0, y_l0, side_l0) for each in self._regions])
-            inside = shares.sum(axis=0) >= MIN_INSIDE
-            regions = np.where(inside, shares.argmax(axis=0) + 1, 0).astype(np.uint16)
-        enough = tissue >= limits.min_tissue
-        flat = self._folds.share(x_l0, y_l0, side_l0) <= limits.max_fold
-        clean = np.ones(len(places), bool)
-        if self._ink is not None:
-            clean = self._ink.share(x_l0, y_l0, side_l0) <= limits.max_ink
-        kept = inside & enough & flat & clean
-        return Wanted(
-            places=places[kept],
-            x_l0=x_l0[kept],
-            y_l0=y_l0[kept],
-            tissue=tissue[kept],
-            regions=regions[kept],
-            rejected={
-                "region": int((~inside).sum()),
-                "tissue": int((inside & ~enough).sum()),
-                "fold": int((inside & enough & ~flat).sum()),
-                "ink": int((inside & enough & flat & ~clean).sum()),
-            },
-        )
 
     def fill(self, scale: int, cutter: Cutter, wanted: Wanted) -> None:
         """Cut, judge, encode and store the wanted tiles."""
@@ -433,7 +399,7 @@ class Making:
                 if not good:
                     self._beat(0)
                     continue
-                if inked or (pixels is not None and self._inked(pixels, cutter.grid.mpp)):
+                if inked or (pixels is not None and self._filter.inked(rgb(pixels), cutter.grid.mpp)):
                     counts.ink += 1
                     self._beat(0)
                     continue
@@ -450,27 +416,18 @@ class Making:
 
     def _good(self, pixels: Pixels) -> bool:
         """Whether a tile has colour and is in focus; counts it if not."""
-        limits = self._config.tissue
-        if limits.min_saturation > 0 and without_colour(pixels, limits.min_saturation):
-            self._counts.saturation += 1
-            return False
-        if limits.min_sharpness > 0 and out_of_focus(pixels, limits.min_sharpness):
-            self._counts.blur += 1
-            return False
-        return True
-
-    def _inked(self, pixels: Pixels, mpp: float) -> bool:
-        """Whether a tile shows more ink than is allowed."""
-        finder = self._ink_finder
-        return finder is not None and finder.share(rgb(pixels), mpp) > self._config.tissue.max_ink
+        poor = self._filter.poor(pixels)
+        self._counts.saturation += poor == "saturation"
+        self._counts.blur += poor == "blur"
+        return not poor
 
     def _inked_copy(self, jpeg: bytes, cutter: Cutter) -> bool:
         """The same of a tile that is copied: decoded only where the slide's thumbnail shows some ink."""
-        if self._ink is None or self._ink_finder is None:
+        if self._filter.ink is None or self._filter.ink_finder is None:
             return False
         grid = cutter.grid
         shrink = next((each for each in (4, 2) if grid.mpp * each <= INK_UM and grid.tile_px % each == 0), 1)
-        return self._inked(decoded(jpeg, (grid.tile_px, grid.tile_px), shrink), grid.mpp * shrink)
+        return self._filter.inked(decoded(jpeg, (grid.tile_px, grid.tile_px), shrink), grid.mpp * shrink)
 
     def _good_copy(self, jpeg: bytes, place: int, doubts: _Doubts, cutter: Cutter) -> bool:
         """The same of a tile that is copied, looked at only where there is doubt. DamagedTile if it is not whole."""
@@ -517,8 +474,9 @@ class Making:
         if limits.min_saturation > 0:
             x_l0, y_l0 = cutter.grid.corners_l0(places)
             # Of each tile so many points: adding up all of the thumbnail would take longer than copying the tiles.
-            apart = max(1, int(cutter.grid.side_l0 / self._tissue.downsample / PALE_POINTS))
-            pale = TissueMask(self._pale[::apart, ::apart], self._tissue.downsample * apart)
+            downsample = self._filter.tissue.downsample
+            apart = max(1, int(cutter.grid.side_l0 / downsample / PALE_POINTS))
+            pale = TissueMask(self._filter.pale[::apart, ::apart], downsample * apart)
             colour = pale.share(x_l0, y_l0, cutter.grid.side_l0) > 0.5
         return _Doubts(
             focus=frozenset(places[focus].tolist() if limits.min_sharpness > 0 else ()),
@@ -533,10 +491,3 @@ class Making:
         if force or now_s - self._reported_s > REPORT_EVERY_S:
             self._report(self._unreported)
             self._unreported, self._reported_s = 0, now_s
-
-
-def _pale(thumbnail: Pixels, limit: float) -> npt.NDArray[np.bool_]:
-    """Where colour saturation is below a limit."""
-    high = highest(thumbnail)
-    pale: npt.NDArray[np.bool_] = (high - lowest(thumbnail)) < np.float32(limit) * np.maximum(high, 1)
-    return pale

@@ -91,6 +91,13 @@ class StoreWriter:
     def num_bytes(self) -> int:
         return self._position
 
+    def digest(self) -> str:
+        """Identity of the tiles added so far."""
+        return digest_of(self._table())
+
+    def _table(self) -> TileTable:
+        return in_order(np.frombuffer(bytes(self._tiles), TILE))
+
     def add(self, x_l0: int, y_l0: int, jpeg: bytes, tissue: float = 1.0, scale: int = 0, region: int = 0) -> None:
         name = f"{self._prefixes[scale]}{x_l0}_{y_l0}.jpg"
         offset, crc = self._member(name, jpeg)
@@ -101,7 +108,7 @@ class StoreWriter:
 
         `tiling` needs `tile_px`, `scales` (a list of {"name", "mpp", ...}), `config`, `slide` and `regions`.
         """
-        table = in_order(np.frombuffer(bytes(self._tiles), TILE))
+        table = self._table()
         places = [self._member(TABLE_NAME, _npy(table)) + (self._last_length,)]
         text = json.dumps({"format": FORMAT, **tiling, "digest": digest_of(table)}, indent=1, sort_keys=False)
         places.append(self._member(TILING_NAME, text.encode()) + (self._last_length,))

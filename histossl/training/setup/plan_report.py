@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 
 from torch import Tensor
 
-from histossl.backbones.loading import BackboneInfo
+from histossl.backbones.loading import weights_told
 from histossl.core import console
 from histossl.core.config import PretrainConfig
 from histossl.core.console import count
@@ -37,7 +36,7 @@ def announce(
         f"{count(planned.num_processes, 'process')} ({name_of(prepared.device)}, {prepared.precision.name}) x "
         f"{count(planned.micro_batches, 'micro-batch')}",
         *([AUTO_BATCH] if asked.batch_size == 0 else []),
-        _weights_told(prepared.info, isinstance(getattr(prepared.method, "student", None), Tokens)),
+        weights_told(prepared.info, isinstance(getattr(prepared.method, "student", None), Tokens)),
         *planned.reasons,
         _disk(prepared),
         f"time: {time_told}",
@@ -47,21 +46,6 @@ def announce(
     )
     if prepared.method.caution:
         console.warn(prepared.method.caution)
-
-
-def _weights_told(info: BackboneInfo, masks: bool) -> str:
-    """Where the start comes from, that every key of it was filled, and what else of the file was (not) taken."""
-    begun = info.provenance.get("start_weights", "")
-    if "keys_loaded" not in info.provenance:
-        return f"start: {begun}"
-    brought = info.provenance.get("mask_token", False)
-    also = " and its mask token" if brought and masks else ""
-    dropped = Counter(key.partition(".")[0] for key in info.provenance["keys_dropped"])
-    if brought and not masks:
-        dropped["mask_token"] = 1
-    names = [f"{name} ({keys} keys)" if keys > 1 else name for name, keys in dropped.items()]
-    rest = f"; left out: {', '.join(names)}" if names else ""
-    return f"start: {begun}, all {info.provenance['keys_loaded']} keys of the backbone{also} loaded{rest}"
 
 
 def _disk(prepared: Prepared) -> str:

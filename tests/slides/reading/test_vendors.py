@@ -8,10 +8,10 @@ from vendor_files import LEICA_GAP_PX, SECRET, WRITERS, leica
 from histossl.core.config import ScanConfig, TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
 from histossl.demo.pyramid import halved
+from histossl.slides.grid import copyable, native_side_px
 from histossl.slides.reading.slide import open_slide
 from histossl.slides.scan import scan
-from histossl.tiles.cutting.cutter import native_side_px
-from histossl.tiles.cutting.native_jpeg import NativeTiles, best_shrink, copyable
+from histossl.tiles.cutting.native_jpeg import NativeTiles, best_shrink
 from histossl.tiles.cutting.tile_slide import TileJob, tile_slide
 from histossl.tiles.store.zip_store import read_store
 

@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from histossl.core.config import TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
+from histossl.slides import places
 from histossl.slides.quality.focus import saturation, sharpness
 from histossl.slides.reading.slide import open_slide
 from histossl.tiles.cutting import tile_slide as one_slide
@@ -27,13 +28,13 @@ def kept_by_the_whole_measure(path, out, config, monkeypatch, slide_mpp=None):
     with monkeypatch.context() as patch:
         real = one_slide.Making._doubts
 
-        def all_doubted(self, cutter, places, tissue):
-            doubts = real(self, cutter, places, tissue)
-            return doubts and one_slide._Doubts(colour=frozenset(places.tolist()))
+        def all_doubted(self, cutter, wanted, tissue):
+            doubts = real(self, cutter, wanted, tissue)
+            return doubts and one_slide._Doubts(colour=frozenset(wanted.tolist()))
 
         patch.setattr(one_slide.Making, "_doubts", all_doubted)
-        patch.setattr(one_slide, "out_of_focus", lambda tile, limit: sharpness(tile[None])[0] < limit)
-        patch.setattr(one_slide, "without_colour", lambda tile, limit: saturation(tile[None])[0] < limit)
+        patch.setattr(places, "out_of_focus", lambda tile, limit: sharpness(tile[None])[0] < limit)
+        patch.setattr(places, "without_colour", lambda tile, limit: saturation(tile[None])[0] < limit)
         return kept(path, out, config, slide_mpp)
 
 

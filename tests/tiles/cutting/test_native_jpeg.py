@@ -13,9 +13,10 @@ from PIL import Image
 
 from histossl.core.config import TileConfig, TissueConfig
 from histossl.core.errors import SlideError
+from histossl.slides.grid import native_side_px
 from histossl.slides.reading.slide import open_slide
 from histossl.slides.reading.tifffile_backend import NativeLevel
-from histossl.tiles.cutting.cutter import agrees, cutter_for, native_side_px
+from histossl.tiles.cutting.cutter import agrees, cutter_for
 from histossl.tiles.cutting.native_jpeg import DamagedTile, NativeTiles, Splicer, best_shrink
 from histossl.tiles.tiling import common_native_px
 
