@@ -81,7 +81,31 @@ def scan(
             help="Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles; of many slides in pages.",
         ),
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Open every file anew, also those known from before.")] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again", help="Open every file anew, also those known from before; not those that hung (--retry)."
+        ),
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again the files that once took longer than --time-limit.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Then read every file once, and keep its checksum in WORKSPACE/checksums.csv. Goes on where it "
+            "stopped; with --again reads all of them.",
+        ),
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only read every file again, and list those whose content changed while size and time did not (a "
+            "failing disk): exit code 1. Goes on where it stopped.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one file each. Default: one per core.", show_default=False)
     ] = None,
@@ -108,6 +132,13 @@ def scan(
         raise UsageError(f"--workers {workers}: must be 1 or more")
     if regions is not None and not regions.is_dir():
         raise UsageError(f"--regions {regions}: no such folder")
+    if check and (verify or again or retry or contact_sheet):
+        raise UsageError("--check reads files again and does nothing else; run it without the other options")
+    if time_limit <= 0:
+        raise UsageError(f"--time-limit {time_limit:g}: must be seconds, more than 0")
+    if check:
+        _checksums(archive_of(directory, slides), Workspace.at(workspace), workers, time_limit, check=True)
+        return
     finest, *coarser = _scales(mpp)
     tissue: dict[str, Any] = {
         "min_tissue": min_tissue,
@@ -129,7 +160,9 @@ def scan(
     )
     place = Workspace.at(workspace)
     directory = archive_of(directory, slides)
-    scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
+    scanned = scan_archive(
+        directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again, retry=retry
+    )
     _show(scanned)
     console.say(_totals(scanned, mpp, tile_px))
     if differ := other_than_stored(place, tile_px, settings.mpps, tissue):
@@ -148,9 +181,36 @@ def scan(
         pages = write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, told)
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""
         console.say(f"contact sheet: {place.contact_sheet}{more}")
+    if verify:
+        _checksums(directory, place, workers, time_limit, again=again)
     if not scanned.num_readable:
         files = console.count(len(scanned.rows), "file")
         console.fail(f"{directory}: none of its {files} can be used; archive.csv says why for each")
+        raise typer.Exit(1)
+
+
+def _checksums(
+    directory: Path,
+    place: Workspace,
+    workers: int | None,
+    time_limit_s: float,
+    *,
+    check: bool = False,
+    again: bool = False,
+) -> None:
+    """Read all files, print what was found; exit code 1 where one has other content than before, or cannot be read."""
+    from histossl.slides import checksums
+
+    if check:
+        found = checksums.check(directory, place, workers, time_limit_s)
+    else:
+        found = checksums.verify(directory, place, workers, time_limit_s, again)
+    for line in found.described():
+        console.say(line)
+    if found.changed or found.failed:
+        console.fail(
+            f"{directory}: {console.count(len(found.changed) + len(found.failed), 'file')} damaged or not readable"
+        )
         raise typer.Exit(1)
 
 

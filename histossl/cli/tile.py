@@ -137,18 +137,20 @@ def tile(
         bool,
         typer.Option(
             "--retry",
-            help="Try again what failed before, and tile replaced slides anew. Zips are not read through: `unzip -t` "
-            "tests one, and one that you delete is made anew.",
+            help="Try again what failed or hung before, and tile replaced slides anew. Zips are not read through: "
+            "`unzip -t` tests one, and one that you delete is made anew.",
         ),
     ] = False,
-    verify_copies: Annotated[
+    verify: Annotated[
         bool,
         typer.Option(
-            "--verify-copies",
-            help="Decode every tile that is copied, to find flipped bits. Default: of each slide a sample; all, if "
-            "one of the sample is damaged.",
+            "--verify/--no-verify",
+            "--verify-copies/--no-verify-copies",
+            help="Decode every tile that is copied, and compare each tile with the next coarser level of its slide, to "
+            "find flipped bits and other damage that gives no error. Without it, copying is several times as fast: of "
+            "each slide's copied tiles a sample is decoded.",
         ),
-    ] = False,
+    ] = True,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -163,6 +165,7 @@ def tile(
     The same command again goes on where it stopped. Each file's row in WORKSPACE/archive.csv says what became of it.
     In a workspace that has tiles, options that are left out are as these were cut; what is given must be so, too.
     """
+    from histossl.slides.ledger import read_ledger
     from histossl.tiles.tiling import as_tiled, common_native_px, stored_config, tile_archive
 
     slides = archive_of(directory, slides)
@@ -181,7 +184,9 @@ def tile(
     finest, *coarser = _scales(mpp)
     before = stored_config(at)
     if tile_px is None and grid == "native" and before is None:
-        tile_px = common_native_px(slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s)
+        tile_px = common_native_px(
+            slides, finest, slide_mpp, mpp_csv, workers or 2, silence_s, read_ledger(at.archive_csv)
+        )
     settings = TileConfig(
         tile_px=DEFAULTS.tile_px if tile_px is None else tile_px,
         mpp=finest,
@@ -215,7 +220,7 @@ def tile(
         retry=retry,
         dask=dask,
         silence_s=silence_s,
-        verify=verify_copies,
+        verify=verify,
     )
     note_command(at.tile_commands)
     tell_tiled(rows, at, settings.mpps)

@@ -162,7 +162,14 @@ def _bare_names(path: Path, slide: str) -> tuple[str, ...]:
 
 def _first_file(directory: Path, names: Iterable[str]) -> Path | None:
     candidates = [directory / f"{name}.geojson" for name in names]
-    return next((one for one in candidates if one.is_file()), None)
+    return next((one for one in candidates if _is_file(one)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # with its suffix the name is longer than a disk allows
+        return False
 
 
 def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path | None:
@@ -173,7 +180,7 @@ def find_regions(path: Path, slide: str, directory: Path | None = None) -> Path 
     if directory is not None:
         return _first_file(directory, (*_own_names(path, slide), *_bare_names(path, slide)))
     candidates = [path.with_name(f"{path.name}.geojson"), path.with_suffix(".geojson")]
-    return next((one for one in candidates if one.is_file()), None)
+    return next((one for one in candidates if _is_file(one)), None)
 
 
 def read_regions(path: Path, size_l0: tuple[int, int], bounds_l0: tuple[int, int] = (0, 0)) -> Regions:

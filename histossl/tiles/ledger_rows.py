@@ -62,6 +62,8 @@ def tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str) -> LedgerRow
         tile_mpp="+".join(f"{scale['mpp']:.4g}" for scale in outcome.tiling["scales"]),
         tile_settings=identity,
         tile_twin="",
+        hung="",
+        verified=outcome.tiling.get("verified", ""),  # no zip of before 2026-12-01 says it
         rejected_tissue=counts["tissue"],
         rejected_region=counts["region"],
         rejected_blur=counts["blur"],

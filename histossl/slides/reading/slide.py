@@ -22,6 +22,7 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.archive import NOT_REGULAR
+from histossl.slides.reading.directories import directory_damage
 from histossl.slides.reading.mpp import Scale, missing
 from histossl.slides.reading.openslide_backend import OpenSlideLevels
 from histossl.slides.reading.pillow_backend import PlainLevels
@@ -292,6 +293,9 @@ def _refuse_hollow(path: Path) -> None:
         raise SlideError(f"{path.name}: empty (0 bytes); copy or download it again")
     if not any(head):
         raise SlideError(f"{path.name}: begins with zeros; copy or download it again")
+    endless = directory_damage(path)
+    if endless:
+        raise SlideError(f"{path.name}: {endless}")
 
 
 def _opened(path: Path) -> Slide:
@@ -383,6 +387,8 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     damage = tiff.damage()
     if damage:
         raise SlideError(f"{slide.path.name}: {damage}")
+    doubt = tiff.doubt()
+    slide.warnings += [doubt] if doubt else []
     return slide
 
 

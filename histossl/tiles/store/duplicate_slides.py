@@ -15,9 +15,9 @@ import numpy as np
 from histossl.core.errors import StoreError
 from histossl.core.workspace import Workspace
 from histossl.slides.ledger import LedgerRow
-from histossl.tiles.cutting.tile_slide import SlideOutcome, TileJob, prints_of, size_mark
+from histossl.tiles.cutting.tile_slide import SlideOutcome, TileJob, prints_of, size_mark, whole_name
 from histossl.tiles.store.anonymisation import Names
-from histossl.tiles.store.zip_store import new_store, read_store
+from histossl.tiles.store.zip_store import new_store, read_store, slide_of
 
 
 @dataclass
@@ -68,7 +68,7 @@ def find_twins(
                 taken[path] = file
                 twins.moved[file] = path
             else:
-                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}", _name_of(path, tiles)
+                twins.of[file] = f"{files_of[path]}, which is tiled as {path.name}", _holder(path, tiles, stored[path])
             break
         else:
             holders.setdefault(sampled, []).append((spots, jobs[file].zip_path, file))
@@ -100,6 +100,12 @@ def _name_of(path: Path, tiles: Path) -> str:
     return path.relative_to(tiles.absolute()).as_posix().removesuffix(".zip")
 
 
+def _holder(path: Path, tiles: Path, outcome: SlideOutcome | StoreError) -> str:
+    """The id of the slide that a zip is of."""
+    facts = outcome.tiling["slide"] if isinstance(outcome, SlideOutcome) else {}
+    return slide_of(_name_of(path, tiles), facts)
+
+
 def _named_anew(row: LedgerRow | None, file: str, archive: str) -> bool:
     """The same file in its place, whose slide has another name because a file came beside it, or went."""
     return row is not None and (row.file, row.archive) == (file, archive)
@@ -129,7 +135,8 @@ def moved_store(old: Path, job: TileJob) -> SlideOutcome | None:
     try:
         store = read_store(old)
         tiling = {key: value for key, value in store.tiling.items() if key not in ("format", "digest")}
-        tiling["slide"] = {**tiling["slide"], "file": job.file}
+        facts = {key: value for key, value in tiling["slide"].items() if key != "name"}
+        tiling["slide"] = {**facts, **whole_name(job.slide), "file": job.file}
         with old.open("rb") as source, new_store(job.zip_path, job.config.mpps) as writer:
             for row in np.sort(store.table, order="offset"):
                 source.seek(int(row["offset"]))
