@@ -5,8 +5,8 @@
 The usual loop is what most tilers do: openslide-python reads a region, Pillow resizes and encodes it. Both sides cut
 the same places of the same slide in one process, turn about; finding tissue is left out on both. Both open the slide
 anew each time, so that neither finds it in OpenSlide's cache, where a small one stays once it has been read. Ours is
-timed twice: as `tile` does it (a few tiles compared with OpenSlide's, each judged for focus, colour and ink), and
-without these filters, which the usual loop does not have.
+timed twice: as `tile` does it (a few tiles compared with OpenSlide's, each with the next coarser level, each judged for
+focus, colour and ink), and without these filters, which the usual loop does not have.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WayFigures:
     """One way of cutting against the usual loop: CPU milliseconds per tile, each the median of the repeats."""
 
     way: str
-    filters: bool  # of pixels: focus, colour, ink
+    filters: bool  # of pixels: focus, colour, ink, damage
     tile_px: int
     mpp: float
     num_tiles: int
@@ -114,7 +114,7 @@ def _figures(slide: Slide, cutter: Cutter, config: TileConfig, max_tiles: int, r
         for _ in range(repeats):
             loop_ms.append(_cpu_ms(lambda: _usual_loop(slide.path, cutter.grid, places, slide, config, Path(folder))))
             for filters, settings in ((True, config), (False, unfiltered)):
-                own_ms[filters].append(_own(slide, cutter.way, places, shares, settings, Path(folder)))
+                own_ms[filters].append(_own(slide, cutter.way, places, shares, settings, Path(folder), filters))
     figures = []
     for filters, times in own_ms.items():
         ratios = [loop / own for loop, own in zip(loop_ms, times, strict=True)]
@@ -131,9 +131,9 @@ def _cpu_ms(work: Callable[[], None]) -> float:
     return (time.process_time() - started_s) * 1000
 
 
-def _own(slide: Slide, way: str, places: Ints, shares: Shares, config: TileConfig, folder: Path) -> float:
+def _own(slide: Slide, way: str, places: Ints, shares: Shares, config: TileConfig, folder: Path, verify: bool) -> float:
     """CPU milliseconds of what `tile` does with these places, from opening the slide to the finished zip."""
-    job = TileJob(slide.path, "own", None, folder / "own.zip", config, slide.mpp_l0)
+    job = TileJob(slide.path, "own", None, folder / "own.zip", config, slide.mpp_l0, verify=verify)
 
     def open_again() -> Slide:
         return open_slide(slide.path, slide.mpp_l0)

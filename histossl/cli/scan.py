@@ -47,7 +47,18 @@ class Scan(Checked):
         False,
         "Write WORKSPACE/contact-sheet.html: every thumbnail, its tissue, its tiles; of many slides in pages.",
     )
-    again: bool = option(False, "Open every file again, also those known from before.")
+    again: bool = option(False, "Open every file again, also those known from before; not those that hung (--retry).")
+    retry: bool = option(False, "Try again the files that once took longer than --time-limit.")
+    verify: bool = option(
+        False,
+        "Then read every file once, and keep its checksum in WORKSPACE/checksums.csv. Goes on where it stopped; with "
+        "--again reads all of them.",
+    )
+    check: bool = option(
+        False,
+        "Only read every file again, and list those whose content changed while size and time did not (a failing "
+        "disk): exit code 1. Goes on where it stopped.",
+    )
     workers: int | None = option(
         None, "Processes, one file each. Default: one per core.", check=between(1, 1024, "1 to 1024")
     )
@@ -80,6 +91,11 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
     check_scales(asked.mpp)
     if asked.regions is not None and not asked.regions.is_dir():
         raise UsageError(f"--regions {asked.regions}: no such folder")
+    if asked.check and (asked.verify or asked.again or asked.retry or asked.contact_sheet):
+        raise UsageError("--check reads files again and does nothing else; run it without the other options")
+    directory = archive_of(asked.directory, asked.slides)
+    if asked.check:
+        return _checksums(directory, workspace, asked.workers, config.time_limit_s, check=True)
     mpp, *coarser = asked.mpp
     config = replace(config, mpp=mpp, coarser_mpp=tuple(coarser))
     names = ("tile_px", "mpp", "coarser_mpp", "grid", "jpeg_quality", "tissue")
@@ -88,7 +104,6 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
     if before is not None:  # as `tile` would go on there
         tiling = as_tiled(before, tiling, given)
     config = replace(config, **{name: getattr(tiling, name) for name in names})
-    directory = archive_of(asked.directory, asked.slides)
     scanned = scan_archive(
         directory,
         workspace,
@@ -97,6 +112,7 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
         regions=asked.regions,
         previews=asked.contact_sheet,
         again=asked.again,
+        retry=asked.retry,
     )
     _show(scanned)
     console.say(_totals(scanned, config))
@@ -116,9 +132,37 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
         pages = write_contact_sheet(workspace.contact_sheet, title, scanned.rows, scanned.previews, told)
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""
         console.say(f"contact sheet: {workspace.contact_sheet}{more}")
+    damaged = (
+        _checksums(directory, workspace, asked.workers, config.time_limit_s, again=asked.again) if asked.verify else 0
+    )
     if not scanned.num_readable:
         files = console.count(len(scanned.rows), "file")
         console.fail(f"{directory}: none of its {files} can be used; archive.csv says why for each")
+        return 1
+    return damaged
+
+
+def _checksums(
+    directory: Path,
+    workspace: Workspace,
+    workers: int | None,
+    time_limit_s: float,
+    *,
+    check: bool = False,
+    again: bool = False,
+) -> int:
+    """Read all files, print what was found; exit code 1 where one has other content than before, or cannot be read."""
+    from histossl.slides import checksums
+
+    if check:
+        found = checksums.check(directory, workspace, workers, time_limit_s)
+    else:
+        found = checksums.verify(directory, workspace, workers, time_limit_s, again)
+    for line in found.described():
+        console.say(line)
+    if found.changed or found.failed:
+        wrong = console.count(len(found.changed) + len(found.failed), "file")
+        console.fail(f"{directory}: {wrong} damaged or not readable")
         return 1
     return 0
 

@@ -79,13 +79,14 @@ class Tiling(Checked):
     )
     retry: bool = option(
         False,
-        "Try again what failed before, and tile replaced slides again. Zips are not read through: `unzip -t` tests "
-        "one, and one that you delete is made again.",
+        "Try again what failed or hung before, and tile replaced slides again. Zips are not read through: `unzip -t` "
+        "tests one, and one that you delete is made again.",
     )
-    verify_copies: bool = option(
-        False,
-        "Decode every tile that is copied, to find flipped bits. Default: of each slide a sample; all, if one of the "
-        "sample is damaged.",
+    verify: bool = option(
+        True,
+        "Decode every tile that is copied, and compare each tile with the next coarser level of its slide, to find "
+        "flipped bits and other damage that gives no error. Without it, copying is several times as fast: of each "
+        "slide's copied tiles a sample is decoded.",
     )
     time_limit: float | None = option(
         None,
@@ -112,6 +113,7 @@ def tile(workspace: Workspace, asked: Tiling, config: TileConfig, given: Given) 
     The same command again goes on where it stopped. Each file's row in WORKSPACE/archive.csv says what became of it.
     In a workspace that has tiles, options that are left out are as these were cut; what is given must be so, too.
     """
+    from histossl.slides.ledger import read_ledger
     from histossl.tiles.tiling import as_tiled, common_native_px, stored_config, tile_archive
 
     check_scales(asked.mpp)
@@ -126,7 +128,8 @@ def tile(workspace: Workspace, asked: Tiling, config: TileConfig, given: Given) 
     silence_s = SILENCE_S if asked.time_limit is None else asked.time_limit
     before, tile_px = stored_config(workspace), asked.tile_px
     if tile_px is None and config.grid == "native" and before is None:
-        tile_px = common_native_px(slides, mpp, asked.slide_mpp, asked.mpp_csv, asked.workers or 2, silence_s)
+        known = read_ledger(workspace.archive_csv)
+        tile_px = common_native_px(slides, mpp, asked.slide_mpp, asked.mpp_csv, asked.workers or 2, silence_s, known)
     config = replace(config, tile_px=TILE_PX if tile_px is None else tile_px, mpp=mpp, coarser_mpp=tuple(coarser))
     if before is not None:
         config = as_tiled(before, config, given)
@@ -141,7 +144,7 @@ def tile(workspace: Workspace, asked: Tiling, config: TileConfig, given: Given) 
         retry=asked.retry,
         dask=asked.dask,
         silence_s=silence_s,
-        verify=asked.verify_copies,
+        verify=asked.verify,
     )
     note_command(workspace.tile_commands)
     tell_tiled(rows, workspace, config.mpps)

@@ -2,6 +2,7 @@
 
 WORKSPACE/
     archive.csv                 the ledger: one row per file of the archive
+    checksums.csv               of the archive's files, by `histossl scan --verify`
     tile-commands.json          how `histossl tile` was called, for the report
     tiles/                      one zip per slide, and index.npy
     pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
@@ -14,6 +15,7 @@ WORKSPACE/
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ from histossl.core.errors import HistosslError, UsageError
 DEFAULT = "histossl-workspace"
 VARIABLE = "HISTOSSL_WORKSPACE"
 LONGEST_NAME = 200  # bytes of it in the name of the file that is written aside: file systems allow 255 in all
+LONGEST_STEM = 247  # bytes of a slide's name in the name of a file of its own, with room for ".geojson"
+LONGEST_FOLDER = 255
+LONGEST_PATH = 2000  # bytes of a slide's id with its folders: a path may have 4,095 in all
+DIGEST_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,10 @@ class PredictionDir:
         return self.root / "predictions.csv"
 
     def heatmap(self, slide: str) -> Path:
-        return self.root / "heatmaps" / f"{slide}.png"
+        return self.root / "heatmaps" / f"{file_stem(slide)}.png"
 
     def qupath(self, slide: str) -> Path:
-        return self.root / "heatmaps" / f"{slide}.geojson"
+        return self.root / "heatmaps" / f"{file_stem(slide)}.geojson"
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,11 @@ class Workspace:
         return self.root / "archive.csv"
 
     @property
+    def checksums(self) -> Path:
+        """Of the archive's files, as they were when `scan --verify` read them."""
+        return self.root / "checksums.csv"
+
+    @property
     def tile_commands(self) -> Path:
         return self.root / "tile-commands.json"
 
@@ -226,7 +237,7 @@ class Workspace:
         return self.root / "finetune"
 
     def zip_of(self, slide: str) -> Path:
-        return self.tiles / f"{slide}.zip"
+        return self.tiles / f"{file_stem(slide)}.zip"
 
     def pretrain(self, name: str) -> PretrainDir:
         return PretrainDir(self.pretrain_root / _safe(name))
@@ -265,6 +276,22 @@ class Workspace:
                 f"workspace {self.root}: cannot be made ({error.strerror}); {remedy}"
             ) from error
         return self
+
+
+def file_stem(slide: str) -> str:
+    """A slide's id as the files made of it are named, without suffix: the id itself, unless a disk allows no such name.
+
+    What is too long for a name of its own ends in a digest of the whole id. Bytes count, not letters.
+    """
+    *folders, name = slide.split("/")
+    too_long = [len(os.fsencode(one)) > LONGEST_FOLDER for one in folders]
+    if len(os.fsencode(name)) <= LONGEST_STEM and not any(too_long) and len(os.fsencode(slide)) <= LONGEST_PATH:
+        return slide
+    digest = hashlib.sha256(slide.encode("utf-8", "surrogateescape")).hexdigest()[:DIGEST_LENGTH]
+    start = os.fsencode(name)[: LONGEST_NAME - len(digest) - 1].decode(errors="ignore")
+    short = f"{start}~{digest}"
+    kept = "" if any(too_long) or len(os.fsencode(slide)) > LONGEST_PATH else "".join(f"{one}/" for one in folders)
+    return kept + short
 
 
 def _safe(name: str) -> str:

@@ -30,7 +30,7 @@ from histossl.backbones.loading import BackboneInfo, weights_digest
 from histossl.core import console
 from histossl.core.config import EmbedConfig
 from histossl.core.errors import StoreError, UsageError, WeightsError
-from histossl.core.workspace import Workspace, written_aside
+from histossl.core.workspace import Workspace, file_stem, written_aside
 from histossl.features.colour_statistics import NUM_STATISTICS, colour_statistics
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.loader import decode_tiles
@@ -127,7 +127,7 @@ def embed_slides(
 ) -> dict[str, Path]:
     """The HDF5 file of each slide, computed where it is missing or stale. Resumes slide by slide."""
     folder = workspace.embeddings(embedder.folder)
-    paths = {slide: folder / f"{slide}.h5" for slide in slides}
+    paths = {slide: folder / f"{file_stem(slide)}.h5" for slide in slides}
     todo: list[tuple[str, NDArray[np.int64], dict[str, Any]]] = []
     num_stale = 0
     for slide in slides:

@@ -29,7 +29,7 @@ from sklearn.decomposition import PCA
 
 from histossl.core.config import EmbedConfig
 from histossl.core.errors import HistosslError, UsageError
-from histossl.core.workspace import Workspace
+from histossl.core.workspace import Workspace, file_stem
 from histossl.report.content import Content
 from histossl.tiles.store.index import TileIndex
 
@@ -177,7 +177,7 @@ def _sample(content: Content, workspace: Workspace, starts: Sequence[str]) -> Sa
             for start in starts:
                 folder = _folder(content, workspace, start)
                 assert folder is not None
-                with h5py.File(folder / f"{slide}.h5") as file:
+                with h5py.File(folder / f"{file_stem(slide)}.h5") as file:
                     stored = file["features"]
                     if taken is None:
                         given = [row for row in of_row if row is not None]

@@ -36,6 +36,7 @@ class Event:
     kind: str
     value: Any
     error: HistosslError | None = None  # the error itself, if it was one of ours
+    hung: bool = False  # it began, and then nothing came of it in time
 
 
 def num_cores() -> int:
@@ -169,7 +170,8 @@ class _Worker:
         if time.monotonic() - self._heard_s > (silence_s if self._began else START_S):
             self.kill()
             self._job = None
-            return Event(number, "failed", f"hung: nothing came of it for {silence_s:.0f} s, so it was stopped")
+            said = f"hung: nothing came of it for {silence_s:.0f} s, so it was stopped"
+            return Event(number, "failed", said, hung=self._began)
         return None
 
     def _gone(self, number: int) -> Event:

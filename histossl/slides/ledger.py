@@ -40,6 +40,7 @@ class LedgerRow:
     bytes: int | None = None
     modified_s: float | None = None  # with `bytes`, tells whether the row still speaks of this file
     duplicate_of: str = ""  # a file with the same content
+    hung: str = ""  # size and time of the file that was stopped for taking too long, as `hung_mark` writes them
     stain: str = ""  # H&E, IHC, fluorescence/other, unknown
     stain_figures: str = ""
     tissue_mm2: float | None = None
@@ -51,6 +52,7 @@ class LedgerRow:
     tile_status: str = ""  # tiled, no tiles, failed; empty: not yet
     tile_reason: str = ""
     tile_way: str = ""  # copied, stitched, read
+    verified: str = ""  # how far its pixels are known to be whole: sample, decoded, checksums, against level 2
     tile_mpp: str = ""  # that its tiles really have, scale by scale: "0.5013+1.003"
     rejected_tissue: int | None = None
     rejected_region: int | None = None

@@ -57,6 +57,10 @@ NEARLY_ALL = 0.9  # of them turned down is worth a warning
 PREVIEW_PX = 360
 BLUE = (11, 95, 214)
 PREVIEWS_BYTES = 16 << 20  # held in memory; more goes to disk
+NOT_AGAIN = (
+    "took too long before, and has not changed since: not tried again; histossl scan --retry or tile --retry tries it, "
+    "with --time-limit for longer"
+)
 GONE = "not in the folder any more; its tiles are still in the workspace"
 LEDGER_EVERY_S = 10.0
 
@@ -123,6 +127,7 @@ class ScanJob:
     note: str = ""
     regions: Path | None = None
     preview: bool = False
+    parts: tuple[Path, ...] = ()  # all files of a slide that is several
 
 
 # ---- the stage
@@ -137,11 +142,13 @@ def scan(
     regions: Path | None = None,
     previews: bool = False,
     again: bool = False,
+    retry: bool = False,
 ) -> Scanned:
     """Look at every file and write archive.csv. Rows of files unchanged since the last scan are taken from there.
 
-    `num_workers` processes (default: one per core). `again` opens every file anew. `previews` makes the pictures of
-    the contact sheet. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
+    `num_workers` processes (default: one per core). `again` opens every file anew, but not those that hung before and
+    have not changed: `retry` opens these. `previews` makes the pictures of the contact sheet. `regions` is a folder of
+    GeoJSON files; those beside the slides are found without it.
     """
     directory = Path(directory)
     walked = walk(directory)
@@ -161,6 +168,8 @@ def scan(
             before = known.get(job.row.file)
             if one.problem:
                 rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
+            elif before is not None and not retry and still_hung(before, one.path, one.parts):
+                rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=NOT_AGAIN, hung=before.hung)
             elif before is not None and not again and not previews and _still_speaks(before, job.row):
                 rows[job.row.file] = before
             else:
@@ -221,12 +230,14 @@ def _job(
         **{name: getattr(before, name) for name in TILE_COLUMNS},
     )
     note = "; ".join(filter(None, (one.note, drawn.note)))
-    return ScanJob(one.path.absolute(), row, config, mpp, source, note, drawn.path, preview)
+    return ScanJob(one.path.absolute(), row, config, mpp, source, note, drawn.path, preview, one.parts)
 
 
 # What `tile` wrote stays: it knows by tile_settings whether that still speaks of the file.
 TILE_COLUMNS = tuple(
-    name for name in LedgerRow.__dataclass_fields__ if name.startswith(("tile_", "rejected_")) or name == "num_tiles"
+    name
+    for name in LedgerRow.__dataclass_fields__
+    if name.startswith(("tile_", "rejected_")) or name in ("num_tiles", "verified")
 )
 
 
@@ -251,6 +262,16 @@ def stamp(path: Path, parts: Sequence[Path] = ()) -> tuple[int | None, float | N
     except OSError:
         return None, None
     return sum(one.st_size for one in states), round(max(one.st_mtime for one in states), 3)
+
+
+def hung_mark(path: Path, parts: Sequence[Path] = ()) -> str:
+    """Tells a file that hung from one that was changed since."""
+    return "{}@{}".format(*stamp(path, parts))
+
+
+def still_hung(row: LedgerRow, path: Path, parts: Sequence[Path] = ()) -> bool:
+    """Whether this file, as it is now, once took too long: trying it again costs the time limit each time."""
+    return bool(row.hung) and row.hung == hung_mark(path, parts)
 
 
 def resolved(directory: Path) -> str:
@@ -282,13 +303,14 @@ def _looked_at(
         if event.kind == "done":
             yield event.value
         elif event.kind == "failed":
-            reason = event.value
+            job, reason = jobs[event.job], event.value
             if reason.startswith("hung"):
                 reason = (
                     f"took longer than {time_limit_s:g} s to look at, and was stopped: a damaged file, a slow disk, or "
-                    "a huge image without smaller levels; --time-limit gives it longer"
+                    "a huge image without smaller levels; --retry --time-limit gives it longer"
                 )
-            yield replace(jobs[event.job].row, status=UNREADABLE, reason=reason), None
+            hung = hung_mark(job.path, job.parts) if event.hung else ""
+            yield replace(job.row, status=UNREADABLE, reason=reason, hung=hung), None
 
 
 def _num_workers(jobs: Sequence[object], asked: int | None) -> int:
@@ -357,6 +379,7 @@ class _Look:
                 self.row,
                 stain=stain.family,
                 stain_figures=stain.figures,
+                verified=self.row.verified or "sample",
                 tissue_mm2=round(filters.seen.area_um2(slide.mpp_l0) / 1e6, 3),
                 expected_tiles=sum(tiles),
                 expected_mb=round(num_bytes / 1e6, 3),
@@ -536,7 +559,7 @@ def _with_duplicates(
     that is no link.
     """
     first = sorted(rows, key=lambda row: (not row.num_tiles, files[row.file][0].is_symlink()))
-    groups = _grouped(first, {row.file: row.bytes for row in rows})
+    groups = _grouped(first, {row.file: None if row.hung else row.bytes for row in rows})
     # In workers, as all that opens a slide: a disk that does not answer costs a file its duplicate, not the scan.
     jobs = [files[row.file] for group in groups for row in group]
     samples = dict(_results(sampled, jobs, num_workers, time_limit_s))

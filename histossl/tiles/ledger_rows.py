@@ -64,6 +64,8 @@ def tiled_row(row: LedgerRow, outcome: SlideOutcome, identity: str, stamp: str) 
         tile_settings=identity,
         tile_stamp=stamp,
         tile_twin="",
+        hung="",
+        verified=outcome.tiling.get("verified", ""),  # no zip of before 2026-12-01 says it
         rejected_tissue=counts["tissue"],
         rejected_region=counts["region"],
         rejected_blur=counts["blur"],

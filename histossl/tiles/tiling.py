@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from histossl.slides.grid import native_side_px
 from histossl.slides.ledger import UNREADABLE, WARNING, LedgerRow, read_ledger
 from histossl.slides.reading.mpp import read_mpp_csv
 from histossl.slides.reading.slide import open_slide
-from histossl.slides.scan import resolved
+from histossl.slides.scan import NOT_AGAIN, hung_mark, resolved, still_hung
 from histossl.tiles.cutting.tile_slide import (
     Claim,
     NotOpened,
@@ -69,13 +69,14 @@ def tile_archive(
     retry: bool = False,
     dask: str | None = None,
     silence_s: float = SILENCE_S,
-    verify: bool = False,
+    verify: bool = True,
 ) -> list[LedgerRow]:
     """Tile what is not tiled yet; returns this archive's rows of the ledger, one per file.
 
     `num_workers` processes (default: one per core; 0: none, here), or a Dask cluster's. `retry` tries again what
     failed or was replaced. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
-    `verify` decodes every tile that is copied, to find flipped bits; else a sample of each slide is decoded.
+    `verify` decodes every tile that is copied, and compares each tile with the next coarser level of its slide, to find
+    damage that gives no error; without it a sample of each slide's copied tiles is decoded.
     A store has one config: another one is a MismatchError that names what differs.
     """
     require(slide_mpp is None or SLIDE_MPP.holds(slide_mpp), "slide-mpp", slide_mpp, SLIDE_MPP.words)
@@ -290,6 +291,9 @@ def _plan(
                 job = replace(job, claim=Claim(job.zip_path, str(state.outcome.tiling["digest"]), "kept"))
         if row.tile_status == FAILED and row.tile_settings == identity and not retry:
             continue
+        if still_hung(row, job.path, job.parts) and not retry:
+            plan.rows[position] = replace(failed_row(row, NOT_AGAIN, "", opened=False), hung=row.hung)
+            continue
         plan.jobs.append(job)
         plan.files.append(row.file)
         plan.identities.append(identity)
@@ -415,11 +419,12 @@ def _run(
                     raise HistosslError(str(event.error))
                 else:
                     reason = str(event.value).removeprefix(f"{job.path.name}: ")
-                    reason += "; --time-limit gives it longer" if reason.startswith("hung") else ""
+                    reason += "; --retry --time-limit gives it longer" if reason.startswith("hung") else ""
                     # Only what is the slide's own fault fails again for sure; the rest is tried again by itself.
                     identity = identity if isinstance(event.error, SlideError) else ""
                     opened = event.error is not None and not isinstance(event.error, NotOpened)
-                    ledger.put(failed_row(row, reason, identity, opened))
+                    hung = hung_mark(job.path, job.parts) if event.hung else ""
+                    ledger.put(replace(failed_row(row, reason, identity, opened), hung=hung))
                 bar.advance()
     finally:
         close = getattr(events, "close", None)
@@ -465,9 +470,18 @@ def common_native_px(
     mpp_csv: Path | None = None,
     num_workers: int = 1,
     silence_s: float = SILENCE_S,
+    known: Iterable[LedgerRow] = (),
 ) -> int:
-    """The side that most slides' own JPEG tiles have at `mpp`. The first 50 slides are asked, in processes."""
-    found = walk(directory).found
+    """The side that most slides' own JPEG tiles have at `mpp`. The first 50 slides are asked, in processes.
+
+    Those that hung before, by the rows `known` of the ledger, are left out.
+    """
+    rows = {row.file: row for row in known}
+    found = [
+        each
+        for each in walk(directory).found
+        if not still_hung(rows.get(relative(each.path, directory), LedgerRow("")), each.path, each.parts)
+    ]
     files = [(relative(each.path, directory), each.slide) for each in found]
     given = read_mpp_csv(mpp_csv).among(files) if mpp_csv else {}
     jobs = []

@@ -39,6 +39,7 @@ def test_every_job_is_answered_once_whatever_the_others_do() -> None:
     assert "SIGSEGV" in answers["crash"].value
     assert "exit code 3" in answers["exit"].value
     assert "hung" in answers["hang"].value
+    assert answers["hang"].hung
     assert isinstance(answers["ours"].error, SlideError)
     assert "KeyError" in answers["theirs"].value
 

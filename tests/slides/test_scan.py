@@ -30,6 +30,7 @@ from histossl.slides import scan as scanning
 from histossl.slides.content import sampled
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
 from histossl.slides.scan import scan
+from histossl.tiles import tiling
 from histossl.tiles.tiling import tile_archive
 
 
@@ -376,6 +377,53 @@ def test_a_crash_and_a_hang_cost_their_own_row(
     assert "crashed" in found["glass.tif"][1]
     assert found["screen.tif"][0] == "unreadable"
     assert "longer than 4 s" in found["screen.tif"][1]
+
+
+def test_what_hung_and_has_not_changed_costs_no_time_again_without_retry(
+    tmp_path: Path, painted_slide: PaintedSlide, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    path = folder / "A1.tif"
+    shutil.copy(painted_slide.path, path)
+    tried: list[str] = []
+
+    def hanging_jobs(function: Any, jobs: Any, num_workers: int, silence_s: float) -> Any:
+        tried.extend(getattr(function, "__name__", "") for _ in jobs)
+        for number in range(len(jobs)):
+            yield Event(number, "failed", "hung: nothing came of it", hung=True)
+
+    monkeypatch.setattr(scanning, "run_jobs", hanging_jobs)
+    monkeypatch.setattr(tiling, "run_jobs", hanging_jobs)
+    config = TileConfig(tile_px=128)
+
+    def scanned(**options: bool) -> tuple[int, str]:
+        tried.clear()
+        return len(scan(folder, workspace, ScanConfig(), 1, **options).rows), " ".join(tried)
+
+    assert scanned() == (1, "look_at")
+    assert scanned() == (1, "")
+    assert scanned(again=True) == (1, "")
+    (row,) = read_ledger(workspace.archive_csv)
+    assert row.status == "unreadable"
+    assert "--retry" in row.reason
+    tried.clear()
+    (row,) = tile_archive(folder, workspace, config, 1)
+    assert not tried
+    assert row.tile_status == "failed"
+    assert "--retry" in row.tile_reason
+    tile_archive(folder, workspace, config, 1, retry=True)
+    assert tried == ["tile_slide"]
+    assert scanned() == (1, ""), "what hung in tile is not tried in scan"
+    assert scanned(retry=True) == (1, "look_at")
+    os.utime(path, (1, 1))
+    assert scanned() == (1, "look_at"), "it changed"
+    monkeypatch.undo()
+    os.utime(path, (2, 2))
+    (row,) = scan(folder, workspace, ScanConfig(), 1).rows
+    assert (row.status, row.hung) == ("ok", "")
+    (row,) = tile_archive(folder, workspace, config, 0)
+    assert (row.tile_status, row.hung) == ("tiled", "")
 
 
 def test_a_disk_that_hangs_while_twins_are_compared_does_not_stop_the_scan(

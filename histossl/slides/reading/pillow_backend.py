@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
+from histossl.slides.reading.integrity import image_damage
 from histossl.slides.reading.mpp import Scale
 from histossl.slides.reading.tifffile_backend import blaming
 
@@ -64,6 +65,9 @@ class PlainLevels:
     def _decoded(self) -> NDArray[np.uint8]:
         if self._pixels is None:
             with blaming(self.path, "decoding it"), self._image() as image:
+                damage = image_damage(self.path, str(image.format), image.mode)
+                if damage:
+                    raise SlideError(f"{self.path.name}: damaged ({damage}); copy or download it again")
                 pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
                 # Band by band: Pillow's copies on the way to RGB are each as large as what they are made of.
                 for top in range(0, image.height, BAND):

@@ -22,6 +22,7 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.archive import NOT_REGULAR
+from histossl.slides.reading.directories import directory_damage
 from histossl.slides.reading.levels import believe
 from histossl.slides.reading.mpp import Scale, missing
 from histossl.slides.reading.openslide_backend import OpenSlideLevels
@@ -293,6 +294,9 @@ def _refuse_hollow(path: Path) -> None:
         raise SlideError(f"{path.name}: empty (0 bytes); copy or download it again")
     if not any(head):
         raise SlideError(f"{path.name}: begins with zeros; copy or download it again")
+    endless = directory_damage(path)
+    if endless:
+        raise SlideError(f"{path.name}: {endless}")
 
 
 def _opened(path: Path) -> Slide:
@@ -409,6 +413,8 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     if tiff.orientation not in (0, 1):
         slide.warnings.append(NOT_TURNED.format("TIFF", tiff.orientation))
     slide.warnings += tiff.warnings()
+    doubt = tiff.doubt()
+    slide.warnings += [doubt] if doubt else []
     return slide
 
 

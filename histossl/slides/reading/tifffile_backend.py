@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
+from histossl.slides.reading.integrity import layout_damage, left_over, overlapping, segment_damage
 from histossl.slides.reading.levels import not_levels
 from histossl.slides.reading.mpp import Scale, scale_from, scale_from_imagej, scale_from_ome, scale_from_resolution
 from histossl.slides.reading.series import SCANNERS, TiffImage, choose
@@ -242,25 +243,27 @@ class TiffLevels:
         return None
 
     def damage(self) -> str:
-        """What the directories tell of damage before any pixel is read: a copy that stopped, a size gone wild."""
+        """What the directories tell of damage before any pixel is read."""
         with blaming(self.path, "reading where its tiles lie"):
-            end = self.path.stat().st_size
-            total = beyond = 0
-            for first, page in ((pages[0], page) for pages in self._levels for page in pages):
-                offsets = np.asarray(page.dataoffsets, dtype=np.uint64)
-                counts = np.asarray(page.databytecounts, dtype=np.uint64)
-                # A further colour plane is laid out as the first, and tifffile keeps no second copy of that.
-                width, height = _segment_size(first)
-                planes = int(first.samplesperpixel) if int(first.planarconfig) == 2 else 1
-                due = -(-int(first.imagewidth) // width) * -(-int(first.imagelength) // height) * planes
-                if not len(offsets) == len(counts) == due:
-                    size = f"{first.imagewidth} x {first.imagelength} px"
-                    return f"damaged: {size} take {due} tiles, it lists {len(offsets)}"
-                total += len(offsets)
-                beyond += int(np.sum((offsets + counts > end) & (counts > 0)))
-            if beyond:
-                return f"truncated: {beyond} of {total} tiles lie beyond the end of the file; copy or download it again"
-        return ""
+            pages = [(level[0], page) for level in self._levels for page in level]
+            return layout_damage(pages, [_segment_size(first) for first, _ in pages], self.path.stat().st_size)
+
+    def doubt(self) -> str:
+        """What looks wrong and can yet be read."""
+        with blaming(self.path, "reading where its tiles lie"):
+            extra = left_over(self.path, [page for level in self._levels for page in level])
+        if not extra:
+            return ""
+        return (
+            f"{extra:,} bytes at its end belong to nothing: something may have been put into its uncompressed pixels; "
+            "compare it with another copy"
+        )
+
+    @cached_property
+    def _overlapping(self) -> dict[int, frozenset[int]]:
+        """Of each page (by where its directory lies) the tiles that lie in another one."""
+        pages = [page for level in self._levels for page in level]
+        return dict(zip((page.offset for page in pages), overlapping(pages), strict=True))
 
     # ---- pixels
 
@@ -342,16 +345,29 @@ class TiffLevels:
     def _decoded(self, page: Any, index: int) -> NDArray[Any] | None:
         if not page.databytecounts[index]:
             return None
+        if index in self._overlapping[page.offset]:
+            raise SlideError(f"{self.path.name}: a tile lies in another one; copy or download it again")
         self._tiff.filehandle.seek(int(page.dataoffsets[index]))
         data = self._tiff.filehandle.read(int(page.databytecounts[index]))
         if len(data) != page.databytecounts[index]:
             raise SlideError(f"{self.path.name}: ends in the middle of a tile; copy or download it again")
+        damage = segment_damage(page.keyframe, data, self._shape_of(page.keyframe, index))
+        if damage:
+            raise SlideError(f"{self.path.name}: a tile {damage}; copy or download it again")
         tables, header = getattr(page, "jpegtables", None), getattr(page, "jpegheader", None)
         segment, _, shape = page.decode(data, index, jpegtables=tables, jpegheader=header)
         if segment is None:
             return None
         array: NDArray[Any] = np.asarray(segment).reshape(segment.shape[-3:])[: shape[-3], : shape[-2]]
         return array
+
+    def _shape_of(self, page: Any, index: int) -> tuple[int, int, int]:
+        """(height, width, samples) of what one tile or strip unpacks to."""
+        width, height = _segment_size(page)
+        samples = 1 if int(page.planarconfig) == 2 else int(page.samplesperpixel)
+        if not page.is_tiled:
+            height = min(height, int(page.imagelength) - index % -(-int(page.imagelength) // height) * height)
+        return height, width, samples
 
     # ---- native tiles
 

@@ -32,6 +32,7 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 STRIP_TILES = 16  # tiles across a strip: what one row has decoded is still cached when the next row needs it
+OWN_READ_PX = 64  # so small a tile is read with its neighbours: a read takes longer than its copy
 MAX_RUN_PX = 4 << 20  # of one read
 ALIGNED = 1 / 64  # a shift below this many pixels is not worth a resampling
 NEAR_1 = 1.1
@@ -126,6 +127,11 @@ class Cutter:
         for run in _runs(self.grid, places, self.source.downsample):
             yield from self._cut(run)
 
+    @property
+    def own_downsample(self) -> float:
+        """Of the level that tiles are cut from, whatever the decoder shrinks on the way."""
+        return self.source.level.downsample if isinstance(self.source, NativeTiles) else self.source.downsample
+
     def pixels(self, place: int) -> Pixels:
         """One tile decoded, as it would be before encoding. DamagedTile if it cannot be."""
         if self.way == "copied":
@@ -201,14 +207,15 @@ class Cutter:
         xs_l0, ys_l0 = self.grid.corners_l0(run)
         xs, y = xs_l0 / down, float(ys_l0[0]) / down
         aligned = _aligned(side, self.grid.tile_px, xs, y)
-        if aligned and isinstance(self.source, NativeTiles) and round(side) == self.grid.tile_px:
-            px = self.grid.tile_px  # already what is wanted: one copy less than out of a wide canvas
+        px = self.grid.tile_px
+        if aligned and isinstance(self.source, NativeTiles) and round(side) == px >= OWN_READ_PX:
+            # already what is wanted: one copy less than out of a wide canvas
             return [self.source.read(round(x), round(y), px, px) for x in xs.tolist()]
         margin = 0 if aligned else math.ceil(2 * max(1, side / self.grid.tile_px)) + 1
         left, top = math.floor(xs[0] + ALIGNED) - margin, math.floor(y + ALIGNED) - margin
         right, bottom = math.ceil(xs[-1] + side - ALIGNED) + margin, math.ceil(y + side - ALIGNED) + margin
         canvas = self.source.read(left, top, right - left, bottom - top)
-        image = _image(canvas)
+        image = picture(canvas)
         return [cut(canvas, image, x - left, y - top, side, self.grid.tile_px) for x in xs.tolist()]
 
 
@@ -246,7 +253,7 @@ def cut(canvas: Pixels, image: Image.Image | None, x: float, y: float, side: flo
     return np.asarray(image.resize((tile_px, tile_px), method, box=(x, y, x + side, y + side)))
 
 
-def _image(canvas: Pixels) -> Image.Image | None:
+def picture(canvas: Pixels) -> Image.Image | None:
     """Four channels are taken as they lie, without alpha's meaning; three would have to be copied."""
     if canvas.shape[2] == 3:
         return None

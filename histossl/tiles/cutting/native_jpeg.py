@@ -29,11 +29,12 @@ CACHE_BYTES = 96 << 20  # of decoded native tiles, at most
 GLASS = 255
 
 _SOI, _EOI, _SOS, _APP0, _APP15, _COM = 0xD8, 0xD9, 0xDA, 0xE0, 0xEF, 0xFE
+_DHT = 0xC4
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: what every decoder reads
 _NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # of C0-CF: Huffman tables, reserved, arithmetic conditioning
 _BETWEEN_SCANS = (_SOS, 0xC4, 0xDB, 0xDD)  # with Huffman tables, quantisation tables, restart intervals
 _STRAY_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
-_LOST_SECTOR = bytes(64)  # compressed tissue has no such run of zeros
+_LOST_SECTOR = bytes(64)  # a run of zeros that no JPEG has, unless its tables write flat blocks as zeros
 
 
 class DamagedTile(ValueError):
@@ -59,7 +60,7 @@ class Splicer:
         # Between pixels only an escaped 0xFF or a restart may stand; else it is progressive, or has a second end.
         strays = _STRAY_MARKER.search(tile, start, end - 2) is not None
         jpeg = head + (_scans(tile, scan_start) if strays else tile[scan_start:end])
-        if strays or tile.find(_LOST_SECTOR, start, end) >= 0:
+        if strays:
             decoded(jpeg, self._size)
         return jpeg
 
@@ -81,6 +82,8 @@ class Splicer:
         end = tile.rfind(b"\xff\xd9") + 2
         if end < scan_start + 4:
             raise DamagedTile("it has no end")
+        if tile.find(_LOST_SECTOR, scan_start, end) >= 0 and not _writes_zeros(head):
+            raise DamagedTile("some of it is zeros")
         return head, scan_start, end
 
     def _check_frame(self, segments: list[bytes]) -> None:
@@ -115,6 +118,20 @@ def _kept_segments(data: bytes, start: int) -> tuple[list[bytes], int]:
     if data[-2:] != b"\xff\xd9":
         raise DamagedTile("its header is cut short")
     return kept, len(data)
+
+
+def _writes_zeros(head: bytes) -> bool:
+    """Whether a run of zeros may be flat blocks: in all Huffman tables of AC coefficients, 0 says "no more of them"."""
+    position, first_symbols = 2, list[int]()
+    while position + 4 <= len(head):
+        end = position + 2 + int.from_bytes(head[position + 2 : position + 4], "big")
+        if head[position + 1] == _DHT:
+            at = position + 4
+            while at + 17 < end:
+                first_symbols += [head[at + 17]] if head[at] >> 4 else []
+                at += 17 + sum(head[at + 1 : at + 17])
+        position = end
+    return not any(first_symbols)
 
 
 def _scans(tile: bytes, position: int) -> bytes:

@@ -12,7 +12,7 @@ import hmac
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from histossl import __version__
 from histossl.core.config import TileConfig, plain
 from histossl.core.errors import HistosslError, SlideError, StoreError
+from histossl.core.workspace import file_stem
 from histossl.runtime.process_pool import Report
 from histossl.slides.content import SPOTS, fingerprint
 from histossl.slides.grid import enlargement
@@ -31,6 +32,7 @@ from histossl.slides.quality.focus import surely_in_focus
 from histossl.slides.quality.tissue import INK_UM, TissueMask
 from histossl.slides.reading.slide import Slide, open_slide
 from histossl.slides.scan import stamp
+from histossl.tiles.cutting.comparison import Comparison, verified
 from histossl.tiles.cutting.cutter import Cutter, Pixels, agrees, cutter_for, cutter_of_level, encode, other_levels, rgb
 from histossl.tiles.cutting.native_jpeg import DamagedTile, NativeTiles, decoded
 from histossl.tiles.store.zip_store import StoreWriter, new_store, read_tiling, scale_name
@@ -79,7 +81,7 @@ class TileJob:
     note: str = ""  # of annotations that are not read
     parts: tuple[Path, ...] = ()  # all files of a slide that is several
     claim: Claim | None = None  # tiles that were perhaps cut from this very content
-    verify: bool = False  # decode every tile that is copied, not only some
+    verify: bool = True  # compare tiles with the next coarser level; decode every tile that is copied, not only some
     version: str = __version__
 
 
@@ -124,6 +126,11 @@ class NotOpened(SlideError):
 def size_mark(size: int, key: bytes = b"") -> int | str:
     """A file's size; in an anonymous store a keyed hash of it, since sizes tell which file a zip is of."""
     return hmac.new(key, str(size).encode(), hashlib.sha256).hexdigest()[:16] if key else size
+
+
+def whole_name(slide: str) -> dict[str, str]:
+    """What tiling.json says of a slide whose zip cannot carry its whole id."""
+    return {} if file_stem(slide) == slide else {"name": slide}
 
 
 def prints_of(job: TileJob) -> tuple[str, str]:
@@ -252,11 +259,11 @@ def _too_coarse(slide: Slide, config: TileConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class _Doubts:
-    """Places of tiles to be looked at for focus and for colour; `wholeness`: copied tiles are all decoded, too."""
+    """Places of tiles to be looked at for focus and for colour; `damage`: copied tiles are all decoded, too."""
 
     focus: frozenset[int] = frozenset()
     colour: frozenset[int] = frozenset()
-    wholeness: bool = False
+    damage: bool = True
 
 
 class _Rescue:
@@ -266,17 +273,17 @@ class _Rescue:
         self._slide, self._damaged, self._open_again = slide, damaged, open_again
         self._cutters: list[Cutter] | None = None
 
-    def pixels(self, place: int) -> Pixels | None:
+    def pixels(self, place: int, comparison: Comparison) -> Pixels | None:
         if self._cutters is None:  # most slides never need them
             grid = self._damaged.grid
             self._cutters = [
                 cutter_of_level(self._slide, grid, level, self._open_again) for level in other_levels(self._slide, grid)
             ]
         for cutter in self._cutters:
-            try:
-                return cutter.pixels(place)
-            except DamagedTile:
-                continue
+            with suppress(DamagedTile):
+                pixels = cutter.pixels(place)
+                if not comparison.differs(place, pixels):
+                    return pixels
         return None
 
     def close(self) -> None:
@@ -294,6 +301,7 @@ class Making:
         self._report, self._config = report, job.config
         self._opened: Slide | None = None
         self._counts = Counts()
+        self._verified: list[str] = []
         self._unreported, self._reported_s = 0, time.monotonic()
         self._filter = PlaceFilter(slide, open_again, job.config.tissue, job.regions)
         if self._filter.handle_spent:
@@ -320,9 +328,11 @@ class Making:
             "scales": scales,
             "regions": self._filter.region_names,
             "counts": asdict(self._counts),
+            "verified": ", ".join(dict.fromkeys(self._verified)),
             "warnings": warnings,
             "slide": {
                 "file": job.file,
+                **whole_name(job.slide),
                 "fingerprint": sampled,
                 "spots": spots,
                 "regions": regions_fingerprint(job),
@@ -369,7 +379,8 @@ class Making:
         columns = (wanted.x_l0, wanted.y_l0, wanted.tissue, wanted.regions)
         facts = dict(zip(places.tolist(), zip(*(each.tolist() for each in columns), strict=True), strict=True))
         doubts = self._doubts(cutter, places, wanted.tissue)
-        with closing(_Rescue(self._slide, cutter, self._open_again)) as rescue:
+        compared = Comparison(self._slide, cutter, self._open_again, places, self._job.verify)
+        with closing(compared) as comparison, closing(_Rescue(self._slide, cutter, self._open_again)) as rescue:
             for tile in cutter.tiles(places):
                 seen += 1
                 if tile.glass:
@@ -380,13 +391,15 @@ class Making:
                 inked = False
                 try:
                     if jpeg is not None and doubts is not None:
-                        good = self._good_copy(jpeg, tile.place, doubts, cutter)
+                        good = self._good_copy(jpeg, tile.place, doubts, cutter, comparison)
                         inked = good and self._inked_copy(jpeg, cutter)
+                    elif pixels is not None and comparison.differs(tile.place, pixels):
+                        pixels = None
                 except DamagedTile:
                     jpeg = None
                 rescued = jpeg is None and pixels is None
                 if rescued:
-                    pixels = rescue.pixels(tile.place)
+                    pixels = rescue.pixels(tile.place, comparison)
                     if pixels is None:
                         damaged += 1
                         counts.damaged += 1
@@ -413,6 +426,7 @@ class Making:
                 self._beat(1)
         if seen and damaged == seen:
             raise SlideError(f"{self._slide.path.name}: damaged: none of its {seen} tiles can be read")
+        self._verified += verified(self._slide, comparison, decoded=doubts is None or doubts.damage)
 
     def _good(self, pixels: Pixels) -> bool:
         """Whether a tile has colour and is in focus; counts it if not."""
@@ -429,16 +443,16 @@ class Making:
         shrink = next((each for each in (4, 2) if grid.mpp * each <= INK_UM and grid.tile_px % each == 0), 1)
         return self._filter.inked(decoded(jpeg, (grid.tile_px, grid.tile_px), shrink), grid.mpp * shrink)
 
-    def _good_copy(self, jpeg: bytes, place: int, doubts: _Doubts, cutter: Cutter) -> bool:
+    def _good_copy(self, jpeg: bytes, place: int, doubts: _Doubts, cutter: Cutter, comparison: Comparison) -> bool:
         """The same of a tile that is copied, looked at only where there is doubt. DamagedTile if it is not whole."""
         size = (cutter.grid.tile_px, cutter.grid.tile_px)
+        if doubts.damage and comparison.differs(place, decoded(jpeg, size, GLANCE_SHRINK)):
+            raise DamagedTile("differs from the next coarser level")
         if place in doubts.colour:
             return self._good(decoded(jpeg, size))
         if place in doubts.focus:
             grey = decoded(jpeg, size, grey=True)
             return surely_in_focus(grey, self._config.tissue.min_sharpness) or self._good(decoded(jpeg, size))
-        if doubts.wholeness:
-            decoded(jpeg, size, GLANCE_SHRINK, grey=True)
         return True
 
     def _doubts(self, cutter: Cutter, places: Ints, tissue: npt.NDArray[np.float64]) -> _Doubts | None:
@@ -481,7 +495,7 @@ class Making:
         return _Doubts(
             focus=frozenset(places[focus].tolist() if limits.min_sharpness > 0 else ()),
             colour=frozenset(places[colour].tolist()),
-            wholeness=self._job.verify or not whole,
+            damage=self._job.verify or not whole,
         )
 
     def _beat(self, count: int, force: bool = False) -> None:

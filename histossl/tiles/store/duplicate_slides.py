@@ -26,10 +26,11 @@ from histossl.tiles.cutting.tile_slide import (
     prints_of,
     size_mark,
     stamp_of,
+    whole_name,
     written_stamp,
 )
 from histossl.tiles.store.anonymisation import Names
-from histossl.tiles.store.zip_store import new_store, read_store
+from histossl.tiles.store.zip_store import new_store, read_store, slide_of
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def find_twins(
             proven = _proven(one, job, settled[file], {} if renamed else whole)
             untouched = renamed and row is not None and row.tile_stamp == stamp_of(job)
             said = one.owner or f"{before}, which is tiled as {one.path.name}"
-            holder = jobs[one.owner].slide if one.owner else _name_of(one.path, tiles)
+            holder = jobs[one.owner].slide if one.owner else _holder(one.path, tiles, stored[one.path])
             twin = Twin(said, holder, _settings(job, one))
             if gone and (proven or untouched):
                 twins.renamed[file] = one.path
@@ -215,6 +216,12 @@ def _name_of(path: Path, tiles: Path) -> str:
     return path.relative_to(tiles.absolute()).as_posix().removesuffix(".zip")
 
 
+def _holder(path: Path, tiles: Path, outcome: SlideOutcome | StoreError) -> str:
+    """The id of the slide that a zip is of."""
+    facts = outcome.tiling["slide"] if isinstance(outcome, SlideOutcome) else {}
+    return slide_of(_name_of(path, tiles), facts)
+
+
 def _named_anew(row: LedgerRow | None, file: str, archive: str) -> bool:
     """The same file in its place, whose slide has another name because a file came beside it, or went."""
     return row is not None and (row.file, row.archive) == (file, archive)
@@ -244,7 +251,8 @@ def moved_store(old: Path, job: TileJob) -> SlideOutcome | None:
     try:
         store = read_store(old)
         tiling = {key: value for key, value in store.tiling.items() if key not in ("format", "digest")}
-        tiling["slide"] = {**tiling["slide"], "file": job.file}
+        facts = {key: value for key, value in tiling["slide"].items() if key != "name"}
+        tiling["slide"] = {**facts, **whole_name(job.slide), "file": job.file}
         with old.open("rb") as source, new_store(job.zip_path, job.config.mpps) as writer:
             for row in np.sort(store.table, order="offset"):
                 source.seek(int(row["offset"]))

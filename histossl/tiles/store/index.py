@@ -27,8 +27,8 @@ import numpy.typing as npt
 
 from histossl.core import console
 from histossl.core.errors import HistosslError, MismatchError, StoreError
-from histossl.core.workspace import Workspace, written_aside
-from histossl.tiles.store.zip_store import Store, read_store
+from histossl.core.workspace import Workspace, file_stem, written_aside
+from histossl.tiles.store.zip_store import Store, read_store, slide_of
 
 ROW = np.dtype(
     {
@@ -227,7 +227,7 @@ class _Handle:
     """One open zip. It closes itself, so that no thread reads from a handle that another has closed."""
 
     def __init__(self, tiles: Path, entry: dict[str, Any]) -> None:
-        self.path = tiles / f"{entry['slide']}.zip"
+        self.path = tiles / f"{file_stem(entry['slide'])}.zip"
         try:
             self.descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -254,20 +254,20 @@ def find_zips(tiles: Path) -> list[Path]:
         for name in names
         if name.endswith(".zip") and not name.startswith(".")
     ]
-    return sorted(found, key=lambda path: _slide_of(tiles, path))
+    return sorted(found, key=lambda path: _stem_of(tiles, path))
 
 
-def _slide_of(tiles: Path, path: Path) -> str:
+def _stem_of(tiles: Path, path: Path) -> str:
     return path.relative_to(tiles).as_posix().removesuffix(".zip")
 
 
 def _stamp(tiles: Path, path: Path) -> tuple[str, int, int]:
     status = path.stat()
-    return _slide_of(tiles, path), status.st_size, status.st_mtime_ns
+    return _stem_of(tiles, path), status.st_size, status.st_mtime_ns
 
 
 def _stamp_of(entry: dict[str, Any]) -> tuple[str, int, int]:
-    return entry["slide"], entry["bytes"], entry["mtime_ns"]
+    return file_stem(entry["slide"]), entry["bytes"], entry["mtime_ns"]
 
 
 def _discard(built: Path, owner: int) -> None:
@@ -324,7 +324,7 @@ def _rows_of(store: Store) -> Rows:
 def _entry_of(store: Store, stamp: tuple[str, int, int]) -> dict[str, Any]:
     tiling = store.tiling
     return {
-        "slide": stamp[0],
+        "slide": slide_of(stamp[0], tiling["slide"]),
         "bytes": stamp[1],
         "mtime_ns": stamp[2],
         "digest": store.digest,

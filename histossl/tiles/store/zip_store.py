@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from histossl.core.errors import MismatchError, StoreError
-from histossl.core.workspace import written_aside
+from histossl.core.workspace import file_stem, written_aside
 
 # One tile of one zip. `scale` counts through the store's scales, `region` through its region classes (0: none).
 TILE = np.dtype(
@@ -185,6 +185,12 @@ def read_tiling(path: Path) -> dict[str, Any]:
     if tiling.get("format") != FORMAT:
         raise _damaged(path, "it does not say its format")
     return tiling
+
+
+def slide_of(stem: str, facts: Mapping[str, Any]) -> str:
+    """The slide's id that a zip named `stem` is of, by its tiling.json: whole, where a disk allows no name so long."""
+    name = facts.get("name")
+    return name if isinstance(name, str) and file_stem(name) == stem else stem
 
 
 def scale_name(mpp: float) -> str:
