@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from histossl.core.config import TileConfig
 from histossl.core.errors import SlideError
 from histossl.slides.grid import Grid, native_side_px
-from histossl.slides.places import Wanted
+from histossl.slides.quality.places import Wanted
 from histossl.slides.quality.tissue import find_tissue
 from histossl.slides.reading.slide import Slide, open_slide
 from histossl.tiles.cutting.cutter import Cutter, Ints, agrees, cutter_for

@@ -43,7 +43,7 @@ from histossl.slides.archive import SlideFile, Walk, find_slides, relative, walk
 from histossl.slides.content import Files, contents, files_of, sampled
 from histossl.slides.grid import Grid, enlargement, grid_of
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, read_ledger, write_ledger
-from histossl.slides.places import PlaceFilter, Wanted, left_out
+from histossl.slides.quality.places import PlaceFilter, Wanted, left_out
 from histossl.slides.quality.stain import OTHER, Stain, stain_of
 from histossl.slides.quality.tissue import TissueMask
 from histossl.slides.reading.mpp import MppTable, read_mpp_csv

@@ -10,7 +10,7 @@ from typing import Any
 
 from histossl.core.units import um_from_l0
 from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, merged, read_ledger, write_ledger
-from histossl.slides.places import left_out
+from histossl.slides.quality.places import left_out
 from histossl.tiles.cutting.tile_slide import SlideOutcome
 
 TILED, NO_TILES, FAILED = "tiled", "no tiles", "failed"

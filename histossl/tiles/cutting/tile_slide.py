@@ -27,8 +27,8 @@ from histossl.core.workspace import file_stem
 from histossl.runtime.process_pool import Report
 from histossl.slides.content import SPOTS, fingerprint
 from histossl.slides.grid import enlargement
-from histossl.slides.places import PlaceFilter, Wanted
 from histossl.slides.quality.focus import surely_in_focus
+from histossl.slides.quality.places import PlaceFilter, Wanted
 from histossl.slides.quality.tissue import INK_UM, TissueMask
 from histossl.slides.reading.slide import Slide, open_slide
 from histossl.slides.scan import stamp
