@@ -78,12 +78,10 @@ def believe(levels: Checkable, busy: Sequence[Place] = ()) -> None:
         levels.keep(kept, strange)
 
 
-def not_levels(sizes: Sequence[str]) -> str:
+def not_levels(images: Sequence[str]) -> str:
     """What a person should know of images that were no levels."""
-    return (
-        f"in the place of a level it holds {' and '.join(sizes)} that show something else than the slide "
-        "(a macro image?): not read"
-    )
+    said = "listed as a level, but shows something else than the slide (a macro image?), so not read"
+    return f"{said}: {', '.join(images)}"
 
 
 def _verdict(levels: Checkable, busy: Sequence[Place]) -> Verdict:
@@ -92,12 +90,11 @@ def _verdict(levels: Checkable, busy: Sequence[Place]) -> Verdict:
     places = _Places(levels, shaped, busy)
     kept, strange = [0], [level for level in range(1, len(sizes)) if level not in shaped and sizes[level] != sizes[0]]
     for level in shaped:
-        if sizes[level] == sizes[kept[-1]]:
-            continue  # a further image of that size
-        if _shows(levels, kept[-1], level, places):
-            kept.append(level)
-        else:
+        again = sizes[level] == sizes[kept[-1]]  # a further image of that size, not needed even if it is the same
+        if not _shows(levels, kept[-2 if again else -1], level, places):
             strange.append(level)
+        elif not again:
+            kept.append(level)
     return tuple(kept), tuple(strange)
 
 

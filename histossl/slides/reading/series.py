@@ -83,7 +83,7 @@ class TiffImage:
 
     @property
     def told(self) -> str:
-        name = f"{self.name!r} " if self.name else ""
+        name = f"{self.name!r} " if self.name and self.kind in NAMED_IMAGES else ""
         return f"{name}{self.size[0]} x {self.size[1]} px"
 
 

@@ -5,7 +5,6 @@ A level is never read whole: only the tiles (or strips) under the wanted box are
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -144,12 +143,15 @@ class TiffLevels:
             raise SlideError(f"{self.path.name}: a TIFF without an image")
         self._levels = [_pages(self.path, chosen.slide)]
         self._images = [chosen.slide]
+        full = chosen.slide.size  # of that size a scanner keeps focal planes alone
+        self._others = [image for image in chosen.others if image.kind not in SCANNERS or image.size == full]
         for image in chosen.candidates:
-            with contextlib.suppress(SlideError):  # what cannot be read as a slide is no level of one
+            try:
                 self._levels.append(_pages(self.path, image))
                 self._images.append(image)
+            except SlideError:  # what cannot be read as a slide is no level of one
+                self._others.append(image)
         self._private = [image for image in chosen.private if image.kind not in SCANNERS]
-        self._others = [image for image in chosen.others if image.kind not in SCANNERS]
         self.keep(range(len(self._levels)))
         page = self.pages[0]
         self.is_ome = bool(self._tiff.is_ome)
@@ -188,7 +190,7 @@ class TiffLevels:
         slide = self._images[0]
         claims = [image.told for image in self._others if image.claims]
         rest = [image.told for image in self._others if not image.claims]
-        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        more = " and others" if len(rest) > 3 else ""
         warnings = {
             slide.stack: bool(slide.stack),
             not_levels(claims): bool(claims),

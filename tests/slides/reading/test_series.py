@@ -177,6 +177,18 @@ def test_scenes_of_equal_size_have_their_own_scale(tmp_path: Path) -> None:
         assert slide.warnings == ["of its images 'scene 0' 1024 x 1024 px is used, not 'scene 1' 1024 x 1024 px"]
 
 
+def test_levels_of_another_scene_are_not_the_slides(tmp_path: Path) -> None:
+    other = picture(5, 512)
+    with tifffile.TiffWriter(tmp_path / "A1.ome.tif", ome=True) as tiff:
+        for name, pixels in (("scene 1", other), ("scene 2", IMAGE)):
+            tiff.write(pixels, **TILED, subifds=1, metadata={**OME, "Name": name})
+            tiff.write(shrunk(pixels, 2), **TILED, subfiletype=1)
+    with open_slide(tmp_path / "A1.ome.tif") as slide:
+        assert slide.level_sizes == ((SIDE, SIDE), (SIDE // 2, SIDE // 2))
+        np.testing.assert_array_equal(slide.read_level(1, 0, 0, 512, 512), shrunk(IMAGE, 2))
+        assert slide.warnings == ["of its images 'scene 2' 1024 x 1024 px is used, not 'scene 1' 512 x 512 px"]
+
+
 # ---- stacks
 
 STACK = np.stack([picture(seed, 512) for seed in range(3)])
@@ -226,6 +238,23 @@ def test_levels_of_a_stack_are_of_the_plane_that_is_used(tmp_path: Path) -> None
             tiff.write(shrunk(plane, 2), **TILED, subfiletype=1)
     with open_slide(tmp_path / "A1.ome.tif") as slide:
         np.testing.assert_array_equal(slide.read_level(1, 0, 0, 256, 256), shrunk(STACK[0], 2))
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_focal_planes_of_aperio_are_said(tmp_path: Path, thumbnail: bool) -> None:
+    """Without the thumbnail that tifffile expects second, too. Of each level there is a plane as well."""
+    planes = [IMAGE, np.roll(IMAGE, 1, axis=0)]
+    with tifffile.TiffWriter(tmp_path / "A1.svs") as tiff:
+        for number, pixels in enumerate([*planes, *(shrunk(plane, 4) for plane in planes)]):
+            tiff.write(pixels, **TILED, metadata=None, description=APERIO.format(pixels.shape[1], MPP))
+            if thumbnail and number == 0:
+                told = APERIO.format(128, MPP)
+                tiff.write(shrunk(IMAGE, 8), photometric="rgb", rowsperstrip=16, metadata=None, description=told)
+    with open_slide(tmp_path / "A1.svs") as slide:
+        assert slide.level_sizes == ((SIDE, SIDE), (SIDE // 4, SIDE // 4))
+        np.testing.assert_array_equal(slide.read_level(0, 0, 0, 200, 200), IMAGE[:200, :200])
+        (said,) = slide.warnings
+        assert ("plane 1 is used" if thumbnail else "1024 x 1024 px is used, not 1024 x 1024 px") in said
 
 
 @pytest.mark.parametrize(
