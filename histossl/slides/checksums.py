@@ -58,7 +58,7 @@ class Checked:
     def described(self) -> list[str]:
         """Lines for a person."""
         lists = {
-            "other content, though size and time are the same (a failing disk?): restore": self.changed,
+            "other content, though size and time are the same (a failing disk?); restore from a copy": self.changed,
             "another size or time than then, so not compared (scan --verify reads them again)": self.replaced,
             "their slide not in the folder any more": self.gone,
             "without a checksum yet (scan --verify)": self.unknown,

@@ -125,12 +125,12 @@ class Comparison:
         return third is None or third > self._limit
 
     def _apart(self, level: int, place: int, mine: npt.NDArray[np.int16]) -> float | None:
-        """Largest difference of a block's mean colour, in grey levels; None if the level cannot be read there."""
+        """How far a tile is from a level, in grey levels: its worst block, or all of it; None if that is not readable."""
         theirs = self._of_level(level).blocks(place)
         if theirs is None:
             return None
-        apart: npt.NDArray[np.int16] = np.abs(mine - theirs)
-        return max(float(apart.max()), THROUGHOUT * float(apart.sum()) / apart.size)
+        apart = np.abs(mine - theirs)
+        return max(float(apart.max()), THROUGHOUT * float(apart.sum()) / float(apart.size))
 
     def _of_level(self, level: int) -> _Level:
         if level not in self._levels:
