@@ -21,6 +21,7 @@ QUEUE_SHARE = 0.08  # of the tiles: 5-8 % in the published runs; more means the 
 QUEUE_SHARE_WARN = 0.25
 PRESENTATIONS = 1_000_000  # tiles shown in a run, where neither --steps nor --epochs says it: what short runs needed
 EPOCHS_MOST = 100
+LEAST_TILES = 2  # of a step: with one alone there is nothing to tell it from
 BATCH_LEAST, BATCH_USUAL, BATCH_MOST = 32, 256, 1024  # of --batch-size auto: MoCo's own is 256
 BATCH_SHARE = 0.01  # of the tiles: eight batches are then the queue's share
 BATCHNORM_GROUP = 32  # tiles per statistic, as the methods' knob has it
@@ -72,6 +73,13 @@ def plan(
     """
     batch, pieces = config.batch_size, num_processes * micro_batches
     reasons: list[str] = []
+    least = -(-LEAST_TILES // pieces) * pieces
+    if num_tiles < least:
+        have = f"there {'is 1 tile' if num_tiles == 1 else f'are {num_tiles} tiles'} to pretrain on"
+        raise UsageError(
+            f"{have}, and a step takes {least} at least{'' if pieces == 1 else f' ({pieces} at a time)'}: tile more "
+            "slides, or a smaller --tile-px in another --workspace; archive.csv says what the filters turned down"
+        )
     if batch % pieces:
         raise UsageError(
             f"--batch-size {batch}: cannot be shared by {num_processes} processes x {micro_batches} micro-batches; "
@@ -79,7 +87,8 @@ def plan(
         )
     if batch > num_tiles:
         raise UsageError(
-            f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use {max(2, num_tiles // 8)} or so"
+            f"--batch-size {batch}: there are only {num_tiles} tiles to pretrain on; use "
+            f"{max(least, num_tiles // 8 // pieces * pieces)} or so"
         )
     num_steps = _steps(config, num_tiles, reasons, num_steps)
     same_slide, same_tile = company or (1 / num_slides, 1 / num_tiles)

@@ -174,3 +174,24 @@ class Archive:
 
     def tiles_of(self, slide: str) -> range:
         return self._ranges[slide]
+
+
+@pytest.mark.parametrize(("tiles", "processes", "least"), [(0, 1, 2), (1, 1, 2), (1, 2, 2), (3, 4, 4), (2, 3, 3)])
+def test_too_few_tiles_for_any_step_are_said_to_be_that(tiles: int, processes: int, least: int) -> None:
+    """No batch size helps: with one tile the advice once was to use what was used."""
+    for batch in (2, 12, 256):
+        with pytest.raises(UsageError) as refused:
+            plan(PretrainConfig(batch_size=batch), tiles, 1, {}, processes, batchnorm=False)
+        said = str(refused.value)
+        assert f"{tiles} tile" in said
+        assert f"takes {least} at least" in said
+        assert "--batch-size" not in said
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("tiles", [3, 4, 5, 17, 100])
+def test_the_batch_size_that_is_advised_is_one_that_can_be_used(tiles: int, processes: int) -> None:
+    with pytest.raises(UsageError, match="only") as refused:
+        plan(PretrainConfig(batch_size=258), tiles, 1, {}, processes, batchnorm=False)
+    advised = int(str(refused.value).split("use ")[1].split()[0])
+    assert plan(PretrainConfig(batch_size=advised), tiles, 1, {}, processes, batchnorm=False).batch_size == advised
