@@ -22,9 +22,11 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.archive import NOT_REGULAR
+from histossl.slides.reading.dicom import check_frame_colours
 from histossl.slides.reading.mpp import Scale, missing
-from histossl.slides.reading.openslide_backend import OpenSlideLevels
+from histossl.slides.reading.openslide_backend import MISREAD, OpenSlideLevels
 from histossl.slides.reading.pillow_backend import PlainLevels
+from histossl.slides.reading.samples import UnknownColours
 from histossl.slides.reading.tifffile_backend import NativeLevel, TiffLevels, blaming
 
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
@@ -47,6 +49,7 @@ FORMATS = {
 # Their OpenSlide levels are TIFF pages, tile for tile. Leica's lie somewhere on a larger plane, Ventana's overlap.
 NATIVE_VENDORS = ("aperio", "generic-tiff", "philips", "trestle")
 LEICA = "leica"
+TAG_TRUSTING = (*NATIVE_VENDORS, LEICA, "ventana")  # where OpenSlide takes a TIFF's tags for the colours
 SAME_LEVEL = 1e-3  # two downsamples of one level differ by less
 
 
@@ -309,6 +312,8 @@ def _opened(path: Path) -> Slide:
     if magic == "tiff":
         try:
             return _through_tifffile(path)
+        except UnknownColours:
+            raise
         except SlideError as error:
             # For a file that OpenSlide knows, its own words tell more than tifffile's about the same damage.
             raise SlideError(refusal or str(error)) from error
@@ -331,24 +336,36 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
     levels = OpenSlideLevels(path, vendor)
     try:
         tiff = TiffLevels(path) if _magic(path) == "tiff" else None
+    except UnknownColours:
+        if vendor in NATIVE_VENDORS:  # what OpenSlide shows of them is a guess
+            levels.close()
+            raise
+        tiff = None
     except SlideError:
         tiff = None  # OpenSlide reads it: that is enough
     try:
-        if tiff is not None and vendor == "generic-tiff" and (tiff.is_ome or tiff.orientation not in (0, 1)):
+        misread = tiff is not None and vendor in TAG_TRUSTING and tiff.samples.openslide_differs()
+        if tiff is not None and vendor == "generic-tiff" and (tiff.is_ome or tiff.orientation not in (0, 1) or misread):
             # Of an OME-TIFF OpenSlide sees the first level alone (the rest lies in sub-directories) and no scale; where
             # a TIFF has an Orientation tag it mirrors each tile by itself.
             levels.close()
-            return _described(Slide(path, tiff, _tiff_format(tiff), "ome" if tiff.is_ome else vendor), tiff)
+            its = "ome" if tiff.is_ome else "perkinelmer" if tiff.is_qpi else vendor
+            return _described(Slide(path, tiff, _tiff_format(tiff), its), tiff)
         slide = Slide(path, levels, FORMATS.get(vendor, vendor), vendor)
         slide.native_tile = levels.tile_size
+        if vendor == "dicom":
+            doubt = check_frame_colours(path, levels.properties)
+            slide.warnings += [doubt] if doubt else []
         if tiff is not None:
             _described(slide, tiff)
             if tiff.is_qpi and vendor == "generic-tiff":
                 slide.format, slide.vendor = "QPTIFF", "perkinelmer"
             # Where tiles overlap (Trestle does that) OpenSlide tells no tile size; of Leica's images it never does.
             alone = levels.tile_size is not None or _one_area(levels.properties, tiff.sizes[0])
+            if misread and not (vendor in NATIVE_VENDORS and alone):
+                raise SlideError(f"{path.name}: {MISREAD}; convert it to RGB")
             if vendor in (*NATIVE_VENDORS, LEICA) and alone:
-                levels.stand_by(tiff)
+                levels.stand_by(tiff, misread)
             else:
                 tiff.close()
         return slide
@@ -383,12 +400,15 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     damage = tiff.damage()
     if damage:
         raise SlideError(f"{slide.path.name}: {damage}")
+    with blaming(slide.path, "reading its first tiles"):
+        slide.warnings += tiff.samples.notes()
     return slide
 
 
 def _plain(path: Path, kind: str) -> Slide:
     levels = PlainLevels(path)
     slide = Slide(path, levels, kind.upper(), "")
+    slide.warnings += levels.notes
     if levels.orientation not in (0, 1):
         slide.warnings.append(NOT_TURNED.format("EXIF", levels.orientation))
     slide.compression = "deflate" if kind == "png" else "JPEG"
