@@ -21,6 +21,7 @@ CACHE_BYTES = 64 << 20  # of decoded native tiles: two rows of tiles under a wid
 PAGED_VENDORS = ("generic-tiff", "aperio")
 VENDOR_SLACK = 0.05
 CHECK_PX = 256  # side of the boxes that two libraries are compared on
+MISREAD = "OpenSlide would show other colours than its tiles hold"
 CHECK_LIMIT = 8.0  # grey levels between the mean colours of a box: the same pixels, shifted, differ by less than 1
 
 
@@ -79,16 +80,20 @@ class OpenSlideLevels:
         snapped = (snapped_downsample(self.sizes[0], size) for size in self.sizes)
         return tuple(one if one == int(one) else its for one, its in zip(snapped, self._downsamples, strict=True))
 
-    def stand_by(self, tiff: TiffLevels) -> None:
-        """Let tifffile read levels whose pixels OpenSlide would shift.
+    def stand_by(self, tiff: TiffLevels, all_levels: bool = False) -> None:
+        """Let tifffile read levels whose pixels OpenSlide would shift; or all, where it would show other colours.
 
         OpenSlide is asked in level-0 pixels. Where it takes a level's downsample for 4.0007 (rounded sides), a level's
         whole pixel falls between two of them, and what comes back is interpolated: blurred, up to 1/8 pixel off.
         """
         self.tiff = tiff
         for level, (snapped, its) in enumerate(zip(self.downsamples(), self._downsamples, strict=True)):
-            if snapped != its and self.sizes[level] in tiff.sizes:
+            if (all_levels or snapped != its) and self.sizes[level] in tiff.sizes:
                 self._exact[level] = tiff.sizes.index(self.sizes[level])
+        if all_levels:
+            self._checked.update(self._exact)  # OpenSlide is no judge of them
+            if len(self._exact) < len(self.sizes):
+                raise SlideError(f"{self.path.name}: {MISREAD}; convert it to RGB")
 
     def _check(self, level: int) -> None:
         """Before tifffile's first read of a level: whether it shows what OpenSlide shows; else OpenSlide reads it."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -13,6 +16,7 @@ from PIL import Image
 from histossl.core.errors import SlideError
 from histossl.slides.reading.integrity import image_damage
 from histossl.slides.reading.mpp import Scale
+from histossl.slides.reading.samples import find_range, in_range, over_white
 from histossl.slides.reading.tifffile_backend import blaming
 
 MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: it is decoded whole, at 7 to 13 bytes per pixel
@@ -28,8 +32,11 @@ class PlainLevels:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pixels: NDArray[np.uint8] | None = None
+        self.notes: list[str] = []
         with blaming(path, "opening it as an image"), self._image() as image:
             width, height = int(image.width), int(image.height)
+            # Of a PNG's colours in 16 bits Pillow keeps the upper 8, which is little of 12.
+            self._deep = image.format == "PNG" and _png_depth(path) == 16
             # Of a JPEG only: asked for a PNG's, Pillow decodes the whole picture.
             self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
             self.dpi = image.info.get("dpi")
@@ -40,6 +47,8 @@ class PlainLevels:
                 f"{MAX_PLAIN_PX / 1e6:.0f} million); make it a tiled TIFF: "
                 f"vips tiffsave {path.name} {path.stem}.tif --tile --pyramid --compression jpeg --Q 90"
             )
+        if self._deep:
+            self._decoded()  # what its range is can be told only then
 
     def _image(self) -> Any:
         with warnings.catch_warnings():
@@ -64,27 +73,54 @@ class PlainLevels:
 
     def _decoded(self) -> NDArray[np.uint8]:
         if self._pixels is None:
-            with blaming(self.path, "decoding it"), self._image() as image:
-                damage = image_damage(self.path, str(image.format), image.mode)
-                if damage:
-                    raise SlideError(f"{self.path.name}: damaged ({damage}); copy or download it again")
-                pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
-                # Band by band: Pillow's copies on the way to RGB are each as large as what they are made of.
-                for top in range(0, image.height, BAND):
-                    bottom = min(top + BAND, image.height)
-                    pixels[top:bottom] = _rgb(image.crop((0, top, image.width, bottom)))
+            width, height = self.sizes[0]
+            pixels = np.empty((height, width, 3), dtype=np.uint8)
+            with blaming(self.path, "decoding it"), self._bands() as bands:
+                # Band by band: copies on the way to RGB are each as large as what they are made of.
+                for top in range(0, height, BAND):
+                    pixels[top : top + BAND] = bands(top, min(top + BAND, height))
             self._pixels = pixels
         return self._pixels
+
+    @contextmanager
+    def _bands(self) -> Iterator[Callable[[int, int], NDArray[np.uint8]]]:
+        """Gives the RGB of rows from one to before another."""
+        if self._deep:
+            yield self._deep_bands()
+            return
+        with self._image() as image:
+            damage = image_damage(self.path, str(image.format), image.mode)
+            if damage:
+                raise SlideError(f"{self.path.name}: damaged ({damage}); copy or download it again")
+            yield lambda top, bottom: _rgb(image.crop((0, top, image.width, bottom)))
+
+    def _deep_bands(self) -> Callable[[int, int], NDArray[np.uint8]]:
+        stored = np.asarray(imagecodecs.png_decode(self.path.read_bytes()))
+        stored = stored.reshape(*stored.shape[:2], -1)
+        count = stored.shape[2] - (stored.shape[2] in (2, 4))
+        found = find_range(16, 16, (), [stored[::4, ::4, :count].ravel()])
+        self.notes = [found.note] if found.note else []
+
+        def rgb(top: int, bottom: int) -> NDArray[np.uint8]:
+            colour = in_range(stored[top:bottom, :, :count], found.white)
+            if count < stored.shape[2]:
+                colour = over_white(colour, in_range(stored[top:bottom, :, count:], 65535))
+            return np.repeat(colour, 3, axis=2) if count == 1 else colour
+
+        return rgb
 
     def close(self) -> None:
         self._pixels = None
 
 
+def _png_depth(path: Path) -> int:
+    """Bits per sample: the header is always the first thing in the file."""
+    with path.open("rb") as file:
+        return file.read(25)[24]
+
+
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Any image as (h, w, 3), what is transparent over white."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = (np.asarray(image).astype(np.uint32) // 257).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba))[..., :3]

@@ -22,11 +22,13 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.archive import NOT_REGULAR
+from histossl.slides.reading.dicom import check_frame_colours
 from histossl.slides.reading.directories import directory_damage
 from histossl.slides.reading.levels import believe
 from histossl.slides.reading.mpp import Scale, missing
-from histossl.slides.reading.openslide_backend import OpenSlideLevels
+from histossl.slides.reading.openslide_backend import MISREAD, OpenSlideLevels
 from histossl.slides.reading.pillow_backend import PlainLevels
+from histossl.slides.reading.samples import UnknownColours
 from histossl.slides.reading.tifffile_backend import NativeLevel, TiffLevels, blaming
 
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat
@@ -49,6 +51,7 @@ FORMATS = {
 # Their OpenSlide levels are TIFF pages, tile for tile. Leica's lie somewhere on a larger plane, Ventana's overlap.
 NATIVE_VENDORS = ("aperio", "generic-tiff", "philips", "trestle")
 LEICA = "leica"
+TAG_TRUSTING = (*NATIVE_VENDORS, LEICA, "ventana")  # where OpenSlide takes a TIFF's tags for the colours
 SAME_LEVEL = 1e-3  # two downsamples of one level differ by less
 
 
@@ -314,6 +317,8 @@ def _opened(path: Path) -> Slide:
     if magic == "tiff":
         try:
             return _through_tifffile(path)
+        except UnknownColours:
+            raise
         except SlideError as error:
             # For a file that OpenSlide knows, its own words tell more than tifffile's about the same damage.
             raise SlideError(refusal or str(error)) from error
@@ -337,30 +342,41 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
     unread = ""
     try:
         tiff = TiffLevels(path) if _magic(path) == "tiff" else None
+    except UnknownColours as error:
+        if vendor in NATIVE_VENDORS:  # what OpenSlide shows of them is a guess
+            levels.close()
+            raise
+        tiff, unread = None, str(error).removeprefix(f"{path.name}: ")
     except SlideError as error:
         if vendor == "generic-tiff" and error.__cause__ is None:
             levels.close()
             raise  # understood, and no slide: OpenSlide would show one of its images without a word
         tiff, unread = None, str(error).removeprefix(f"{path.name}: ")
     try:
-        if tiff is not None and _only_for_tifffile(levels, tiff):
+        misread = tiff is not None and vendor in TAG_TRUSTING and tiff.samples.openslide_differs()
+        if tiff is not None and _only_for_tifffile(levels, tiff, misread):
             levels.close()
-            return _of_tiff(path, tiff, "ome" if tiff.is_ome else vendor)
+            return _of_tiff(path, tiff, "ome" if tiff.is_ome else "perkinelmer" if tiff.is_qpi else vendor)
         if tiff is not None:
             _refuse_damage(path, tiff)
         believe(levels, tiff.busy_places() if tiff is not None else ())
         slide = Slide(path, levels, FORMATS.get(vendor, vendor), vendor)
         slide.native_tile = levels.tile_size
+        if vendor == "dicom":
+            doubt = check_frame_colours(path, levels.properties)
+            slide.warnings += [doubt] if doubt else []
         if tiff is not None:
             _described(slide, tiff)
             if tiff.is_qpi and vendor == "generic-tiff":
                 slide.format, slide.vendor = "QPTIFF", "perkinelmer"
             # Where tiles overlap (Trestle does that) OpenSlide tells no tile size; of Leica's images it never does.
             alone = levels.tile_size is not None or _one_area(levels.properties, tiff.sizes[0])
+            if misread and not (vendor in NATIVE_VENDORS and alone):
+                raise SlideError(f"{path.name}: {MISREAD}; convert it to RGB")
             if vendor in (*NATIVE_VENDORS, LEICA) and alone:
                 if len({*tiff.sizes}) < len(tiff.sizes):  # sizes say which page is which level
                     believe(tiff, tiff.busy_places())
-                levels.stand_by(tiff)
+                levels.stand_by(tiff, misread)
             else:
                 tiff.close()
         elif unread and vendor == "generic-tiff":
@@ -374,7 +390,7 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
         raise
 
 
-def _only_for_tifffile(levels: OpenSlideLevels, tiff: TiffLevels) -> bool:
+def _only_for_tifffile(levels: OpenSlideLevels, tiff: TiffLevels, misread: bool) -> bool:
     """Whether OpenSlide would show other pixels than the slide's, or not all of its levels.
 
     Of an OME-TIFF it sees the first level alone (the rest lies in sub-directories) and no scale; where a TIFF has an
@@ -382,7 +398,7 @@ def _only_for_tifffile(levels: OpenSlideLevels, tiff: TiffLevels) -> bool:
     flagged as reduced for its levels, so it misses a slide behind its overview, and levels without a flag.
     """
     if levels.vendor == "generic-tiff":
-        return tiff.is_ome or tiff.orientation not in (0, 1) or sorted(levels.sizes) != sorted(tiff.sizes)
+        return tiff.is_ome or misread or tiff.orientation not in (0, 1) or sorted(levels.sizes) != sorted(tiff.sizes)
     return levels.vendor == "aperio" and levels.sizes[0] != tiff.sizes[0]
 
 
@@ -415,6 +431,8 @@ def _described(slide: Slide, tiff: TiffLevels) -> Slide:
     slide.warnings += tiff.warnings()
     doubt = tiff.doubt()
     slide.warnings += [doubt] if doubt else []
+    with blaming(slide.path, "reading its first tiles"):
+        slide.warnings += tiff.samples.notes()
     return slide
 
 
@@ -427,6 +445,7 @@ def _refuse_damage(path: Path, tiff: TiffLevels) -> None:
 def _plain(path: Path, kind: str) -> Slide:
     levels = PlainLevels(path)
     slide = Slide(path, levels, kind.upper(), "")
+    slide.warnings += levels.notes
     if levels.orientation not in (0, 1):
         slide.warnings.append(NOT_TURNED.format("EXIF", levels.orientation))
     slide.compression = "deflate" if kind == "png" else "JPEG"

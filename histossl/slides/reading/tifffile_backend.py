@@ -18,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.reading.integrity import layout_damage, left_over, overlapping, segment_damage
 from histossl.slides.reading.levels import not_levels
 from histossl.slides.reading.mpp import Scale, scale_from, scale_from_imagej, scale_from_ome, scale_from_resolution
+from histossl.slides.reading.samples import Samples, check_samples
+from histossl.slides.reading.segments import has_plain_rows, read_plain_rows, segment_size, settle_byte_counts
 from histossl.slides.reading.series import SCANNERS, TiffImage, choose
 
 # tifffile reports oddities through logging; without a handler they would land in the middle of a progress bar.
@@ -56,9 +57,6 @@ COMPRESSIONS = {
     52546: "JPEG XL",
 }
 JPEG = "JPEG"
-APERIO_YCC = 33003  # JPEG 2000 of Aperio, its components luma and chroma, whatever the photometric tag says
-# Decoders that give the components as stored; a JPEG's or a WebP's gives RGB.
-VERBATIM = ("none", "LZW", "deflate", "PackBits", "LZMA", "Zstandard")
 
 
 @contextmanager
@@ -87,11 +85,12 @@ class NativeLevel:
     tile_width_px: int
     tile_height_px: int
     compression: str
-    photometric: str  # "RGB", "YCBCR", "MINISBLACK", ...: how the JPEG's components are to be read
+    photometric: str  # "RGB", "YCBCR", "MINISBLACK", ...: what the tag says; the JPEGs themselves may know better
     subsampling: tuple[int, int]
     jpeg_tables: bytes | None  # shared Huffman and quantisation tables, to be spliced into each tile
     offsets: tuple[int, ...]
     byte_counts: tuple[int, ...]
+    by_pixels: str = ""  # RGB or YCBCR: what the pixels say where the JPEGs leave doubt
     corner_px: tuple[int, int] = (0, 0)  # where it lies on the slide's level: Leica's on a larger plane
 
     @property
@@ -182,6 +181,7 @@ class TiffLevels:
         self._images = [self._images[level] for level in levels]
         self.sizes = tuple(image.size for image in self._images)
         self.pages = [pages[0] for pages in self._levels]
+        self.samples = Samples(self.path, self._levels, self._tiff.ome_metadata or "", self._stored_bytes)
         self._cache.clear()
         self._cached_bytes = 0
 
@@ -248,7 +248,7 @@ class TiffLevels:
         """What the directories tell of damage before any pixel is read."""
         with blaming(self.path, "reading where its tiles lie"):
             pages = [(level[0], page) for level in self._levels for page in level]
-            return layout_damage(pages, [_segment_size(first) for first, _ in pages], self.path.stat().st_size)
+            return layout_damage(pages, [segment_size(first) for first, _ in pages], self.path.stat().st_size)
 
     def doubt(self) -> str:
         """What looks wrong and can yet be read."""
@@ -285,10 +285,14 @@ class TiffLevels:
     def _fill(self, level: int, left: int, top: int, right: int, bottom: int, box: NDArray[np.uint8]) -> None:
         pages = self._levels[level]
         page = pages[0]
-        if len(pages) == 1 and _plain_rows(page):
-            box[:] = _as_rgb(page, self._rows(page, left, top, right, bottom))
+        width, height = segment_size(page)
+        if len(pages) == 1 and has_plain_rows(page):
+            for strip in range(top // height, -(-bottom // height)):
+                y0, y1 = max(top, strip * height), min(bottom, (strip + 1) * height)
+                stored = read_plain_rows(page, left, y0, right, y1)
+                if stored is not None:  # else it is left out, and white
+                    box[y0 - top : y1 - top] = self.samples.as_rgb(page, stored)
             return
-        width, height = _segment_size(page)
         across = -(-int(page.imagewidth) // width)
         for row in range(top // height, -(-bottom // height)):
             for column in range(left // width, -(-right // width)):
@@ -298,21 +302,6 @@ class TiffLevels:
                 y0, y1 = max(top, y), min(bottom, y + segment.shape[0])
                 if x0 < x1 and y0 < y1:
                     box[y0 - top : y1 - top, x0 - left : x1 - left] = segment[y0 - y : y1 - y, x0 - x : x1 - x]
-
-    def _rows(self, page: Any, left: int, top: int, right: int, bottom: int) -> NDArray[Any]:
-        """A box of an uncompressed image: read where it lies, without the rest of its rows."""
-        samples = int(page.samplesperpixel)
-        dtype = page.dtype.newbyteorder(self._tiff.byteorder)
-        pixel = samples * dtype.itemsize
-        stride = int(page.imagewidth) * pixel
-        file = self._tiff.filehandle
-        data = bytearray()
-        for row in range(top, bottom):
-            file.seek(int(page.dataoffsets[0]) + row * stride + left * pixel)
-            data += file.read((right - left) * pixel)
-        if len(data) != (bottom - top) * (right - left) * pixel:
-            raise SlideError(f"{self.path.name}: ends in the middle of its image; copy or download it again")
-        return np.frombuffer(data, dtype).reshape(bottom - top, right - left, samples)
 
     def _segment(self, level: int, index: int) -> NDArray[np.uint8]:
         """One tile or strip as RGB, decoded or from the cache. A tile that the file leaves out is white."""
@@ -330,14 +319,16 @@ class TiffLevels:
             parts = [self._decoded(one, index) for one in pages]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
-            width, height = _segment_size(page)
+            width, height = segment_size(page)
             rgb = np.full((height, width, 3), 255, dtype=np.uint8)
         else:
             height, width = known[0].shape[:2]
             rgb = np.empty((height, width, 3), dtype=np.uint8)
             for top in range(0, height, BAND):  # a copy on the way to RGB is as large as what it is made of
                 band = [part[top : top + BAND] for part in known]
-                rgb[top : top + BAND] = _as_rgb(page, np.concatenate(band, axis=2) if len(band) > 1 else band[0])
+                rgb[top : top + BAND] = self.samples.as_rgb(
+                    page, np.concatenate(band, axis=2) if len(band) > 1 else band[0]
+                )
         self._cache[key] = rgb
         self._cached_bytes += rgb.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -345,27 +336,29 @@ class TiffLevels:
         return rgb
 
     def _decoded(self, page: Any, index: int) -> NDArray[Any] | None:
+        data = self._stored_bytes(page, index)
+        if data is None:
+            return None
+        damage = segment_damage(page.keyframe, data, self._shape_of(page.keyframe, index))
+        if damage:
+            raise SlideError(f"{self.path.name}: a tile {damage}; copy or download it again")
+        return self.samples.decode(page, index, data)
+
+    def _stored_bytes(self, page: Any, index: int) -> bytes | None:
+        """A tile or strip as the file holds it; None if it is left out."""
         if not page.databytecounts[index]:
             return None
         if index in self._overlapping[page.offset]:
             raise SlideError(f"{self.path.name}: a tile lies in another one; copy or download it again")
         self._tiff.filehandle.seek(int(page.dataoffsets[index]))
-        data = self._tiff.filehandle.read(int(page.databytecounts[index]))
+        data: bytes = self._tiff.filehandle.read(int(page.databytecounts[index]))
         if len(data) != page.databytecounts[index]:
             raise SlideError(f"{self.path.name}: ends in the middle of a tile; copy or download it again")
-        damage = segment_damage(page.keyframe, data, self._shape_of(page.keyframe, index))
-        if damage:
-            raise SlideError(f"{self.path.name}: a tile {damage}; copy or download it again")
-        tables, header = getattr(page, "jpegtables", None), getattr(page, "jpegheader", None)
-        segment, _, shape = page.decode(data, index, jpegtables=tables, jpegheader=header)
-        if segment is None:
-            return None
-        array: NDArray[Any] = np.asarray(segment).reshape(segment.shape[-3:])[: shape[-3], : shape[-2]]
-        return array
+        return data
 
     def _shape_of(self, page: Any, index: int) -> tuple[int, int, int]:
         """(height, width, samples) of what one tile or strip unpacks to."""
-        width, height = _segment_size(page)
+        width, height = segment_size(page)
         samples = 1 if int(page.planarconfig) == 2 else int(page.samplesperpixel)
         if not page.is_tiled:
             height = min(height, int(page.imagelength) - index % -(-int(page.imagelength) // height) * height)
@@ -388,6 +381,7 @@ class TiffLevels:
             tile_height_px=int(page.tilelength),
             compression=COMPRESSIONS.get(int(page.compression), str(page.compression)),
             photometric=str(getattr(page.photometric, "name", page.photometric)),
+            by_pixels=self.samples.by_pixels(page),
             subsampling=_subsampling(page),
             jpeg_tables=bytes(page.jpegtables) if page.jpegtables else None,
             offsets=tuple(int(one) for one in page.dataoffsets),
@@ -418,8 +412,7 @@ def _pages(path: Path, level: TiffImage) -> list[Any]:
         raise SlideError(
             f"{path.name}: a stack of {'x'.join(map(str, depth.values()))} images; export one plane as RGB"
         )
-    if page.dtype not in (np.uint8, np.uint16):
-        raise SlideError(f"{path.name}: {page.dtype} pixels; histossl reads 8 or 16 bit brightfield images")
+    check_samples(path, page)
     if int(page.compression) not in COMPRESSIONS:
         raise SlideError(f"{path.name}: TIFF compression {int(page.compression)} is not known; convert it")
     samples, channels = int(sizes.get("S", 1)), int(sizes.get("C", 1))
@@ -427,17 +420,9 @@ def _pages(path: Path, level: TiffImage) -> list[Any]:
         raise SlideError(
             f"{path.name}: {max(channels, samples)} channels (fluorescence?); histossl reads RGB or grey brightfield"
         )
-    if page.photometric.name not in ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE"):
-        raise SlideError(f"{path.name}: {page.photometric.name} colour; convert it to RGB")
-    if (
-        _in_ycc(page)
-        and getattr(page, "subsampling", None) not in (None, (1, 1))
-        and int(page.compression) != APERIO_YCC
-    ):
-        raise SlideError(f"{path.name}: YCbCr with thinned-out colours and no JPEG; convert it to RGB")
-    width, height = _segment_size(page)
+    width, height = segment_size(page)
     segment_bytes = width * height * max(samples, channels) * page.dtype.itemsize
-    if not _plain_rows(page) and 2 * segment_bytes + 3 * width * height > MAX_SEGMENT_BYTES:
+    if not has_plain_rows(page) and 2 * segment_bytes + 3 * width * height > MAX_SEGMENT_BYTES:
         raise SlideError(
             f"{path.name}: stored in pieces of {segment_bytes / 1e6:,.0f} MB, too large to read one by one; "
             "convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg --Q 90"
@@ -445,48 +430,9 @@ def _pages(path: Path, level: TiffImage) -> list[Any]:
     pages = list(level.pages) if channels == 3 else [page]
     if len(pages) != channels:
         raise SlideError(f"{path.name}: says {channels} channels and holds {len(pages)}")
+    for each in pages:
+        settle_byte_counts(each)
     return pages
-
-
-def _segment_size(page: Any) -> tuple[int, int]:
-    if page.is_tiled:
-        return int(page.tilewidth), int(page.tilelength)
-    return int(page.imagewidth), max(1, min(int(page.rowsperstrip), int(page.imagelength)))
-
-
-def _plain_rows(page: Any) -> bool:
-    """Uncompressed rows one after the other, which need no decoder."""
-    if page.is_tiled or int(page.compression) != 1 or int(page.planarconfig) != 1 or page.bitspersample not in (8, 16):
-        return False
-    offsets, counts = page.dataoffsets, page.databytecounts
-    return all(offset + count == after for offset, count, after in zip(offsets, counts, offsets[1:], strict=False))
-
-
-def _as_rgb(page: Any, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """(h, w, 3) uint8 from what a page stores: grey, inverted, palette, alpha, 16 bit."""
-    if page.photometric.name == "PALETTE":
-        table = (np.asarray(page.colormap) >> 8).astype(np.uint8)  # (3, 2**bits)
-        return np.ascontiguousarray(table[:, pixels[..., 0]].transpose(1, 2, 0))
-    if pixels.dtype != np.uint8:
-        pixels = (pixels // 257).astype(np.uint8)
-    if page.photometric.name == "MINISWHITE":
-        pixels = 255 - pixels
-    if pixels.shape[2] in (2, 4):
-        colour, alpha = pixels[..., :-1].astype(np.uint16), pixels[..., -1:].astype(np.uint16)
-        pixels = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    if pixels.shape[2] == 1:
-        pixels = np.repeat(pixels, 3, axis=2)
-    if _in_ycc(page):
-        image = Image.frombytes("YCbCr", pixels.shape[1::-1], np.ascontiguousarray(pixels).tobytes())
-        pixels = np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(pixels)
-
-
-def _in_ycc(page: Any) -> bool:
-    """Whether decoded pixels are luma and chroma."""
-    compression = int(page.compression)
-    verbatim = COMPRESSIONS.get(compression) in VERBATIM
-    return compression == APERIO_YCC or (page.photometric.name == "YCBCR" and verbatim)
 
 
 def _subsampling(page: Any) -> tuple[int, int]:

@@ -125,7 +125,7 @@ class Comparison:
         return third is None or third > self._limit
 
     def _apart(self, level: int, place: int, mine: npt.NDArray[np.int16]) -> float | None:
-        """How far a tile is from a level, in grey levels: its worst block, or all of it; None if that is not readable."""
+        """How far a tile is from a level, in grey levels, by its worst block or all of it; None if not readable."""
         theirs = self._of_level(level).blocks(place)
         if theirs is None:
             return None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from histossl.core.errors import SlideError
 from histossl.slides.grid import decodable
+from histossl.slides.reading.codestream import YCBCR, read_jpeg
 from histossl.slides.reading.tifffile_backend import NativeLevel
 
 Pixels = NDArray[np.uint8]
@@ -48,9 +49,7 @@ class Splicer:
         self._size = (level.tile_height_px, level.tile_width_px)
         tables = level.jpeg_tables or b""
         self._tables = b"".join(_kept_segments(tables, 2)[0]) if tables else b""
-        # Adobe's marker is the one way to say "RGB, not YCbCr" that every decoder knows.
-        transform = 1 if level.photometric == "YCBCR" else 0
-        self._adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+        self._tag, self._by_pixels = level.photometric, level.by_pixels
         self._heads: dict[bytes, bytes] = {}
 
     def whole(self, tile: bytes) -> bytes:
@@ -76,7 +75,7 @@ class Splicer:
         if head is None:
             segments, scan_start = _kept_segments(tile, 2)
             self._check_frame(segments)
-            head = b"".join([b"\xff\xd8", self._adobe, self._tables, *segments])
+            head = b"".join([b"\xff\xd8", self._adobe(tile), self._tables, *segments])
             if len(self._heads) < 64 and tile.find(b"\xff\xda") == scan_start:
                 self._heads[tile[:scan_start]] = head
         end = tile.rfind(b"\xff\xd9") + 2
@@ -85,6 +84,12 @@ class Splicer:
         if tile.find(_LOST_SECTOR, scan_start, end) >= 0 and not _writes_zeros(head):
             raise DamagedTile("some of it is zeros")
         return head, scan_start, end
+
+    def _adobe(self, tile: bytes) -> bytes:
+        """Adobe's marker is the one way to say "RGB, not YCbCr" that every decoder knows."""
+        stream = read_jpeg(tile)
+        colours = stream.colours(self._tag, self._by_pixels) if stream is not None else self._tag
+        return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([colours == YCBCR])
 
     def _check_frame(self, segments: list[bytes]) -> None:
         frames = [one for one in segments if 0xC0 <= one[1] <= 0xCF and one[1] not in _NOT_FRAMES]
