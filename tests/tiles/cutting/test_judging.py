@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from histossl.core.config import TileConfig, TissueConfig
 from histossl.demo.paint import paint_slide
-from histossl.slides import places
+from histossl.slides.quality import places
 from histossl.slides.quality.focus import saturation, sharpness
 from histossl.slides.reading.slide import open_slide
 from histossl.tiles.cutting import tile_slide as one_slide
