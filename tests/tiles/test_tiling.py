@@ -32,8 +32,9 @@ from histossl.demo.paint import paint_slide
 from histossl.labels.slide_lookup import SlideNames
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Event
-from histossl.slides import content, places
+from histossl.slides import content
 from histossl.slides.ledger import LedgerRow, read_ledger, write_ledger
+from histossl.slides.quality import places
 from histossl.slides.reading import slide as reader
 from histossl.slides.reading.slide import open_slide
 from histossl.tiles import tiling
