@@ -304,7 +304,8 @@ def finetune(
     Patients never stand on both sides of a split. The same command goes on where it was interrupted.
     """
     from histossl.evaluation.finetune import finetune as stage
-    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, num_processes_for
+    from histossl.runtime.launcher import launch
 
     del config  # its values have become the defaults above
     if tune and train == "head":

@@ -289,7 +289,8 @@ def pretrain(
     from histossl.core.workspace import Workspace, refuse_while_tiling
     from histossl.evaluation.probe import probe_of
     from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
-    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, num_processes_for
+    from histossl.runtime.launcher import launch
     from histossl.runtime.launcher_messages import is_launched
     from histossl.tiles.store.index import TileIndex
     from histossl.training.plan import check, show_plan
