@@ -36,7 +36,7 @@ from histossl.cli import (
 )
 from histossl.core import console
 from histossl.core.errors import HistosslError, UsageError
-from histossl.runtime.launcher_messages import failed_before, is_launched, tell_end, tell_launcher
+from histossl.runtime.launcher_messages import end_with_launcher, is_launched, tell_launcher
 
 # Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
 # own loader's threads, or anybody else on the machine, spinning costs several times what it saves (examples/LOG.md).
@@ -117,18 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     `pretrain` and `distill` save when they are killed while they train, and are then done for this time: 0.
     """
-    if failed_before():
-        return 0
+    end_with_launcher()
     with _terminated_as_interrupted() as came:
         code = _run(arguments)
     if came and code == INTERRUPTED:
         code = TERMINATED
-    first = os.environ.get("RANK", "0") == "0"
-    if is_launched() and code in (0, INTERRUPTED):
-        if first:
-            tell_end(code)
-        return 0  # its launcher would start it again, and says the line
-    if code > 128 and first:
+    if code > 128 and not is_launched() and os.environ.get("RANK", "0") == "0":  # else another process says it
         how = "interrupted" if code == INTERRUPTED else f"stopped by {signal.Signals(code - 128).name}"
         console.say(f"{how}; {GOES_ON}")
     return code

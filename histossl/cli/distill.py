@@ -98,7 +98,8 @@ def distill(
     from histossl.heads.torch_heads import teacher_of
     from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
     from histossl.methods.distillation import DistillationConfig
-    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, num_processes_for
+    from histossl.runtime.launcher import launch
     from histossl.tiles.store.index import TileIndex
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain

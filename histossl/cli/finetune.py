@@ -60,7 +60,8 @@ def finetune(
     """
     from histossl.evaluation.finetune import finetune as stage
     from histossl.report.html import write_report
-    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, num_processes_for
+    from histossl.runtime.launcher import launch
 
     if curve.set and config.train == "head":
         raise UsageError(f"--set {curve.set[0]}: is a setting of end-to-end training; add --train last or --train all")

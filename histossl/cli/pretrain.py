@@ -56,7 +56,8 @@ def pretrain(
     """Continue self-supervised pretraining on slides (or on a workspace that is tiled already)."""
     from histossl.evaluation.probe import probe_of
     from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
-    from histossl.runtime.distributed import is_worker, launch, num_processes_for
+    from histossl.runtime.distributed import is_worker, num_processes_for
+    from histossl.runtime.launcher import launch
     from histossl.runtime.launcher_messages import is_launched
     from histossl.runtime.locks import refuse_while_tiling
     from histossl.tiles.store.index import TileIndex

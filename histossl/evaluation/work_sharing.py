@@ -55,18 +55,21 @@ ALONE = Team()
 
 @contextmanager
 def held_by(team: Team, run: FinetuneDir) -> Iterator[None]:
-    """The run's directory, held by the process that leads; where it cannot be, all of them end with its error."""
+    """The run's directory, held by the process that leads; where it cannot be, all end, and that one says why."""
     with ExitStack() as stack:
-        refused: list[HistosslError | None] = [None]
+        refusal: HistosslError | None = None
         if team.leads:
             try:
                 stack.enter_context(alone_in_run(run))
             except HistosslError as error:
-                refused = [error]
-        if team.count > 1:
-            dist.broadcast_object_list(refused, src=0, group=team.group)
-        if refused[0] is not None:
-            raise refused[0]
+                refusal = error
+        refused = torch.tensor(refusal is not None, dtype=torch.uint8)
+        if team.count > 1:  # a number and not the error: torch would send it as a pickle
+            dist.broadcast(refused, src=0, group=team.group)
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise SystemExit(HistosslError.exit_code)
         yield
 
 

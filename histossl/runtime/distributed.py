@@ -1,6 +1,4 @@
-"""One process or many: joining torchrun or SLURM, starting our own processes, and who may write.
-
-`histossl pretrain --gpus 4` starts itself four times through torch's elastic launcher and joins what it started.
+"""One process or many: joining those of torchrun, SLURM or our own launcher, and who may write.
 
 A process that dies is noticed at once on CPUs (gloo). One that hangs, or whose machine is gone, is noticed when for
 TIMEOUT it has not come to an exchange, and so is any on GPUs, where the others stand in a wait of nccl's that no signal
@@ -12,17 +10,13 @@ minutes, or tasks start further apart, set HISTOSSL_TIMEOUT_S (seconds).
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,17 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from histossl.core import console
-from histossl.core.errors import TrainingError, UsageError
+from histossl.core.errors import UsageError
 from histossl.runtime import launcher_messages
 
 TIMEOUT = timedelta(seconds=float(os.environ.get("HISTOSSL_TIMEOUT_S") or 180))
 SIGN_EVERY_S = 10.0
 SIGNS_END_S = 3600.0  # whoever works alone for longer hangs, too
-# What processes have to end their step, look and save in when they are asked to stop. torch's own is half a minute.
-STOP_S = 600
 RESTART = 75  # exit code of a worker that wants to be started again (EX_TEMPFAIL)
 # What gloo, and torch for nccl, say of a process that is gone or has not come. Whatever else they say is a mistake.
+NOT_COME = "Wait timeout"  # to the file of our launcher
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "ncclRemoteError", "remote process exited")
 
 
@@ -139,18 +131,33 @@ def joined() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
+        _meet("nccl" if device.type == "cuda" else "gloo")
         signs = dist.new_group(backend="gloo", timeout=TIMEOUT)
         yield Processes(dist.get_rank(), local_rank, dist.get_world_size(), device, signs)
     except BaseException as error:
         # nccl would wait here for the others, who wait for this one in an exchange. It ends, and all are told by that.
-        if device.type != "cuda":
+        if device.type != "cuda" and dist.is_initialized():
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and is_lost_process(error):
             raise others_lost(error) from error
         raise
     dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Find the others: where torchrun or SLURM says, or through the file of our own launcher."""
+    meeting = os.environ.get(launcher_messages.MEETING)
+    if meeting is None:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    if not Path(meeting).parent.exists():  # torch would look for it for five minutes
+        _say_of_this(f"{Path(meeting).parent}, through which the processes find each other, is gone; this one ends")
+        raise SystemExit(RESTART)
+    count = int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(meeting, count)  # type: ignore[attr-defined]
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=count, timeout=TIMEOUT)
 
 
 @contextmanager
@@ -204,73 +211,20 @@ def agreed(processes: Processes, signal_number: int, due: bool) -> tuple[int, bo
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether another process went away in the middle of an exchange, or did not come: it is said in words alone."""
     text = str(error)
+    if text.startswith(NOT_COME):
+        return True
     return (isinstance(error, dist.DistError) or "gloo" in text) and any(words in text for words in LOST)
 
 
 def others_lost(error: RuntimeError) -> SystemExit:
     """What ends a process that has lost another. Each says so, in a line, on whatever of its own is kept."""
     (first, *_) = str(error).splitlines() or [""]
-    sys.stderr.write(
-        f"process {os.environ.get('RANK', '?')}: another process of this run is lost, or was slower than "
-        f"HISTOSSL_TIMEOUT_S={TIMEOUT.total_seconds():g}; this one ends too ({first})\n"
+    _say_of_this(
+        f"another process of this run is lost, or was slower than HISTOSSL_TIMEOUT_S={TIMEOUT.total_seconds():g}; "
+        f"this one ends too ({first})"
     )
     return SystemExit(RESTART)
 
 
-def launch(count: int, arguments: Sequence[str], max_restarts: int) -> int:
-    """Run `histossl ARGUMENTS` in `count` processes; a worker that dies is restarted with the others. The exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # Without it a restarted worker may read the addresses of the round before (seen in 3 of 7 restarts).
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    for name in ("", ".agent.server.api"):  # the latter has a level of its own
-        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="histossl-") as directory:
-        note = Path(directory) / "failure.json"
-        os.environ[launcher_messages.NOTE], os.environ[launcher_messages.LAUNCHER] = str(note), str(os.getpid())
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=f"histossl-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=max_restarts,
-            monitor_interval=0.5,
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-            **_patience(LaunchConfig),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-u", "-m", "histossl", *arguments)
-            code = launcher_messages.read_end(note) or 0
-        except ChildFailedError as error:
-            first = next(iter(error.failures.items()))  # of those that have lost another, if there are no others
-            rank, failure = next((one for one in error.failures.items() if one[1].exitcode != RESTART), first)
-            code = 1
-            if not note.exists():
-                raise TrainingError(
-                    f"process {rank} ended with {_how(failure.exitcode)} and {max_restarts} restarts did not help; its "
-                    "own words are above. The same command goes on from the last checkpoint"
-                ) from error
-        except SignalException as error:  # handed on to the workers, which save and stop, and say so
-            ended = launcher_messages.read_end(note)
-            code = 128 + error.sigval if ended is None else ended  # as of one process that could not save any more
-        finally:
-            del os.environ[launcher_messages.NOTE], os.environ[launcher_messages.LAUNCHER]
-        told = launcher_messages.read_note(note)
-    if told is not None:
-        code, text = told
-        console.fail(text)
-    return code
-
-
-def _patience(config: type) -> dict[str, Any]:
-    """Where torch can be told how long a process that was asked to stop may take (2.10 cannot everywhere)."""
-    return {"shutdown_timeout": STOP_S} if "shutdown_timeout" in inspect.signature(config).parameters else {}
-
-
-def _how(exitcode: int) -> str:
-    return f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exit code {exitcode}"
+def _say_of_this(text: str) -> None:
+    sys.stderr.write(f"process {os.environ.get('RANK', '?')}: {text}\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -391,7 +390,8 @@ class _Pretraining:
                 **self.looks.state_dict(),
                 "damaged": self._damaged(),
             }
-            save_checkpoint(self.run, state)
+            with launcher_messages.saving():
+                save_checkpoint(self.run, state)
 
     def _agreed(self, stop: Stop, due: bool, done: int) -> tuple[bool, bool]:
         """Whether to stop, and whether to save, after `done` steps: at the same one on all processes.
@@ -408,8 +408,6 @@ class _Pretraining:
                 waited_s = max_over_processes(torch.tensor(time.monotonic() - then_s, device=self.device))
                 step_s = float(waited_s) / (done - before)
             self.ask_at, self.last_ask = done + steps_within_reach(step_s), (done, time.monotonic())
-        if launcher_messages.launcher_is_gone() and not stop.is_set():
-            stop.ask(signal.SIGTERM)
         number, due = agreed(self.processes, stop.number, due)
         if number:
             stop.ask(number)

@@ -1,4 +1,4 @@
-"""What the launcher of several processes promises: time to save, and no quiet end where nothing was saved."""
+"""Processes beside others: how they meet, wait for each other, and end when one is lost."""
 
 import os
 import signal
@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.launcher.api as launcher
 import torch.multiprocessing as mp
-from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from histossl.core.errors import UsageError
-from histossl.runtime import distributed, launcher_messages
+from histossl.runtime import distributed
 from histossl.runtime.distributed import (
     Processes,
     agreed,
@@ -24,7 +22,6 @@ from histossl.runtime.distributed import (
     is_lost_process,
     is_worker,
     joined,
-    launch,
     num_processes_for,
     others_wait,
 )
@@ -113,21 +110,12 @@ def test_who_loses_another_process_says_so_wherever_it_is(tmp_path: Path) -> Non
         (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
         (dist.DistBackendError("NCCL error: invalid usage: Duplicate GPU detected : rank 0 and rank 1"), False),
         (RuntimeError("[/gloo/transport/tcp/pair.cc:144] no error: connectFullMesh failed: refused"), False),
+        (RuntimeError("Wait timeout"), True),  # torch's FileStore, of one that has not come
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
 def test_mistakes_are_not_taken_for_a_lost_process(error: RuntimeError, lost: bool) -> None:
     assert is_lost_process(error) == lost
-
-
-def test_a_launcher_that_was_killed_is_known_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first moment: also where it was killed while its processes were starting."""
-    monkeypatch.delenv(launcher_messages.LAUNCHER, raising=False)
-    assert not launcher_messages.launcher_is_gone()  # torchrun's or SLURM's
-    monkeypatch.setenv(launcher_messages.LAUNCHER, str(os.getppid()))
-    assert not launcher_messages.launcher_is_gone()
-    monkeypatch.setenv(launcher_messages.LAUNCHER, str(os.getpid()))
-    assert launcher_messages.launcher_is_gone()
 
 
 def test_in_one_process_clock_and_signal_are_its_own() -> None:
@@ -149,38 +137,6 @@ def test_in_one_process_nobody_waits() -> None:
 
 def test_a_process_that_hangs_is_noticed_within_minutes() -> None:
     assert distributed.TIMEOUT.total_seconds() <= 180
-
-
-def stopped_workers(monkeypatch: pytest.MonkeyPatch, *, saved: int | None) -> list[launcher.LaunchConfig]:
-    """The launcher is told to stop; its workers save and say with what to exit, or are killed before they could."""
-    seen: list[launcher.LaunchConfig] = []
-
-    def elastic_launch(config: launcher.LaunchConfig, _: str):
-        def run(*_: str) -> None:
-            seen.append(config)
-            if saved is not None:
-                launcher_messages.tell_end(saved)
-            raise SignalException("asked to stop", signal.SIGTERM)
-
-        return run
-
-    monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
-    return seen
-
-
-def test_processes_that_are_asked_to_stop_have_minutes_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = stopped_workers(monkeypatch, saved=0)
-    assert launch(2, [], 0) == 0
-    assert seen[0].shutdown_timeout is not None
-    assert seen[0].shutdown_timeout >= 300
-
-
-@pytest.mark.parametrize(("saved", "code"), [(None, 143), (130, 130)])
-def test_a_signal_that_ends_processes_before_they_saved_is_no_success_and_no_ctrl_c_is(
-    monkeypatch: pytest.MonkeyPatch, saved: int | None, code: int
-) -> None:
-    stopped_workers(monkeypatch, saved=saved)
-    assert launch(2, [], 0) == code
 
 
 def test_a_batch_script_is_no_worker_before_srun_has_started_any(monkeypatch: pytest.MonkeyPatch) -> None:

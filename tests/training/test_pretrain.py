@@ -1146,24 +1146,12 @@ def test_two_machines_compute_the_run_of_one(index: TileIndex) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=j"]
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    meeting = ["--rdzv-backend=static", "--master-addr=localhost", f"--master-port={port}"]
+    ours = ["-m", "histossl", *command(workspace, "--name", "hosts")]
     hosts = [
-        subprocess.Popen(
-            [
-                *launcher,
-                *meeting,
-                f"--rdzv-conf=is_host={host}",
-                "-m",
-                "histossl",
-                *command(workspace, "--name", "hosts"),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for host in ("true", "false")
+        subprocess.Popen([*launcher, *meeting, f"--node-rank={rank}", *ours], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     said = [host.communicate(timeout=400)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], said
@@ -1197,11 +1185,13 @@ def test_a_process_without_memory_has_all_start_again_with_half_the_pass(index: 
     """Its neighbours wait for it and cannot be told, so it dies, and the launcher restarts all of them."""
     workspace = index.path.parents[1]
     (tmp_path / "crowded.py").write_text(CROWDED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"]
     options = command(workspace, "--name", "crowded", "--batch-size", "auto", "--checkpoint-every", "1", steps=6)
     done = subprocess.run(
-        [*launcher, str(tmp_path / "crowded.py"), *options],
-        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        [*launcher, f"--master-port={port}", str(tmp_path / "crowded.py"), *options],
         capture_output=True,
         text=True,
         timeout=900,

@@ -37,12 +37,19 @@ SRUN = """
 import itertools, os, pathlib, subprocess, sys
 options = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
 count = os.environ["SLURM_NTASKS"]
-step = {"SLURM_STEP_NUM_TASKS": count, "SLURM_STEP_TASKS_PER_NODE": count, "SLURM_NODEID": "0"}
+step = {"SLURM_STEP_NUM_TASKS": count, "SLURM_STEP_TASKS_PER_NODE": count}
+a_task_per_node = os.environ.get("SLURM_NNODES") == count
 step |= {"SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
 tasks = [
     subprocess.Popen(
         sys.argv[1 + len(options) :],
-        env={**os.environ, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        env={
+            **os.environ,
+            **step,
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NODEID": str(rank if a_task_per_node else 0),
+        },
     )
     for rank in range(int(count))
 ]
@@ -156,10 +163,18 @@ def test_where_no_scontrol_is_tasks_meet_at_the_node_that_launched_them(
 # ---- the jobs of examples/slurm.md
 
 
+def test_no_job_has_a_rendezvous_that_unpickles_what_strangers_write() -> None:
+    """torch's c10d rendezvous does, and its --standalone is one."""
+    assert [job for job in JOBS if "torchrun" in job]
+    for job in JOBS:
+        assert ("--rdzv-backend=static" in job) == ("torchrun" in job)
+        assert "--standalone" not in job
+
+
 def small(job: str, name: str, pretraining: list[str], count: int, port: int) -> str:
     """The job as printed, but for the run's name and size, the number of processes, and a port that is free."""
     job = re.sub(r"histossl pretrain --name vits.*? --epochs 50", f"histossl {shlex.join(pretraining)}", job)
-    job = job.replace("pretrain/vits/", f"pretrain/{name}/").replace(":29500", f":{port}")
+    job = job.replace("pretrain/vits/", f"pretrain/{name}/").replace("port=29500", f"port={port}")
     return re.sub(r"--nproc-per-node=\d+", f"--nproc-per-node={count}", job)
 
 
