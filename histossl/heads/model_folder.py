@@ -100,7 +100,8 @@ def load_model(folder: Path, option: str = "--model") -> Model:
             f"{option} {folder}: its model.json or head.safetensors is damaged or not histossl's; copy the whole model "
             "folder again (WORKSPACE/finetune/NAME/model)"
         ) from error
-    wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    # Infinite is the scale of a feature that never varied.
+    wrong = [name for name, array in arrays.items() if np.isnan(array).any()]
     if wrong:
         raise WeightsError(f"{option} {folder}: {wrong[0]} in its head.safetensors holds values that are no numbers")
     if info.format != FORMAT or info.head not in HEADS:

@@ -321,3 +321,16 @@ def test_a_copy_of_a_training_slide_is_marked_as_trained_on(workspace, monkeypat
     monkeypatch.setattr("histossl.evaluation.predict.tile_archive", lambda *args, **named: [copy])
     predict(workspace, model, slides=tmp_path, heatmaps=False)
     assert table_of(workspace)["neu"]["trained_on"] == "yes"
+
+
+def test_a_head_with_nan_is_refused_when_it_is_loaded(workspace, cli):
+    from safetensors.numpy import load_file, save_file
+
+    model, _ = trained(workspace)
+    arrays = load_file(model / "head.safetensors")
+    name = next(name for name, array in arrays.items() if array.dtype.kind == "f" and array.ndim)
+    arrays[name].flat[0] = np.nan
+    save_file(arrays, model / "head.safetensors")
+    told = cli("predict", "--model", model, "-w", workspace.root)
+    assert told.code == 1
+    assert f"{name} in its head.safetensors" in told.err
