@@ -42,12 +42,12 @@ class Codestream:
 
     def in_doubt(self, tag: str) -> bool:
         """Whether the pixels should be asked: it does not say what the file's tag says."""
-        return self.components == 3 and not self.subsampled and self.said != tag
+        return self.components == 3 and self.said != tag and not (self.subsampled and self.said)
 
     def colours(self, tag: str, by_pixels: str = "") -> str:
         """RGB or YCBCR, for three components; `by_pixels` as `colours_by_pixels` finds them."""
-        if self.subsampled:
-            return YCBCR  # nobody leaves out green and blue
+        if self.subsampled and self.said:
+            return YCBCR  # hardly anybody leaves out green and blue
         return tag if self.said == tag else by_pixels or self.said or tag
 
 
@@ -79,6 +79,7 @@ def read_jpeg(data: bytes) -> Codestream | None:
     if frame[5] == 4:
         signs = {CMYK} if adobe >= 0 else set()
     sampling = tuple((both >> 4, both & 15) for both in parts[1::3])
+    signs |= {YCBCR} if frame[5] == 3 and len(set(sampling)) > 1 else set()
     return Codestream(frame[0], sampling, signs.pop() if len(signs) == 1 else "")
 
 
@@ -100,7 +101,8 @@ def read_jpeg_2000(data: bytes) -> Codestream | None:
     listed = box >= 0 and data[box + 4] == 1
     said = _COLOUR_BOX.get(int.from_bytes(data[box + 7 : box + 11], "big"), "") if listed else ""
     sampling = tuple(zip(parts[1::3], parts[2::3], strict=True))
-    return Codestream((parts[0] & 127) + 1, sampling, said or (RGB if transformed else ""), boxed=start > 0)
+    said = YCBCR if len(set(sampling)) > 1 else said or (RGB if transformed else "")
+    return Codestream((parts[0] & 127) + 1, sampling, said, boxed=start > 0)
 
 
 def colours_by_pixels(components: NDArray[Any]) -> str:

@@ -93,7 +93,7 @@ class OpenSlideLevels:
         if all_levels:
             self._checked.update(self._exact)  # OpenSlide is no judge of them
             if len(self._exact) < len(self.sizes):
-                raise SlideError(f"{self.path.name}: {MISREAD}; convert it to RGB")
+                raise SlideError(f"{self.path.name}: {MISREAD}")
 
     def _check(self, level: int) -> None:
         """Before tifffile's first read of a level: whether it shows what OpenSlide shows; else OpenSlide reads it."""

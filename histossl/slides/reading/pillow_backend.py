@@ -19,7 +19,7 @@ from histossl.slides.reading.mpp import Scale
 from histossl.slides.reading.samples import find_range, in_range, over_white
 from histossl.slides.reading.tifffile_backend import blaming
 
-MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: it is decoded whole, at 7 to 13 bytes per pixel
+MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: it is decoded whole, at 7 to 13 bytes per pixel, 19 in 16 bits
 BAND = 256  # rows of it turned into RGB at a time
 EXIF_ORIENTATION = 0x0112
 

@@ -231,8 +231,8 @@ class Samples:
             short = sum(map(bool, misplaced(page)))
             if short:
                 notes.add(f"damaged: {short} of {len(page.dataoffsets)} tiles or strips are too short or lie nowhere")
-            missing = sum(count == 0 for count in page.databytecounts)
-            if missing and not page.is_tiled:  # tiles of glass are often left out
+            missing = 0 if page.is_tiled else sum(count == 0 for count in page.databytecounts)
+            if missing:  # tiles of glass are often left out, strips are not
                 notes.add(f"{missing} of {len(page.dataoffsets)} strips hold nothing and are white")
             for _, stream in self._streams(page) if tag in NAMES else ():
                 found = colours_of(page, stream, self.by_pixels)
@@ -250,11 +250,8 @@ class Samples:
             if int(page.bitspersample) != 8 or any(misplaced(page)):
                 return True
             for _, stream in self._streams(page):
-                if (
-                    stream.boxed
-                    or stream.components == 4
-                    or (stream.components == 3 and colours_of(page, stream, self.by_pixels) != trusted)
-                ):
+                unlike = stream.boxed or stream.components != int(page.samplesperpixel)
+                if unlike or (stream.components == 3 and colours_of(page, stream, self.by_pixels) != trusted):
                     return True
         return False
 

@@ -311,6 +311,8 @@ def _opened(path: Path) -> Slide:
     if vendor is not None:
         try:
             return _through_openslide(path, vendor)
+        except UnknownColours:
+            raise
         except SlideError as error:
             refusal = str(error)
     magic = _magic(path)
@@ -371,8 +373,10 @@ def _through_openslide(path: Path, vendor: str) -> Slide:
                 slide.format, slide.vendor = "QPTIFF", "perkinelmer"
             # Where tiles overlap (Trestle does that) OpenSlide tells no tile size; of Leica's images it never does.
             alone = levels.tile_size is not None or _one_area(levels.properties, tiff.sizes[0])
+            if misread and vendor == LEICA:
+                raise SlideError(f"{path.name}: {MISREAD}")  # then tifffile reads it, as a plane of its own
             if misread and not (vendor in NATIVE_VENDORS and alone):
-                raise SlideError(f"{path.name}: {MISREAD}; convert it to RGB")
+                raise UnknownColours(f"{path.name}: {MISREAD}; convert it to RGB")
             if vendor in (*NATIVE_VENDORS, LEICA) and alone:
                 if len({*tiff.sizes}) < len(tiff.sizes):  # sizes say which page is which level
                     believe(tiff, tiff.busy_places())

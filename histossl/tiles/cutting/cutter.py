@@ -4,7 +4,8 @@
     stitched  they do not, but they are JPEG: each decoded once (at 1/2, 1/4, 1/8 where that is enough), cut, encoded
     read      anything else, in wide reads through OpenSlide or tifffile
 
-OpenSlide is the referee: if a slide's own tiles do not decode to what OpenSlide shows, the slide is read instead.
+OpenSlide is the referee: if a slide's own tiles do not decode to what OpenSlide shows, the slide is read instead. Where
+OpenSlide would mistake the colours, `histossl.slides.reading.slide` has tifffile read the slide, which is the referee then.
 """
 
 from __future__ import annotations

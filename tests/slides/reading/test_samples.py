@@ -33,7 +33,7 @@ from tests.raw_tiff import (
 
 SIZE = (320, 256)
 APERIO = "Aperio Image Library v10.2.24\r\n{0}x{1} [0,0 {0}x{1}] (128x128) Q=30|AppMag = 20|MPP = 0.5"
-MIDDLE = 2  # grey levels that JPEG and the rounding of YCbCr take on average
+MIDDLE = 2.5  # grey levels that JPEG and the rounding of YCbCr take on average
 OME = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
 
 
@@ -78,6 +78,9 @@ JPEGS: dict[str, Callable[[np.ndarray], bytes]] = {
     "Adobe YCbCr": lambda tile: with_adobe(bare(jfif(tile)), 1),
     "Adobe RGB": adobe_rgb,
     "RGB by component names": lambda tile: bare(adobe_rgb(tile), b"RGB"),
+    "RGB, subsampled": lambda tile: imagecodecs.jpeg8_encode(
+        np.ascontiguousarray(tile), 95, outcolorspace="RGB", subsampling=(2, 1)
+    ),
     "bare RGB": lambda tile: bare(adobe_rgb(tile)),
     "RGB numbered from 0": lambda tile: bare(adobe_rgb(tile), b"\0\1\2"),
 }
@@ -110,6 +113,27 @@ def test_tiles_of_one_level_may_differ(tmp_path: Path) -> None:
     made = [(jfif, adobe_rgb)[number % 2](tile) for number, tile in enumerate(tiles(image, 128))]
     path = write_raw(tmp_path / "A1.tif", (tags(SIZE, compression=7, tile=128), made))
     assert off(path, image) < MIDDLE
+
+
+def test_a_grey_tile_among_coloured_ones_is_grey(tmp_path: Path) -> None:
+    image = stained()
+    made = [jfif(tile) for tile in tiles(image, 128)]
+    made[0] = imagecodecs.jpeg_encode(np.ascontiguousarray(image[:128, :128, 1]), 95)
+    path = write_raw(tmp_path / "A1.tif", (tags(SIZE, compression=7, photometric=6, tile=128), made))
+    image[:128, :128] = image[:128, :128, 1:2]
+    assert off(path, image) < MIDDLE
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("sampling", [(1, 1), (2, 2)])
+def test_jpeg_of_12_bits_is_as_bright_as_painted(tmp_path: Path, sampling: tuple[int, int], bits: int) -> None:
+    image = stained()
+    made = [
+        imagecodecs.jpeg8_encode(np.ascontiguousarray(tile), 95, bitspersample=12, subsampling=sampling)
+        for tile in tiles(scaled(image, 12), 128)
+    ]
+    page = tags(SIZE, bits=(bits,) * 3, compression=7, photometric=6, tile=128, t530=(3, list(sampling)))
+    assert off(write_raw(tmp_path / "A1.tif", (page, made)), image) < MIDDLE
 
 
 def test_a_row_says_where_colours_cannot_be_known(tmp_path: Path) -> None:
