@@ -337,8 +337,10 @@ def _from_labels_csv(
     if any(row.box for row in read.rows):
         raise LabelsError(f"{path}: labels regions (x,y,width,height), and a file of features is a whole slide's")
     table = match_labels(read.rows, known, mixed_patients=mixed, source=path.name, where=f"the features {first!r}")
-    lacking = [f"{len(table.missing)} slides of {path.name} have no features, the first {table.missing[0][0]!r}"]
-    table = replace(table, notes=(*read.notes, *table.notes, *(lacking if table.missing else [])))
+    lacking = [
+        f"{len(table.missing)} slides of {path.name} have no features, the first {name!r}" for name, _ in table.missing
+    ]
+    table = replace(table, notes=(*read.notes, *table.notes, *lacking[:1]))
     found = [item.name for item in table.items]
     for start, own in files.items():
         missing = [name for name in found if name not in own]
