@@ -23,6 +23,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("demo.run",),
+    ("api",),
     ("report",),
     ("evaluation",),
     ("heads", "curation"),

@@ -1,13 +1,15 @@
 """What a person sees in the terminal: lines, tables, panels, progress. Beside the CLI the only importer of rich.
 
-On a terminal progress is a live bar; elsewhere (a log file, a pipe, CI) it is a plain line now and then.
+On a terminal and in a notebook progress is a live bar; elsewhere (a log file, a pipe, CI) it is a plain line now and
+then. Within `muted` nothing is printed at all.
 Everything goes to standard error, so that standard output stays free for what a command was asked to print: `answer`.
 """
 
 from __future__ import annotations
 
+import html
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -32,6 +34,7 @@ from rich.text import Text
 console = Console(stderr=True, highlight=False, soft_wrap=False)
 answer = Console(highlight=False, soft_wrap=False)
 PLAIN_LINE_EVERY_S = 10.0
+NOTEBOOK_EVERY_S = 0.2  # a kernel that sends more often than that stalls its page
 SHORT, NAME = 16, 32  # letters of a word, of a row's name, that a table does not break
 RESUMED_S = 2.0  # what a bar counts this early was done before
 
@@ -43,8 +46,8 @@ def say(text: str, to: Console | None = None) -> None:
 
 
 @contextmanager
-def muted(wanted: bool) -> Iterator[None]:
-    """Within it nothing is said but errors of the command line: another process has said it, or will."""
+def muted(wanted: bool = True) -> Iterator[None]:
+    """Within it nothing is printed, warnings neither; errors are raised as ever. The public API calls it `silent`."""
     before, console.quiet = console.quiet, console.quiet or wanted
     try:
         yield
@@ -142,13 +145,11 @@ def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int | None]:
 
 
 class Bar:
-    """Progress of one job of `total` things. `note` is a short free text at the end of the line."""
+    """Progress of one job of `total` things: a plain line now and then. `note` is a short free text at its end."""
 
-    def __init__(self, what: str, total: int, unit: str, live: Progress | None) -> None:
+    def __init__(self, what: str, total: int, unit: str) -> None:
         self.what, self.total, self.unit, self.done, self.note = what, total, unit, 0, ""
-        self._live = live
         self._said = -1
-        self._task = live.add_task(escape(what), total=total, note="") if live else None
         self._started_s = self._printed_s = time.monotonic()
         self._resumed_at = 0
 
@@ -158,29 +159,31 @@ class Bar:
             self._resumed_at = self.done
         if note is not None:
             self.note = note
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=self.done, note=escape(self.note))
-        elif time.monotonic() - self._printed_s >= PLAIN_LINE_EVERY_S:
-            self._line()
+        self._changed()
 
     def set_total(self, total: int) -> None:
         self.total = total
-        if self._live is not None and self._task is not None:
-            self._live.update(self._task, total=total)
+
+    def finish(self) -> None:
+        if self._said != self.done:
+            self._line()
+
+    def _changed(self) -> None:
+        if time.monotonic() - self._printed_s >= PLAIN_LINE_EVERY_S:
+            self._line()
 
     def _line(self) -> None:
         self._printed_s = time.monotonic()
         self._said = self.done
-        elapsed_s = self._printed_s - self._started_s
+        say(self._text())
+
+    def _text(self) -> str:
+        elapsed_s = time.monotonic() - self._started_s
         left = ""
         if self._resumed_at < self.done < self.total:
             left_s = elapsed_s * (self.total - self.done) / (self.done - self._resumed_at)
             left = f", about {_duration(left_s)} left"
-        say(f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {elapsed_s:.0f} s{left}  {self.note}".rstrip())
-
-    def finish(self) -> None:
-        if self._live is None and self._said != self.done:
-            self._line()
+        return f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {elapsed_s:.0f} s{left}  {self.note}".rstrip()
 
 
 def _duration(seconds: float) -> str:
@@ -192,6 +195,46 @@ def _duration(seconds: float) -> str:
 class _SilentBar(Bar):
     def _line(self) -> None:
         pass
+
+
+class _LiveBar(Bar):
+    """On a terminal, drawn by rich."""
+
+    def __init__(self, what: str, total: int, unit: str, live: Progress) -> None:
+        super().__init__(what, total, unit)
+        self._live, self._task = live, live.add_task(escape(what), total=total, note="")
+
+    def set_total(self, total: int) -> None:
+        super().set_total(total)
+        self._live.update(self._task, total=total)
+
+    def _changed(self) -> None:
+        self._live.update(self._task, completed=self.done, note=escape(self.note))
+
+
+class _NotebookBar(Bar):
+    """In Jupyter: one bar that is drawn again in its place. It needs IPython, which every kernel has; rich's own bar
+    needs ipywidgets as well."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        from IPython.display import HTML, display
+
+        super().__init__(what, total, unit)
+        self._html: Callable[[str], object] = HTML
+        self._shown = display(HTML(self._drawn()), display_id=True)
+
+    def _changed(self) -> None:
+        if time.monotonic() - self._printed_s >= NOTEBOOK_EVERY_S:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed_s = time.monotonic()
+        self._said = self.done
+        self._shown.update(self._html(self._drawn()))
+
+    def _drawn(self) -> str:
+        bar = f'<progress value="{self.done}" max="{max(1, self.total)}"></progress>'
+        return f"{bar} <code>{html.escape(self._text())}</code>"
 
 
 class _Framed(Progress):
@@ -211,11 +254,11 @@ def progress(what: str, total: int, unit: str = "", visible: bool = True, framed
 
     `framed`: on a terminal a panel, with the parts of the note (between commas) as figures below the bar.
     """
-    if not visible:
-        yield _SilentBar(what, total, unit, None)
+    if not visible or console.quiet:
+        yield _SilentBar(what, total, unit)
         return
     if not console.is_terminal:
-        bar = Bar(what, total, unit, None)
+        bar = _NotebookBar(what, total, unit) if console.is_jupyter else Bar(what, total, unit)
         yield bar
         bar.finish()
         return
@@ -231,4 +274,4 @@ def progress(what: str, total: int, unit: str = "", visible: bool = True, framed
     else:
         live = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
     with live:
-        yield Bar(what, total, unit, live)
+        yield _LiveBar(what, total, unit, live)

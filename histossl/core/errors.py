@@ -14,6 +14,8 @@ A message says what, where, the value, and the way out. Errors of our own making
 
 
 class HistosslError(Exception):
+    """What can go wrong at run time; the kinds are its subclasses."""
+
     exit_code = 1
 
 
@@ -34,6 +36,8 @@ class TrainingError(HistosslError):
 
 
 class UsageError(HistosslError, ValueError):
+    """A setting or an input that cannot be used: the message says which, its value, and the way out."""
+
     exit_code = 2
 
 

@@ -188,6 +188,9 @@ class SubsetDir:
 class Workspace:
     root: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))  # in a notebook people write "my-workspace"
+
     @classmethod
     def at(cls, given: Path | None) -> Workspace:
         """--workspace, or $HISTOSSL_WORKSPACE, or ./histossl-workspace."""

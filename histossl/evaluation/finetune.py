@@ -30,6 +30,7 @@ from histossl.core.config import (
 from histossl.core.errors import LabelsError
 from histossl.core.workspace import FinetuneDir, Workspace
 from histossl.evaluation.journal import Journal, join_parts, key_of, part_of
+from histossl.evaluation.label_efficiency import predictions_of, seed_of_fit, sites_of, split_facts
 from histossl.evaluation.model_selection import comes_before, for_use, other_model, scored_higher
 from histossl.evaluation.run_identity import (
     labelled_digest,
@@ -52,12 +53,13 @@ from histossl.labels.label_table import LabelTable
 from histossl.labels.leakage import leak_statement, leaks_together
 from histossl.labels.load_labels import labelled_items, show_labels, show_missing
 from histossl.labels.slide_lookup import SlideNames
-from histossl.labels.splits import Part, Splits, make_splits, read_splits, seed_of, site_names, write_splits
+from histossl.labels.splits import Splits, make_splits, read_splits, seed_of, site_names, write_splits
 from histossl.labels.training_slides import contents_of
 from histossl.runtime.locks import refuse_while_tiling
 from histossl.slides.ledger import read_ledger
 from histossl.stats import tables
 from histossl.stats import verdict as curves
+from histossl.stats.curve import CurveResult, curve_of
 from histossl.stats.tables import Prediction
 from histossl.tiles.store.index import TileIndex
 
@@ -165,17 +167,24 @@ def _finetune(
     # ---- from the journals to the tables and the curve
     predictions = list(_predictions(_complete(run, facts["starts"], splits), table, splits, config))
     tables.write_predictions(run.predictions, predictions, table.classes)
-    split = facts["split"]
-    measured = curves.measure(predictions, table.classes, **curves.pool_of(split))
-    curves.write_points(run.points, curves.points_from(measured))
-    summary = curves.summarise(measured)
-    curves.write_summary(run.summary, summary)
     in_order = for_use(facts["starts"])
     facts |= _site_facts(learners, table, in_order, before)
-    facts["verdict"] = _verdict(measured, table, facts)
+    leak = facts["leak"]
+    curve = curve_of(
+        predictions,
+        table.classes,
+        curves.pool_of(facts["split"]),
+        unit=table.unit,
+        seen=leak["seen"],
+        seen_beside=leak.get("only_beside", {}),
+        site_statement=facts["site_statement"],
+    )
+    curves.write_points(run.points, curve.points)
+    curves.write_summary(run.summary, curve.summary)
+    facts["verdict"] = _verdict_facts(curve)
     write_run(run.run_json, config, **facts)
-    _save_model(run, learners, index, table, splits, starts, config, facts, in_order, summary)
-    _show_curve(summary, facts["verdict"], table, splits.group)
+    _save_model(run, learners, index, table, splits, starts, config, facts, in_order, curve.summary)
+    _show_curve(curve.summary, facts["verdict"], table, splits.group)
     return Result(run, table, True)
 
 
@@ -293,34 +302,19 @@ def _site_facts(
     return {"site": {"start": name, **found.facts()}, "site_statement": found.statement}
 
 
-def _verdict(measured: curves.Measured, table: LabelTable, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _verdict_facts(curve: CurveResult) -> dict[str, Any]:
     """The verdict on adapted (or whatever was pretrained) against what it started from, where both were measured."""
-    reference = next((name for name in ("imagenet", "random") if measured.has(name)), None)
-    adapted = curves.adapted_starts([start for start, _ in measured.series])
-    if not adapted or reference is None:
-        missing = "no adapted start" if not adapted else "nothing to compare the adapted start with"
-        headline = f"No verdict: {missing} was measured."
-        return {"outcome": "none", "headline": headline, "sentences": [], "limits": [], "reference": None}
-    found = [
-        curves.verdict(
-            measured,
-            name,
-            reference,
-            unit=table.unit,
-            seen_in_pretraining=facts["leak"]["seen"].get(name, 0),
-            site_statement=facts["site_statement"],
-            seen_beside=facts["leak"].get("only_beside", {}).get(name, 0),
-        )
-        for name in adapted
-    ]
+    if curve.verdict is None:
+        return {"outcome": "none", "headline": curve.headline, "sentences": [], "limits": [], "reference": None}
+    adapted, *others = curve.verdicts
     return {
-        "outcome": found[0].outcome,
-        "headline": found[0].headline,
-        "sentences": found[0].sentences,
-        "limits": found[0].limits,
-        "adapted": adapted[0],
-        "reference": reference,
-        "others": {name: one.headline for name, one in zip(adapted[1:], found[1:], strict=True)},
+        "outcome": curve.verdict.outcome,
+        "headline": curve.headline,
+        "sentences": curve.verdict.sentences,
+        "limits": curve.verdict.limits,
+        "adapted": adapted,
+        "reference": curve.reference,
+        "others": {name: curve.verdicts[name].headline for name in others},
     }
 
 
@@ -403,20 +397,12 @@ def _compute(
         with own, console.progress(f"heads on {start.key}", len(work), "heads") as bar:
             bar.advance(len(work) - len(todo))
             for part, budget in team.share(todo):
-                learner.fit(part.taken(budget), part.pool, _seed_of_fit(config, table, part, budget))
+                learner.fit(part.taken(budget), part.pool, seed_of_fit(config.seed, config.head, table, part, budget))
                 own.write(key_of(part, budget), learner.predict(np.array(part.test, dtype=np.int64)))
                 bar.advance(min(team.count, bar.total - bar.done))  # the others are about as far
     team.wait()
     if team.leads:
         join_parts(path, belongs_to)
-
-
-def _seed_of_fit(config: FinetuneConfig, table: LabelTable, part: Part, budget: tables.Budget) -> int:
-    """Of an attention head and of a backbone each fit begins by chance. Of the others only the inner folds hang on it:
-    the same labelled slides then give the same head, in whichever draw."""
-    if config.head == "abmil":
-        return seed_of(config.seed, part.draw, part.fold, budget)
-    return seed_of(config.seed, *(table.items[item].name for item in part.taken(budget)))
 
 
 # ---- from journals to predictions
@@ -440,28 +426,15 @@ def _complete(run: FinetuneDir, starts: Mapping[str, Any], splits: Splits) -> di
 def _predictions(
     starts: Mapping[str, Mapping[str, Path]], table: LabelTable, splits: Splits, config: FinetuneConfig
 ) -> Iterator[Prediction]:
-    sites = site_names(table) if splits.group == "site" else [""] * len(table.items)
+    sites = sites_of(table, splits)
     for start, journals in starts.items():
+        head = head_of(start, config)
         for backbone, path in journals.items():
-            journal = Journal.of(path)
+            done = Journal.of(path).done
             for part in splits.parts:
                 for budget in splits.budgets:
-                    for item, row in zip(part.test, journal.done[key_of(part, budget)], strict=True):
-                        one = table.items[item]
-                        yield Prediction(
-                            start,
-                            head_of(start, config),
-                            budget,
-                            part.draw,
-                            part.fold,
-                            one.name,
-                            one.patient,
-                            one.label,
-                            table.classes[int(row.argmax())],
-                            tuple(row.tolist()),
-                            backbone,
-                            sites[item],
-                        )
+                    shares = done[key_of(part, budget)]
+                    yield from predictions_of(start, head, table, sites, part, budget, shares, backbone)
 
 
 # ---- what run.json remembers
@@ -484,26 +457,11 @@ def _start_facts(start: Start, embedder: Embedder) -> dict[str, Any]:
     }
 
 
-def _sites_drawn(table: LabelTable, splits: Splits) -> dict[str, float]:
-    """With whole sites left out: how many are tested, and what those of the pool are worth."""
-    if splits.group != "site":
-        return {}
-    names = site_names(table)
-    of_patient = {table.items[item].patient: names[item] for item in splits.parts[0].pool}
-    return {
-        "num_tested_sites": len({names[item] for item in splits.tested}),
-        "pool_sites": curves.worth_of_sizes(list(of_patient.values())),
-    }
-
-
 def _facts(
     workspace: Workspace, index: TileIndex, table: LabelTable, splits: Splits, starts: Starts, config: FinetuneConfig
 ) -> dict[str, Any]:
     columns, rows = labelling.overview(table)
     ledger = read_ledger(workspace.archive_csv)
-    tested = [table.items[item] for item in splits.tested]
-    pool = [table.items[item] for item in splits.parts[0].pool]
-    num_classes = len(table.classes)
     return {
         "classes": list(table.classes),
         "unit": table.unit,
@@ -520,19 +478,7 @@ def _facts(
             "notes": list(table.notes),
             "table": {"columns": columns, "rows": rows},
         },
-        "split": {
-            "group": splits.group,
-            "fixed_test_set": splits.num_folds == 0,
-            "num_folds": splits.num_folds,
-            "num_draws": len({part.draw for part in splits.parts}),
-            "budgets": list(splits.budgets),
-            "num_tested": len(tested),
-            "num_tested_patients": len({item.patient for item in tested}),
-            "pool_per_class": len(pool) / num_classes,
-            "pool_patients_per_class": len({(item.label, item.patient) for item in pool}) / num_classes,
-            **_sites_drawn(table, splits),
-            "notes": list(splits.notes),
-        },
+        "split": split_facts(table, splits),
         "leak": leak_statement(table, splits, starts.chosen, SlideNames.of(index), index),
         "skipped_starts": starts.skipped,
         "pool_notes": list(starts.notes),

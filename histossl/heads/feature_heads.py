@@ -69,6 +69,29 @@ def load_head(name: str, arrays: Mapping[str, NDArray[Any]]) -> Fitted:
     return kinds[name](**arrays)
 
 
+class OnFeatures:
+    """One head on the features of one start: trained on some items, asked about others. Items are numbers of rows."""
+
+    def __init__(self, head: str, bags: BagsLike, labels: Ints, groups: Ints, num_classes: int) -> None:
+        """`labels` and `groups` (patients): one number per item."""
+        self.head, self.bags, self.labels, self.groups, self.num_classes = head, bags, labels, groups, num_classes
+
+    def fit(self, items: Ints, pool: Ints, seed: int) -> None:
+        self.fitted = head_named(self.head).fit(
+            self.bags,
+            items,
+            self.labels[items],
+            pool=pool,
+            groups=self.groups[items],
+            num_classes=self.num_classes,
+            seed=seed,
+        )
+
+    def predict(self, items: Ints) -> Floats:
+        """(items, classes) by the last fit."""
+        return self.fitted.predict_proba(self.bags, items)
+
+
 # ---- mean: logistic regression
 
 # On rows of about unit length (standardised, divided by sqrt(D)), so that C means the same for every backbone.

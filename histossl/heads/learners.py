@@ -12,7 +12,7 @@ from histossl.core.config import FinetuneConfig
 from histossl.features.extraction import COLOUR, Bags, slide_tiles
 from histossl.features.initialisations import Start
 from histossl.heads.end_to_end import TileSource, tune
-from histossl.heads.feature_heads import Floats, Ints, head_named
+from histossl.heads.feature_heads import Floats, Ints, OnFeatures
 from histossl.heads.model_folder import ModelInfo, save_model, slide_means
 from histossl.labels.label_table import LabelTable
 from histossl.labels.splits import Splits, groups_of
@@ -35,29 +35,14 @@ class Learner(Protocol):
         ...
 
 
-class Frozen:
+class Frozen(OnFeatures):
     """A head on features that stay as they are."""
 
     def __init__(self, start: Start, bags: Bags, table: LabelTable, splits: Splits, config: FinetuneConfig) -> None:
-        self.start, self.bags, self.num_classes, self.seed = start, bags, len(table.classes), config.seed
-        self.table = table
         # The floor is colour alone, told as simply as can be: never attention over tiles, nothing end to end.
-        self.name = head_of(start.name, config) if start.name == COLOUR else config.head
-        self.labels, self.groups = table.label_numbers(), groups_of(table, splits.group)
-
-    def fit(self, items: Ints, pool: Ints, seed: int) -> None:
-        self.fitted = head_named(self.name).fit(
-            self.bags,
-            items,
-            self.labels[items],
-            pool=pool,
-            groups=self.groups[items],
-            num_classes=self.num_classes,
-            seed=seed,
-        )
-
-    def predict(self, items: Ints) -> Floats:
-        return self.fitted.predict_proba(self.bags, items)
+        head = head_of(start.name, config) if start.name == COLOUR else config.head
+        super().__init__(head, bags, table.label_numbers(), groups_of(table, splits.group), len(table.classes))
+        self.start, self.seed, self.table = start, config.seed, table
 
     def save(self, folder: Path, items: Ints, info: ModelInfo) -> None:
         known = _of_slides(self.bags.pooled[items], self.table, items)

@@ -97,7 +97,7 @@ def write_points(path: Path, points: Iterable[Point]) -> None:
     rows = (
         (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points
     )
-    _write(path, POINT_COLUMNS, rows)
+    write_table(path, POINT_COLUMNS, rows)
 
 
 def read_points(path: Path) -> list[Point]:
@@ -115,7 +115,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Se
         + tuple(repr(float(share)) for share in p.probabilities)
         for p in predictions
     )
-    _write(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
+    write_table(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
 
 
 def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
@@ -149,7 +149,7 @@ def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
         + (repr(float(r.mean)), repr(float(r.low)), repr(float(r.high)), r.num_draws, r.num_patients)
         for r in summary
     )
-    _write(path, SUMMARY_COLUMNS, rows)
+    write_table(path, SUMMARY_COLUMNS, rows)
 
 
 def read_summary(path: Path) -> list[SummaryRow]:
@@ -178,7 +178,7 @@ def _fold_of(text: str) -> int | None:
     return int(text) if text else None
 
 
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

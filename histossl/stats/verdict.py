@@ -165,8 +165,12 @@ def verdict(
     None where that is not known; `seen_beside`: those of them of which it was shown other slides of the patient only.
     """
     name = PLAIN_NAME.get(metric, metric)
+    # Features of any two models may be compared; only what is held against one of these was adapted here.
+    adaptation = reference in NOT_ADAPTED
+    subject = "adaptation" if adaptation else f"{named(adapted)} in place of {named(reference)}"
     limits = _limits(measured, unit, seen_in_pretraining, site_statement, seen_beside)
-    limits[1:1] = _floors(measured, adapted, reference, metric, head) + _about_seeds(measured, adapted, head)
+    about_seeds = _about_seeds(measured, adapted, head) if adaptation else []
+    limits[1:1] = _floors(measured, adapted, reference, metric, head) + about_seeds
     found = compare(measured, metric, adapted, reference, head)
     if lacking := too_few(measured):
         rare = _in_one(measured)
@@ -175,7 +179,7 @@ def verdict(
             why += f", and {_classes(rare)} {'has one' if len(rare) == 1 else 'have one each'}"
         return Verdict(
             "too few sites" if lacking == "sites" else "too few patients",
-            f"Too few {lacking} to say whether adaptation helped: {why}.",
+            f"Too few {lacking} to say whether {subject} helped: {why}.",
             [
                 f"At least {FEWEST_DRAWN} {lacking}, and two in each class, are needed to tell a difference from "
                 "luck; with fewer no p is given."
@@ -193,13 +197,13 @@ def verdict(
     sentences = []
     if decided:
         outcome: Outcome = "helped" if sign > 0 else "hurt"
-        headline = f"Adaptation {outcome}: {what}."
+        headline = f"{_first_upper(subject)} {outcome}: {what}."
     else:
         outcome = "no measurable difference"
-        headline = f"Adaptation made no measurable difference: {what}."
+        headline = f"{_first_upper(subject)} made no measurable difference: {what}."
         if whole.p < 1 - LEVEL:
             wished = "helped" if sign > 0 else "hurt"
-            headline = f"A hint, but no proof, that adaptation {wished}: {what}."
+            headline = f"A hint, but no proof, that {subject} {wished}: {what}."
             sentences.append(
                 f"Where nothing differs, about one archive in {round(1 / whole.p)} shows as much by chance; "
                 f"a verdict asks for one in {round(1 / VERDICT_P)}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -58,3 +59,66 @@ def test_help_is_whole_in_80_columns(command: str) -> None:
     cut = [each for each in told.splitlines() if "…" in each]
     assert not [each for each in cut if each.lstrip("│ ").startswith("-")]
     assert len(cut) <= 1  # a long path in an explanation
+
+
+def test_within_muted_nothing_is_printed_and_the_work_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.muted():
+        console.say("said")
+        console.warn("warned")
+        console.table("a table", ["a"], [[1]])
+        with console.progress("tiling", 3, "slides") as bar:
+            bar.advance(3)
+    assert (bar.done, *capsys.readouterr()) == (3, "", "")
+    console.say("said again")
+    assert capsys.readouterr().err == "said again\n"
+
+
+class Shown:
+    """What IPython's display gives back: it remembers what a notebook would show in its place."""
+
+    def __init__(self, first: str) -> None:
+        self.drawn = [first]
+
+    def update(self, html: str) -> None:
+        self.drawn.append(html)
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
+    """IPython as a kernel has it, which the tests do without."""
+    shown: list[Shown] = []
+
+    def display(html: str, display_id: bool) -> Shown:
+        assert display_id
+        shown.append(Shown(html))
+        return shown[-1]
+
+    module = types.ModuleType("IPython.display")
+    module.__dict__.update(HTML=str, display=display)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr(console.console, "is_jupyter", True)
+    return shown
+
+
+def test_in_a_notebook_progress_is_one_bar_drawn_again_in_its_place(
+    notebook: list[Shown], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now_s[0])
+    with console.progress("tiling <A&B>", 100, "slides") as bar:
+        for _ in range(100):
+            now_s[0] += 0.05
+            bar.advance()
+    (shown,) = notebook
+    assert '<progress value="0" max="100">' in shown.drawn[0]
+    assert '<progress value="100" max="100">' in shown.drawn[-1]
+    assert "tiling &lt;A&amp;B&gt;: 100/100 slides" in shown.drawn[-1]
+    assert 20 <= len(shown.drawn) <= 30  # a page is drawn five times a second, not with every tile
+    assert capsys.readouterr() == ("", "")
+
+
+def test_muted_draws_no_bar_in_a_notebook(notebook: list[Shown]) -> None:
+    with console.muted(), console.progress("tiling", 3, "slides") as bar:
+        bar.advance(3)
+    assert not notebook

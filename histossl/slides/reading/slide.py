@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
+from histossl.core.units import l0_from_px, l0_from_um
 from histossl.slides.archive import NOT_REGULAR
 from histossl.slides.reading.dicom import check_frame_colours
 from histossl.slides.reading.directories import directory_damage
@@ -118,6 +119,25 @@ class Slide:
         out = np.empty((out_height_px, out_width_px, 3), dtype=np.uint8)
         self._read(level, *box, out)
         return out
+
+    def read_region_um(
+        self, x_um: float, y_um: float, width_um: float, height_um: float, mpp: float
+    ) -> NDArray[np.uint8]:
+        """A box in microns from the slide's upper left corner, as (height, width, 3) RGB, white outside the slide.
+
+        A pixel is exactly `mpp` microns wide; the sides are rounded to whole pixels (width_um / mpp of them).
+        ValueError for a box or scale that is not positive, SlideError where the slide's own scale is not known.
+        """
+        named = {"width_um": width_um, "height_um": height_um, "mpp": mpp}
+        for name, value in named.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{self.path.name}: {name} {value}: must be a length in microns above 0")
+        if math.isnan(self.mpp_l0):
+            raise SlideError(f"{self.path.name}: {self.mpp_problem}")
+        width_px, height_px = max(1, round(width_um / mpp)), max(1, round(height_um / mpp))
+        x_l0, y_l0 = l0_from_um(x_um, self.mpp_l0), l0_from_um(y_um, self.mpp_l0)
+        width_l0, height_l0 = l0_from_px(width_px, mpp, self.mpp_l0), l0_from_px(height_px, mpp, self.mpp_l0)
+        return self.read_region_l0(x_l0, y_l0, width_l0, height_l0, width_px, height_px)
 
     def thumbnail(self, max_side_px: int) -> NDArray[np.uint8]:
         """The whole slide, its longer side max_side_px (or less, if the slide is smaller)."""

@@ -146,6 +146,48 @@ def test_downsample_is_whole_where_rounding_made_it_odd(tmp_path: Path) -> None:
         assert slide.level_downsamples == (1.0, 2.0, 4.0)
 
 
+def test_a_region_in_microns_is_the_same_region_in_level_0_pixels(tmp_path: Path) -> None:
+    """0.5 microns per pixel: 100 x 60 um are 200 x 120 level-0 pixels."""
+    pixels = picture()
+    with open_slide(write_pyramid(tmp_path / "a.tif", pixels), 0.5) as slide:
+        found = slide.read_region_um(20, 30, 100, 60, 0.5)
+        np.testing.assert_array_equal(found, slide.read_region_l0(40, 60, 200, 120, 200, 120))
+        np.testing.assert_allclose(found.astype(int), pixels[60:180, 40:240], atol=1)
+        coarse = slide.read_region_um(20, 30, 100, 60, 2)
+        assert coarse.shape == (30, 50, 3)
+        np.testing.assert_array_equal(coarse, slide.read_region_l0(40, 60, 200, 120, 50, 30))
+        # 10.1 um are 20.2 pixels of 0.5 um: whole pixels of exactly that width are read
+        np.testing.assert_array_equal(
+            slide.read_region_um(0, 0, 10.1, 9.9, 0.5), slide.read_region_l0(0, 0, 20, 20, 20, 20)
+        )
+        assert (slide.read_region_um(-50, -50, 20, 20, 1) == 255).all()  # outside the slide
+
+
+def test_a_micron_is_as_long_on_slides_of_any_scale(tmp_path: Path) -> None:
+    """The same 40 x 30 um hold the same colours scanned at 0.25 and, by half as many pixels, at 0.5."""
+    fine = picture(640, 480)
+    coarse = np.asarray(Image.fromarray(fine).reduce(2))
+    regions = []
+    for name, pixels, mpp in (("fine", fine, 0.25), ("coarse", coarse, 0.5)):
+        with open_slide(write_pyramid(tmp_path / f"{name}.tif", pixels), mpp) as slide:
+            regions.append(slide.read_region_um(50, 40, 40, 30, 0.5).astype(int))
+    assert regions[0].shape == regions[1].shape == (60, 80, 3)
+    assert abs(regions[0] - regions[1]).mean() < 1
+
+
+@pytest.mark.parametrize("box", [(0, 0, 0, 5, 1), (0, 0, 5, -1, 1), (0, 0, 5, 5, 0), (0, 0, 5, 5, math.nan)])
+def test_a_region_without_a_size_is_a_value_error_that_names_it(painted_slide: PaintedSlide, box: Any) -> None:
+    with open_slide(painted_slide.path) as slide, pytest.raises(ValueError, match=r"width_um|height_um|mpp"):
+        slide.read_region_um(*box)
+
+
+def test_without_a_scale_no_region_in_microns_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(picture()).save(path)
+    with open_slide(path, need_mpp=False) as slide, pytest.raises(SlideError, match="slide-mpp"):
+        slide.read_region_um(0, 0, 10, 10, 1)
+
+
 def test_thumbnail_has_the_slide_s_proportions(painted_slide: PaintedSlide) -> None:
     with open_slide(painted_slide.path) as slide:
         assert slide.thumbnail(200).shape == (200, 200, 3)
