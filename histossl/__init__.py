@@ -13,7 +13,7 @@ From Python (examples/python_api.md shows each at work):
                 make_views(tiles, recipe, ...)    a batch of tiles as augmented views
                 contact_sheet(...)                a picture of them
     Stages      tile, pretrain, embed, finetune, predict: functions of a Workspace, with the configs TileConfig,
-                PretrainConfig, FinetuneConfig, TuneConfig, EmbedConfig, TissueConfig, and Operation for how a run is
+                PretrainConfig, FinetuneConfig, TuneConfig, EmbedConfig, TissueConfig, and RuntimeConfig for how a run is
                 carried out; slides_of_test_patients for what stays out of pretraining
     Curves      label_efficiency(features, labels, patients) -> CurveResult: the curve for any features, as arrays or
                 HDF5 files. No workspace, no torch
@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # for editors and mypy; at run time `_HOME` says where each n
         EmbedConfig,
         FinetuneConfig,
         PretrainConfig,
+        RuntimeConfig,
         TileConfig,
         TissueConfig,
         TuneConfig,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:  # for editors and mypy; at run time `_HOME` says where each n
     from histossl.stats.curve import CurveResult
     from histossl.tiles.store.index import TileIndex
     from histossl.tiles.stream.loader import decode_tiles
-    from histossl.training.setup.run_options import Operation
     from histossl.views.contact_sheet import contact_sheet
     from histossl.views.recipe import make_views, recipe_named
 
@@ -69,8 +69,8 @@ __all__ = [
     "EmbedConfig",
     "FinetuneConfig",
     "HistosslError",
-    "Operation",
     "PretrainConfig",
+    "RuntimeConfig",
     "Slide",
     "Tile",
     "TileConfig",
@@ -101,7 +101,7 @@ __all__ = [
 _HOME = {
     "api": "Tile embed embedder finetune iterate_tiles predict pretrain slides_of_test_patients tile",
     "backbones.loading": "BackboneInfo create_backbone load_backbone",
-    "core.config": "EmbedConfig FinetuneConfig PretrainConfig TileConfig TissueConfig TuneConfig",
+    "core.config": "EmbedConfig FinetuneConfig PretrainConfig RuntimeConfig TileConfig TissueConfig TuneConfig",
     "core.console": "silent",
     "core.errors": "HistosslError UsageError",
     "core.workspace": "Workspace",
@@ -110,7 +110,6 @@ _HOME = {
     "stats.curve": "CurveResult",
     "tiles.store.index": "TileIndex",
     "tiles.stream.loader": "decode_tiles",
-    "training.setup.run_options": "Operation",
     "views.contact_sheet": "contact_sheet",
     "views.recipe": "make_views recipe_named",
 }

@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from histossl.core.config import EmbedConfig, FinetuneConfig, PretrainConfig, TileConfig
+from histossl.core.config import EmbedConfig, FinetuneConfig, PretrainConfig, RuntimeConfig, TileConfig
 from histossl.core.workspace import Workspace
 from histossl.tiles.store.index import TileIndex
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from histossl.evaluation.finetune import Result as FinetuneResult
     from histossl.features.extraction import Embedder
     from histossl.slides.ledger import LedgerRow
+    from histossl.training.loop import Probe
     from histossl.training.pretrain import Result as PretrainResult
-    from histossl.training.setup.run_options import Operation, Probe
 
 Place = Workspace | Path | str
 
@@ -76,23 +76,22 @@ def pretrain(
     workspace: Place,
     config: PretrainConfig = PretrainConfig(),
     name: str = "",
-    operation: Operation | None = None,
+    runtime: RuntimeConfig = RuntimeConfig(),
     probe: Probe | None = None,
 ) -> PretrainResult:
     """Continue pretraining on the tiles of a workspace, in this process: on one GPU, or the CPU.
 
-    Leaves `result.run.backbone`; `name` is the run's, by default the method's. `operation`: how it is carried out.
+    Leaves `result.run.backbone`; `name` is the run's, by default the method's. `runtime`: how it is carried out.
     Test patients stay out where `config.excluded_slides` names their slides: see `slides_of_test_patients`.
     `probe(backbone, info)` scores a backbone on labelled training slides as the run goes, higher is better. The same
     call goes on where it was interrupted.
     """
     from histossl.runtime.locks import refuse_while_tiling
     from histossl.training.pretrain import pretrain as stage
-    from histossl.training.setup.run_options import Operation
 
     at = workspace_at(workspace)
     refuse_while_tiling(at)
-    return stage(TileIndex.open(at), at.pretrain(name or config.method), config, operation or Operation(), probe)
+    return stage(TileIndex.open(at), at.pretrain(name or config.method), config, runtime, probe)
 
 
 def slides_of_test_patients(labels: Path | str, workspace: Place) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from histossl.core import console
-from histossl.core.config import FinetuneConfig, nearest
+from histossl.core.config import FinetuneConfig
 from histossl.core.errors import LabelsError, UsageError
+from histossl.core.options import nearest
 from histossl.evaluation.journal import DIGITS
 from histossl.evaluation.site_confounding import check_site, warn_of_sites
 from histossl.features.arrays import Features, Piece, files_in, is_path, load_bags, names_of_files, pieces_of

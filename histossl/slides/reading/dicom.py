@@ -11,7 +11,7 @@ import imagecodecs
 import numpy as np
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.codestream import RGB, YCBCR, colours_by_pixels, read_jpeg, read_jpeg_2000
+from histossl.slides.reading.tiff.codestream import RGB, YCBCR, colours_by_pixels, read_jpeg, read_jpeg_2000
 
 JPEG_SYNTAX, JPEG_2000_SYNTAXES = "1.2.840.10008.1.2.4.50", ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 NAMES = {RGB: "RGB", YCBCR: "YBR_FULL_422"}

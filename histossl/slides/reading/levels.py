@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.series import Size, same_shape
+from histossl.slides.reading.tiff.series import Size, same_shape
 
 BOX_PX, MIN_BOX_PX = 64, 16  # side of a box in the coarser level's pixels
 FINE_PX = 192  # and in the finer one's, about

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.integrity import image_damage
 from histossl.slides.reading.mpp import Scale
-from histossl.slides.reading.samples import find_range, in_range, over_white
+from histossl.slides.reading.tiff.integrity import image_damage
+from histossl.slides.reading.tiff.samples import find_range, in_range, over_white
 from histossl.slides.reading.tifffile_backend import blaming
 
 MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: it is decoded whole, at 7 to 13 bytes per pixel, 19 in 16 bits

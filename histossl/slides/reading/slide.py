@@ -24,12 +24,12 @@ from histossl.core.errors import SlideError
 from histossl.core.units import l0_from_px, l0_from_um
 from histossl.slides.archive import NOT_REGULAR
 from histossl.slides.reading.dicom import check_frame_colours
-from histossl.slides.reading.directories import directory_damage
 from histossl.slides.reading.levels import believe
 from histossl.slides.reading.mpp import Scale, missing
 from histossl.slides.reading.openslide_backend import MISREAD, OpenSlideLevels
 from histossl.slides.reading.pillow_backend import PlainLevels
-from histossl.slides.reading.samples import UnknownColours
+from histossl.slides.reading.tiff.directories import directory_damage
+from histossl.slides.reading.tiff.samples import UnknownColours
 from histossl.slides.reading.tifffile_backend import NativeLevel, TiffLevels, blaming
 
 MAX_READ_PX = 16 << 20  # larger reads are cut in two, so that memory stays flat

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from histossl.core.errors import SlideError
 from histossl.slides.grid import decodable
-from histossl.slides.reading.codestream import YCBCR, read_jpeg
+from histossl.slides.reading.tiff.codestream import YCBCR, read_jpeg
 from histossl.slides.reading.tifffile_backend import NativeLevel
 
 Pixels = NDArray[np.uint8]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.codestream import (
+from histossl.slides.reading.tiff.codestream import (
     CMYK,
     RGB,
     YCBCR,
@@ -28,7 +28,7 @@ from histossl.slides.reading.codestream import (
     read_jpeg,
     read_jpeg_2000,
 )
-from histossl.slides.reading.segments import (
+from histossl.slides.reading.tiff.segments import (
     check_place,
     has_plain_rows,
     misplaced,

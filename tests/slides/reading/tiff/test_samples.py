@@ -14,9 +14,9 @@ import tifffile
 from PIL import Image
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading.codestream import colours_by_pixels
 from histossl.slides.reading.dicom import check_frame_colours
 from histossl.slides.reading.slide import open_slide
+from histossl.slides.reading.tiff.codestream import colours_by_pixels
 from tests.raw_tiff import (
     adobe_rgb,
     bare,
