@@ -20,7 +20,7 @@ FLOORS = [
     {"methods"},
     {"views", "backbones", "tiles"},
     {"slides", "demo"},
-    {"units", "config", "errors", "workspace", "console", "launched", "workers", "__init__"},
+    {"units", "config", "errors", "workspace", "console", "launched", "workers", "text", "anonymous", "__init__"},
 ]
 
 

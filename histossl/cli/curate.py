@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption, above_0
+from histossl.cli.options import ConfigOption, NamesOption, WorkspaceOption, above_0, workspace_of
 from histossl.core import console
 from histossl.core.config import CurateConfig, EmbedConfig
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace, refuse_while_tiling
+from histossl.core.workspace import refuse_while_tiling
 
 DEFAULTS = CurateConfig()
 RANDOM_COSINE = 0.94  # at which random weights find 99.4 % of copies; 1.4 % of others have a neighbour (LOG.md)
@@ -102,6 +102,7 @@ def curate(
         int, typer.Option(help="Threads that read and decode tiles. Default: 2.", show_default=False, callback=above_0)
     ] = 0,
     workspace: WorkspaceOption = None,
+    names: NamesOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Choose tiles to pretrain on: no near-duplicates, balanced over kinds of tissue, or most like given slides.
@@ -127,7 +128,7 @@ def curate(
             f"--weights random: tell tiles apart less well than trained ones, and --duplicate-cosine "
             f"{duplicate_cosine:g} drops others with the copies; {RANDOM_COSINE:g} was right for them"
         )
-    at = Workspace.at(workspace)
+    at = workspace_of(workspace, names)
     at.subset(name)  # refuses what is no name, before any work
     refuse_while_tiling(at)
     index = TileIndex.open(at)

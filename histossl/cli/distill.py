@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl.cli import pretrain as pretraining
-from histossl.cli.options import above_0
+from histossl.cli.options import above_0, workspace_of
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
 from histossl.core.config import DistillConfig, PretrainConfig
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace, refuse_while_tiling
+from histossl.core.workspace import refuse_while_tiling
 from histossl.runtime.launcher_messages import is_launched
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "distillation"
 # Of pretrain's options: those that a teacher decides, or that are spelled otherwise here.
-NOT_SHARED = ("name", "method", "backbone", "weights", "view_px", "tile_px", "mpp", "set_", "labels")
+NOT_SHARED = ("name", "method", "backbone", "weights", "view_px", "tile_px", "mpp", "set_", "labels", "anonymize")
 
 
 def register(app: typer.Typer) -> None:
@@ -105,7 +105,7 @@ def distill(
     Leaves a backbone as `pretrain` does, and a model folder for `histossl predict`. The same command resumes.
     """
     from histossl.evaluation.distill import leave_model, look_at_teacher, sample_of, slides_held_out
-    from histossl.evaluation.predict import refuse_other_tiles, tile_config
+    from histossl.evaluation.predict import refuse_other_tiles, tile_config_in
     from histossl.evaluation.probe import probe_of
     from histossl.heads.model_folder import load_model
     from histossl.heads.torch_heads import teacher_of
@@ -116,7 +116,7 @@ def distill(
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
-    at = Workspace.at(shared["workspace"])
+    at = workspace_of(shared["workspace"], shared["names"])
     model = load_model(teacher, "--teacher")
     DistillationConfig(temperature, targets)  # refuses what no run could use
     settings = _settings(model, student, weights, targets, temperature, view_px, shared)
@@ -125,7 +125,7 @@ def distill(
     if slides is not None and not only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive
 
-        tiling = tile_config(model)
+        tiling = tile_config_in(at, model)
         scale = {name: shared[name] for name in ("slide_mpp", "mpp_csv")}
         tell_tiled(tile_archive(slides, at, tiling, **scale), at, tiling.mpps)
     refuse_while_tiling(at)
@@ -155,10 +155,10 @@ def distill(
         return launch(num_processes, sys.argv[1:], shared["max_restarts"])
     result = run_pretrain(index, run, settings, operation, judge, teacher=taught)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.panel("finished" if result.finished else "stopped", result.text)
+        console.panel("finished" if result.finished else "stopped", result.text.split("\n"))
         if result.finished:
             text, fit = leave_model(index, run, model, taught, settings)
-            console.say(text)
+            console.say(*text.split("\n"))
             here = f" -w {shared['workspace']}" if shared["workspace"] else ""
             if fit:
                 console.say(f"next: histossl predict --model {run.model}{here}")

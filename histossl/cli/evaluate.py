@@ -8,10 +8,18 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ON_OFF, ConfigOption, MppCsvOption, SlidesOption, WorkspaceOption, above_0
+from histossl.cli.options import (
+    ON_OFF,
+    ConfigOption,
+    MppCsvOption,
+    NamesOption,
+    SlidesOption,
+    WorkspaceOption,
+    above_0,
+    workspace_of,
+)
 from histossl.core.config import EmbedConfig, FinetuneConfig, TuneConfig, nearest, with_overrides
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace
 
 LabelsOption = Annotated[
     Path,
@@ -134,6 +142,7 @@ def predict(
     embed_batch_size: EmbedBatchOption = 0,
     workers: WorkersOption = 0,
     workspace: WorkspaceOption = None,
+    names: NamesOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Use a finetuned model: class probabilities, heatmaps, and a warning where a slide looks like none known.
@@ -152,7 +161,7 @@ def predict(
     if mpp_csv is not None and slides is None:
         raise UsageError(f"--mpp-csv {mpp_csv}: is of slides that are tiled here; add --slides DIR")
     settings = EmbedConfig(embed_batch_size, workers, device)
-    stage(Workspace.at(workspace), model, name, slides, settings, heatmaps, slide_mpp, mpp_csv)
+    stage(workspace_of(workspace, names), model, name, slides, settings, heatmaps, slide_mpp, mpp_csv)
 
 
 def suggest(
@@ -168,6 +177,7 @@ def suggest(
     embed_batch_size: EmbedBatchOption = 0,
     workers: WorkersOption = 0,
     workspace: WorkspaceOption = None,
+    names: NamesOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Rank the slides without a label: which to label next, and why.
@@ -188,7 +198,7 @@ def suggest(
         mixed_patients=True,
         seed=seed,
     )
-    stage(Workspace.at(workspace), settings, number, EmbedConfig(embed_batch_size, workers, device))
+    stage(workspace_of(workspace, names), settings, number, EmbedConfig(embed_batch_size, workers, device))
 
 
 def finetune(
@@ -297,6 +307,7 @@ def finetune(
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check labels and splits, then stop.")] = False,
     workspace: WorkspaceOption = None,
+    names: NamesOption = None,
     config: ConfigOption = None,
 ) -> int:
     """Measure how many labelled slides each start needs: the label-efficiency curve, with its report.
@@ -335,7 +346,7 @@ def finetune(
         mixed_patients=mixed_patients,
         seed=seed,
     )
-    place = Workspace.at(workspace)  # a mistyped name makes no folder
+    place = workspace_of(workspace, names)  # a mistyped name makes no folder
     num_processes = 1 if is_worker() or dry_run else num_processes_for(gpus if device == "auto" else "1")
     if device != "auto" and gpus not in ("auto", "1"):
         raise UsageError(f"--device {device} --gpus {gpus}: with several processes each takes its own GPU; drop one")
@@ -367,6 +378,7 @@ def embed(
     embed_batch_size: EmbedBatchOption = 0,
     workers: WorkersOption = 0,
     workspace: WorkspaceOption = None,
+    names: NamesOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Turn all tiles into features: WORKSPACE/embeddings/START-.../SLIDE.h5 with features (N, D) and coords (N, 2).
@@ -386,7 +398,7 @@ def embed(
         seed=seed,
     )
     try:
-        embed_start(Workspace.at(workspace), settings, EmbedConfig(embed_batch_size, workers, device))
+        embed_start(workspace_of(workspace, names), settings, EmbedConfig(embed_batch_size, workers, device))
     except UsageError as error:  # of a curve's starts; here there is one
         raise UsageError(str(error).replace("--starts", "--start")) from error
 

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from histossl.core.anonymous import settle
 from histossl.core.config import read_toml
 from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -61,6 +63,39 @@ WorkspaceOption = Annotated[
         show_default=False,
     ),
 ]
+NAMES_HELP = (
+    "Of an anonymous workspace: the private file that says whose its pseudonyms are. Default: where it was last, at "
+    "first WORKSPACE-names.csv beside the workspace."
+)
+ANONYMIZE_HELP = (
+    "Make a new workspace anonymous: slides, files, folders and patients have pseudonyms (keyed hashes) in all that is "
+    "written below it. The names are in one private file beside it, see --names."
+)
+NamesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--names",
+        metavar="FILE.csv",
+        help=NAMES_HELP,
+        show_default=False,
+    ),
+]
+AnonymizeOption = Annotated[
+    bool,
+    typer.Option(
+        "--anonymize",
+        help=ANONYMIZE_HELP,
+    ),
+]
+
+
+def workspace_of(folder: Path | None, names: Path | None) -> Workspace:
+    """The workspace of --workspace; an error where it is anonymous and its names are not at hand."""
+    at = Workspace.at(folder)
+    settle(at, given=names)
+    return at
+
+
 SlidesOption = Annotated[
     Path | None,
     typer.Option(

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl.cli.options import (
+    ANONYMIZE_HELP,
     MPP_CSV_HELP,
+    NAMES_HELP,
     ON_OFF,
     SLIDE_MPP_HELP,
     ConfigOption,
@@ -26,6 +28,7 @@ from histossl.cli.options import (
 )
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
+from histossl.core.anonymous import is_anonymous, settle
 from histossl.core.config import PretrainConfig, TileConfig
 from histossl.core.errors import StoreError, UsageError
 from histossl.methods import self_supervised
@@ -103,6 +106,11 @@ def pretrain(
     mpp_csv: Annotated[
         Path | None,
         typer.Option(metavar="FILE.csv", rich_help_panel=DATA, help=MPP_CSV_HELP, show_default=False),
+    ] = None,
+    anonymize: Annotated[bool, typer.Option("--anonymize", rich_help_panel=DATA, help=ANONYMIZE_HELP)] = False,
+    names: Annotated[
+        Path | None,
+        typer.Option("--names", metavar="FILE.csv", rich_help_panel=DATA, help=NAMES_HELP, show_default=False),
     ] = None,
     method: Annotated[
         str, typer.Option(rich_help_panel=METHOD, help="What the backbone learns from; see `histossl methods`.")
@@ -299,6 +307,10 @@ def pretrain(
     del config  # read before any other option, by its callback
     every_s, every_steps = _every(checkpoint_every)
     at = Workspace.at(workspace)  # made where tiles are cut into it: a mistyped name makes no folder
+    if anonymize and slides is None and not is_anonymous(at):
+        raise UsageError("--anonymize: names are hidden from when slides are tiled on; add --slides DIR, or drop it")
+    if not anonymize or is_anonymous(at):
+        settle(at, given=names)
     settings = PretrainConfig(
         method=method,
         backbone=backbone,
@@ -350,7 +362,7 @@ def pretrain(
     if slides is not None and not only_plan and not is_worker():
         if not run.run_json.exists():  # tiling takes hours
             _refuse_beforehand(settings, operation, at, labels, exclude)
-        tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv)
+        tile_for(at, slides, tile_px, mpp, slide_mpp, mpp_csv, anonymize, names)
     refuse_while_tiling(at)
     index = TileIndex.open(at)
     if slides is None:
@@ -372,7 +384,7 @@ def pretrain(
         return launch(num_processes, sys.argv[1:], max_restarts)
     result = run_pretrain(index, run, settings, operation, judge)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.panel("finished" if result.finished else "stopped", result.text)
+        console.panel("finished" if result.finished else "stopped", result.text.split("\n"))
         if result.finished:
             said = ["histossl", "finetune", "--labels", str(labels or "labels.csv")]
             said += [*(["--adapted", name] if name else []), *(["-w", str(workspace)] if workspace else [])]
@@ -420,6 +432,8 @@ def tile_for(
     mpp: float | None,
     slide_mpp: float | None,
     mpp_csv: Path | None,
+    anonymize: bool = False,
+    names: Path | None = None,
 ) -> None:
     """Tile what is not tiled yet: with the settings given, else those of the tiles that are there, else defaults."""
     from histossl.tiles.tiling import stored_config, tile_archive
@@ -427,7 +441,9 @@ def tile_for(
     config = stored_config(at) or TileConfig()
     config = config if tile_px is None else replace(config, tile_px=tile_px)
     config = config if mpp is None else replace(config, mpp=mpp)
-    tell_tiled(tile_archive(slides, at, config, slide_mpp=slide_mpp, mpp_csv=mpp_csv), at, config.mpps)
+    config = replace(config, anonymize=config.anonymize or anonymize)
+    rows = tile_archive(slides, at, config, slide_mpp=slide_mpp, mpp_csv=mpp_csv, names_file=names)
+    tell_tiled(rows, at, config.mpps)
 
 
 def refuse_other_scale(

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption
+from histossl.cli.options import ConfigOption, NamesOption, WorkspaceOption, workspace_of
+from histossl.core import console
 from histossl.core.config import nearest
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace
 
 MAPS = ("pca", "umap")
 
@@ -31,6 +31,7 @@ def report(
         ),
     ] = "pca",
     workspace: WorkspaceOption = None,
+    names: NamesOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Remake report.html and the curve's pictures from the files of a finetuning, without computing anything anew."""
@@ -39,10 +40,10 @@ def report(
     del config  # its values have become the defaults above
     if map_ not in MAPS:
         raise UsageError(f"--map {map_}: must be one of {', '.join(MAPS)}{nearest(map_, MAPS)}")
-    place = Workspace.at(workspace)
+    place = workspace_of(workspace, names)
     run = place.finetune(name)
     if not run.root.is_dir():
         known = sorted(path.name for path in place.finetune_root.glob("*") if path.is_dir())
         there = f"; there are: {', '.join(known)}" if known else "; run histossl finetune --labels labels.csv first"
         raise UsageError(f"--name {name}: no such curve in {place.finetune_root}{nearest(name, known)}{there}")
-    typer.echo(write_report(run, place, with_umap=map_ == "umap"))
+    console.say(str(write_report(run, place, with_umap=map_ == "umap")), to=console.answer)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from histossl.cli.options import (
+    AnonymizeOption,
     ConfigOption,
     DirectoryArgument,
     MaxHoleOption,
     MinSpeckOption,
     MinTissueOption,
     MppCsvOption,
+    NamesOption,
     RejectPenOption,
     SlideMppOption,
     SlidesOption,
@@ -25,6 +27,7 @@ from histossl.cli.options import (
     archive_of,
 )
 from histossl.core import console
+from histossl.core.anonymous import is_anonymous
 from histossl.core.config import ScanConfig, TissueConfig
 from histossl.core.errors import UsageError
 from histossl.core.workspace import Workspace
@@ -82,6 +85,8 @@ def scan(
         ),
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Open every file anew, also those known from before.")] = False,
+    anonymize: AnonymizeOption = False,
+    names: NamesOption = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one file each. Default: one per core.", show_default=False)
     ] = None,
@@ -129,9 +134,19 @@ def scan(
     )
     place = Workspace.at(workspace)
     directory = archive_of(directory, slides)
-    scanned = scan_archive(directory, place, settings, workers, regions=regions, previews=contact_sheet, again=again)
+    scanned = scan_archive(
+        directory,
+        place,
+        settings,
+        workers,
+        regions=regions,
+        previews=contact_sheet,
+        again=again,
+        anonymize=anonymize,
+        names_file=names,
+    )
     _show(scanned)
-    console.say(_totals(scanned, mpp, tile_px))
+    console.say(*_totals(scanned, mpp, tile_px).split("\n"))
     if differ := other_than_stored(place, tile_px, settings.mpps, tissue):
         console.say(
             f"{place.tiles} was tiled with other settings than this estimate is for: {differ}; pass scan the ones of "
@@ -143,7 +158,8 @@ def scan(
     if contact_sheet:
         from histossl.slides.contact_sheet import PAGE_FILES, write_contact_sheet
 
-        title = f"{directory.resolve().name}: {console.count(len(scanned.rows), 'file')}"
+        files = console.count(len(scanned.rows), "file")
+        title = files if is_anonymous(place) else f"{directory.resolve().name}: {files}"
         told = _totals(scanned, mpp, tile_px)
         pages = write_contact_sheet(place.contact_sheet, title, scanned.rows, scanned.previews, told)
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""

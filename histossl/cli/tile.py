@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from histossl.cli.options import (
+    AnonymizeOption,
     ConfigOption,
     DirectoryArgument,
     MaxHoleOption,
     MinSpeckOption,
     MinTissueOption,
     MppCsvOption,
+    NamesOption,
     RejectPenOption,
     SlideMppOption,
     SlidesOption,
@@ -113,14 +115,8 @@ def tile(
             show_default=False,
         ),
     ] = None,
-    anonymize: Annotated[
-        bool,
-        typer.Option(
-            "--anonymize",
-            help="Name zips by a keyed hash; WORKSPACE/anonymous-names.csv says what they stand for. Give away the "
-            "folder tiles alone: archive.csv names the files, too.",
-        ),
-    ] = False,
+    anonymize: AnonymizeOption = False,
+    names: NamesOption = None,
     workers: Annotated[
         int | None,
         typer.Option(help="Processes, each with one slide at a time. Default: one per core.", show_default=False),
@@ -216,6 +212,7 @@ def tile(
         dask=dask,
         silence_s=silence_s,
         verify=verify_copies,
+        names_file=names,
     )
     note_command(at.tile_commands)
     tell_tiled(rows, at, settings.mpps)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from histossl import __version__
+from histossl.core.anonymous import names_above
 from histossl.core.errors import MismatchError, UsageError
 from histossl.core.workspace import VARIABLE, written_aside
 
@@ -444,16 +445,19 @@ def write_run(path: Path, config: Any, **derived: Any) -> None:
         "versions": {name: _version(name) for name in ("torch", "torchvision", "timm", "openslide-python", "tifffile")},
         **plain(derived),
     }
+    run = names_above(path).hidden(run)
     with written_aside(path) as aside:
         aside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def note_command(path: Path) -> None:
     """Add this process's command to those that `path` remembers, for the page's "To reproduce"."""
-    before = noted_commands(path)
-    if called() not in before:
+    before, names = noted_commands(path), names_above(path)
+    now = names.command(called())
+    names.write()
+    if now not in before:
         with written_aside(path) as aside:
-            aside.write_text(json.dumps([*before, called()], indent=1) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps([*before, now], indent=1) + "\n", encoding="utf-8")
 
 
 def commands_with(before: Mapping[str, Any]) -> list[list[str]]:
@@ -478,7 +482,8 @@ def noted_commands(path: Path) -> list[list[str]]:
     return [[str(word) for word in one] for one in noted] if isinstance(noted, list) else []
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path, with_names: bool = True) -> dict[str, Any]:
+    """run.json; of an anonymous workspace with the paths that were given, unless for a page that lies in it."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -487,7 +492,7 @@ def read_run(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise MismatchError(f"{path}: holds no 'config'; move the directory aside, or use another --name")
-    return run
+    return dict(names_above(path).revealed(run)) if with_names else run
 
 
 def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ()) -> None:

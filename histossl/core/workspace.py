@@ -2,6 +2,7 @@
 
 WORKSPACE/
     archive.csv                 the ledger: one row per file of the archive
+    anonymous.json              where its names are, if it is anonymous
     tile-commands.json          how `histossl tile` was called, for the report
     tiles/                      one zip per slide, and index.npy
     pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
@@ -208,11 +209,6 @@ class Workspace:
         return self.root / "contact-sheet.html"
 
     @property
-    def anonymous_names(self) -> Path:
-        """What the hashed names of an anonymous store stand for, and their key: outside the store, kept private."""
-        return self.root / "anonymous-names.csv"
-
-    @property
     def tiles(self) -> Path:
         return self.root / "tiles"
 
@@ -271,8 +267,10 @@ class Workspace:
 
 
 def _safe(name: str) -> str:
-    if not name or name.startswith(".") or "/" in name or "\\" in name:
-        raise UsageError(f"run name {name!r}: must be one plain directory name, without / or a leading dot")
+    if not name.isprintable() or not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise UsageError(
+            f"run name {name!r}: must be one plain directory name, without /, a leading dot or control characters"
+        )
     return name
 
 

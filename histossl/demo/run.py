@@ -121,7 +121,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
             "On your own slides the start is ImageNet weights unless you say otherwise (here too: --weights imagenet)."
         )
     trained = pretrain(index, workspace.pretrain(NAME), settings, Operation(num_workers=1, checkpoint_every_s=30))
-    console.say(trained.text)
+    console.say(*trained.text.split("\n"))
     if trained.stopped_by:
         return trained.stopped_by
 
@@ -153,7 +153,7 @@ def pretraining(config: DemoConfig, num_tiles: int) -> PretrainConfig:
 
 
 def _heading(number: int, stage: str, command: str) -> None:
-    console.say(f"\n[{number}/5] {stage}: histossl {command}")
+    console.say("", f"[{number}/5] {stage}: histossl {command}")
 
 
 def _options(settings: PretrainConfig) -> str:

@@ -345,7 +345,7 @@ def _show_curve(
         right=[f"{table.unit}s", *starts],
     )
     others = [f"{start}: {headline}" for start, headline in verdict.get("others", {}).items()]
-    console.panel("verdict", "\n".join([verdict["headline"], *verdict["sentences"], *others, *verdict["limits"]]))
+    console.panel("verdict", [verdict["headline"], *verdict["sentences"], *others, *verdict["limits"]])
 
 
 # ---- splits
@@ -502,7 +502,7 @@ def _facts(
     workspace: Workspace, index: TileIndex, table: LabelTable, splits: Splits, starts: Starts, config: FinetuneConfig
 ) -> dict[str, Any]:
     columns, rows = labelling.overview(table)
-    ledger = read_ledger(workspace.archive_csv)
+    ledger = read_ledger(workspace.archive_csv, with_names=False)
     tested = [table.items[item] for item in splits.tested]
     pool = [table.items[item] for item in splits.parts[0].pool]
     num_classes = len(table.classes)

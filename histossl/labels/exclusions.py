@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from histossl.core import console
+from histossl.core.anonymous import names_above
 from histossl.core.errors import LabelsError, UsageError
+from histossl.core.text import from_cell
 from histossl.labels.label_csv import Row, read_labels, read_rows
 from histossl.labels.label_table import LabelTable, match_labels, refuse_two_cases
+from histossl.labels.load_labels import by_pseudonyms
 from histossl.labels.slide_lookup import TCGA_CASE, SlideNames
 from histossl.tiles.store.index import TileIndex
 
@@ -26,7 +29,8 @@ def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
             "been seen here (without their labels), and the report will say so"
         )
     try:
-        return match_labels(rows, SlideNames.of(index), source=str(path), mixed_patients=True)
+        table = match_labels(rows, SlideNames.of(index), source=str(path), mixed_patients=True)
+        return by_pseudonyms(table, names_above(index.path))
     except LabelsError as error:
         names = SlideNames.of(index)
         if not any(names.find(row.slide) for row in rows):
@@ -78,7 +82,7 @@ def read_exclusions(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [from_cell(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--exclude {path}: cannot be read ({error})") from error
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from histossl.core.config import SEPARATORS, refuse_separator, separator_of
 from histossl.core.console import count
 from histossl.core.errors import LabelsError
+from histossl.core.text import from_cell
 from histossl.labels.spelling import looks_like, reads_unknown, refuse_alike, unread_columns
 
 BOX_COLUMNS = ("x", "y", "width", "height")
@@ -100,7 +101,7 @@ def read_labels(path: Path, needs_label: bool = True) -> LabelFile:
             )
         if any(ends in cell.strip() for cell in cells for ends in "\r\n"):
             raise LabelsError(f"{path}, line {lines.line_num}: a cell holds a line break, or a quote is not closed")
-        named = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+        named = dict(zip(header, (from_cell(cell.strip()) for cell in cells), strict=True))
         if reads_unknown(named.get("site", "")):
             unknown_sites[named["site"]] += 1
             named["site"] = ""

@@ -20,7 +20,7 @@ TCGA_SAMPLE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-[0-9]{2}", re.IGNORECASE
 TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
 NOT_READ = ("isyntax", "kfb", "lif", "sdpc", "tron", "vsi", "zarr", "zip", "zvi")  # but named so before conversion
 TYPES = sorted({*NOT_READ, *(suffix.removeprefix(".") for suffix in SUFFIXES)})
-NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
+NAMELESS = "tiled under a pseudonym that is not known; name the file of names with --names FILE"
 NO_TILES = "no tiles: "  # how a hint begins that is about a slide of the archive
 FILE_TYPE = re.compile(rf"(?:\.ome)?\.(?:{'|'.join(TYPES)})$|\.ome$", re.IGNORECASE)
 

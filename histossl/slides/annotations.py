@@ -254,7 +254,7 @@ def _regions(path: Path, feature: dict[str, Any]) -> list[Region]:
         names = classification.get("names")  # since 0.4, of a derived class
         if name is None and isinstance(names, list):
             name = ": ".join(str(one) for one in names)
-    name = name if isinstance(name, str) else NAMELESS
+    name = name.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(name, str) else NAMELESS
     geometry = feature.get("geometry") if "geometry" in feature else feature
     return [Region(name, rings) for rings in _polygons(path, geometry)]
 

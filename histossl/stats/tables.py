@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from histossl.core.errors import StoreError
-from histossl.core.workspace import written_aside
+from histossl.core.text import CsvReader, write_csv
 
 ALL = "all"
 Budget = int | str  # labelled slides per class, or ALL
@@ -96,7 +96,7 @@ def write_points(path: Path, points: Iterable[Point]) -> None:
     rows = (
         (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points
     )
-    _write(path, POINT_COLUMNS, rows)
+    write_csv(path, POINT_COLUMNS, rows)
 
 
 def read_points(path: Path) -> list[Point]:
@@ -114,7 +114,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Se
         + tuple(repr(float(share)) for share in p.probabilities)
         for p in predictions
     )
-    _write(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
+    write_csv(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
 
 
 def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
@@ -148,7 +148,7 @@ def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
         + (repr(float(r.mean)), repr(float(r.low)), repr(float(r.high)), r.num_draws, r.num_patients)
         for r in summary
     )
-    _write(path, SUMMARY_COLUMNS, rows)
+    write_csv(path, SUMMARY_COLUMNS, rows)
 
 
 def read_summary(path: Path) -> list[SummaryRow]:
@@ -177,18 +177,11 @@ def _fold_of(text: str) -> int | None:
     return int(text) if text else None
 
 
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-
-
 def _read(path: Path, columns: Sequence[str], make: Callable[[Row], T]) -> tuple[list[T], list[str]]:
     """The rows as `make` reads them, and the file's columns. Whatever is wrong names the file and its line."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+            reader = CsvReader(file)
             found = list(reader.fieldnames or [])
             missing = [name for name in columns if name not in found and name not in NOT_IN_OLD_FILES]
             if missing:

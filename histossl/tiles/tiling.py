@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from histossl.core import console
+from histossl.core.anonymous import Names, is_anonymous, settle
 from histossl.core.config import TileConfig, TissueConfig, plain, require
 from histossl.core.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
 from histossl.core.workspace import Workspace, alone_in
@@ -42,7 +43,6 @@ from histossl.tiles.cutting.tile_slide import (
     tile_slide,
 )
 from histossl.tiles.ledger_rows import FAILED, NO_TILES, TILED, Ledger, failed_row, tiled_row, twin_row, untiled
-from histossl.tiles.store.anonymisation import Names
 from histossl.tiles.store.duplicate_slides import file_of, find_twins, moved_store
 from histossl.tiles.store.index import find_zips
 from histossl.tiles.store.zip_store import read_store, read_tiling
@@ -69,13 +69,15 @@ def tile_archive(
     dask: str | None = None,
     silence_s: float = SILENCE_S,
     verify: bool = False,
+    names_file: Path | None = None,
 ) -> list[LedgerRow]:
     """Tile what is not tiled yet; returns this archive's rows of the ledger, one per file.
 
     `num_workers` processes (default: one per core; 0: none, here), or a Dask cluster's. `retry` tries again what
     failed or was replaced. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
     `verify` decodes every tile that is copied, to find flipped bits; else a sample of each slide is decoded.
-    A store has one config: another one is a MismatchError that names what differs.
+    A store has one config: another one is a MismatchError that names what differs. `names_file`: where an anonymous
+    workspace keeps its names (default: beside it).
     """
     require(
         slide_mpp is None or PLAUSIBLE_MPP[0] <= slide_mpp <= PLAUSIBLE_MPP[1],
@@ -89,8 +91,10 @@ def tile_archive(
         raise HistosslError(f"{directory}: no slides in it or its subfolders; give the folder that holds the slides")
     with alone_in(workspace, "tile"):
         _sweep(workspace.tiles)
+        config = replace(config, anonymize=config.anonymize or is_anonymous(workspace))
+        names = settle(workspace, config.anonymize, names_file)
         refuse_other_settings(workspace, config)
-        plan = _plan(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify)
+        plan = _plan(directory, workspace, files, config, names, slide_mpp, mpp_csv, regions, retry, verify)
         ledger = Ledger(workspace.archive_csv, plan.rows, plan.unknown)
         try:
             if not plan.jobs:
@@ -185,6 +189,7 @@ def _plan(
     workspace: Workspace,
     files: Sequence[SlideFile],
     config: TileConfig,
+    names: Names,
     slide_mpp: float | None,
     mpp_csv: Path | None,
     regions: Path | None,
@@ -201,7 +206,6 @@ def _plan(
         if unused:
             console.warn(f"--mpp-csv {mpp_csv}: no slide here answers to {', '.join(unused[:5])}")
     drawn = match_regions(files, regions)
-    names = Names(workspace, config)
     jobs: dict[str, TileJob] = {}
     plan = _Plan(rows=[])
     for each in files:
@@ -212,7 +216,7 @@ def _plan(
             continue
         mpp = given.get(file)
         source = "--mpp-csv" if mpp is not None else "--slide-mpp"
-        name = names.of(each.slide, file)
+        name = names.slide(each.slide, file)
         jobs[file] = TileJob(
             path=each.path.absolute(),
             slide=name,
@@ -356,7 +360,7 @@ def _identity(job: TileJob) -> str:
     """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
     stamps = [stamp(job.path, job.parts), stamp(job.regions) if job.regions else None]
     parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(job.key + json.dumps(parts).encode()).hexdigest()[:16]  # no guess at a name can be checked
 
 
 # ---- running

@@ -82,8 +82,8 @@ def test_other_scanners(tmp_path, monkeypatch, vendor):
 TILE_ONE = """
 import json, sys, time
 from pathlib import Path
-from histossl.config import TileConfig
-from histossl.tiles.one_slide import TileJob, tile_slide
+from histossl.core.config import TileConfig
+from histossl.tiles.cutting.tile_slide import TileJob, tile_slide
 slide, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 started_s = time.process_time()
 made = tile_slide(TileJob(slide, "A1", "A1", out, TileConfig(**settings)), lambda count: None)

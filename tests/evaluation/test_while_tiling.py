@@ -17,7 +17,7 @@ from histossl.evaluation.suggest import suggest
 HOLDER = """
 import sys
 from pathlib import Path
-from histossl.workspace import Workspace, alone_in
+from histossl.core.workspace import Workspace, alone_in
 with alone_in(Workspace(Path(sys.argv[1])), "tile"):
     print("held", flush=True)
     sys.stdin.read()

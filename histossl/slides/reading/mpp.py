@@ -17,6 +17,7 @@ from typing import Any
 from histossl.core import console
 from histossl.core.config import SEPARATORS, refuse_separator, separator_of
 from histossl.core.errors import UsageError
+from histossl.core.text import from_cell
 
 PLAUSIBLE_MPP = (0.05, 5.0)  # 200x oil to 2x: nothing outside is a microscope's
 MAX_ANISOTROPY = 0.02
@@ -168,7 +169,7 @@ def read_mpp_csv(path: Path) -> MppTable:
                 raise UsageError(f"--mpp-csv {path}: needs the columns slide,mpp; it has {','.join(names) or 'none'}")
             mpp: dict[str, float] = {}
             for values in table:
-                row = {(key or "").strip().lower(): (value or "").strip() for key, value in values.items() if key}
+                row = {key.strip().lower(): from_cell((value or "").strip()) for key, value in values.items() if key}
                 slide = row.get("slide") or row.get("wsi") or row.get("file") or ""
                 value = _number(row.get("mpp"))
                 if not slide or value is None or not PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from histossl import __version__
+from histossl.core.anonymous import Names
 from histossl.core.config import TileConfig, plain
 from histossl.core.errors import HistosslError, SlideError, StoreError
 from histossl.core.units import um_from_l0
@@ -142,6 +143,15 @@ def prints_of(job: TileJob) -> tuple[str, str]:
     """Of few samples, and of many."""
     few, many = (fingerprint(job.path, job.key, spots, job.parts) for spots in (10, SPOTS))
     return few, many
+
+
+def without_names(reason: str, job: TileJob) -> str:
+    """What a zip of an anonymous store may say of its slide."""
+    if not job.key:
+        return reason
+    names = Names(job.zip_path.parent, key=job.key)
+    names.take({job.slide: (str(job.path), "")})
+    return names.reason(reason)
 
 
 def regions_fingerprint(job: TileJob) -> str | None:
@@ -321,7 +331,7 @@ class Making:
             "scales": scales,
             "regions": self._region_names,
             "counts": asdict(self._counts),
-            "warnings": warnings,
+            "warnings": [without_names(one, job) for one in warnings],
             "slide": {
                 "file": job.file,
                 "fingerprint": sampled,

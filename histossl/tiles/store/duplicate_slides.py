@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from histossl.core.anonymous import Names
 from histossl.core.errors import StoreError
 from histossl.core.workspace import Workspace
 from histossl.slides.ledger import LedgerRow
 from histossl.tiles.cutting.tile_slide import SlideOutcome, TileJob, prints_of, size_mark
-from histossl.tiles.store.anonymisation import Names
 from histossl.tiles.store.zip_store import new_store, read_store
 
 

@@ -347,7 +347,7 @@ def test_plain_images_take_little_memory_or_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"b\.png: 5120 x 5121 px are too many .* vips tiffsave b\.png b\.tif --tile"):
         open_slide(tmp_path / "b.png", 0.5)
     code = (
-        "import sys; from histossl.slides.reader import open_slide\n"
+        "import sys; from histossl.slides.reading.slide import open_slide\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "slide = open_slide(sys.argv[1], 0.5); before = peak(); slide.thumbnail(500); print(peak() - before)"
     )
@@ -381,7 +381,7 @@ def test_a_tiff_in_one_compressed_piece_takes_little_memory_or_is_refused(
         extrasamples=["unassalpha"],
     )
     code = (
-        "import sys; from histossl.slides.reader import open_slide\n"
+        "import sys; from histossl.slides.reading.slide import open_slide\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "slide = open_slide(sys.argv[1]); before = peak(); slide.read_level(0, 0, 0, 9, 9); print(peak() - before)"
     )
