@@ -13,8 +13,8 @@ From Python (examples/python_api.md shows each at work):
                 make_views(tiles, recipe, ...)    a batch of tiles as augmented views
                 contact_sheet(...)                a picture of them
     Stages      tile, pretrain, embed, finetune, predict: functions of a Workspace, with the configs TileConfig,
-                PretrainConfig, FinetuneConfig, TuneConfig, EmbedConfig, TissueConfig, and RuntimeConfig for how a run is
-                carried out; slides_of_test_patients for what stays out of pretraining
+                PretrainConfig, FinetuneConfig, TuneConfig, EmbedConfig, TissueConfig, and RuntimeConfig for how a run
+                is carried out; slides_of_test_patients for what stays out of pretraining
     Curves      label_efficiency(features, labels, patients) -> CurveResult: the curve for any features, as arrays or
                 HDF5 files. No workspace, no torch
     Printing    with silent(): ...                nothing is printed

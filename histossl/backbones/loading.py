@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from histossl.backbones.weight_files import fitted, read_weights, refuse_non_finite
 from histossl.core import console
+from histossl.core.anonymous import names_above
 from histossl.core.errors import UsageError, WeightsError
 from histossl.core.workspace import written_aside
 
@@ -167,7 +168,7 @@ def save_backbone(path: Path, backbone: nn.Module, info: BackboneInfo) -> None:
         info = replace(info, projection=behind.name, feature_dim=backbone.feature_dim)
         backbone = backbone.backbone
     with written_aside(path.with_suffix(".json")) as aside:
-        aside.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(names_above(path).hidden(asdict(info)), indent=2) + "\n", encoding="utf-8")
     _save_weights(path, backbone)
 
 

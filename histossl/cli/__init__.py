@@ -5,14 +5,17 @@ Heavy imports (torch, timm, sklearn) happen inside the commands, so that `histos
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +29,7 @@ from histossl.cli import (
     embed,
     finetune,
     methods,
+    names,
     predict,
     pretrain,
     report,
@@ -36,6 +40,7 @@ from histossl.cli import (
 )
 from histossl.core import console
 from histossl.core.errors import HistosslError, UsageError
+from histossl.core.text import shown
 from histossl.runtime.launcher_messages import end_with_launcher, is_launched, tell_launcher
 
 # Read by torch's threads when they start. They spin while they wait for each other, unless told to sleep; beside our
@@ -73,7 +78,8 @@ def root(
 
 
 for room in (
-    *(scan, views, tile, curate, pretrain, distill, finetune, suggest, report, predict, embed, methods, bench, demo),
+    *(scan, views, tile, curate, pretrain, distill, finetune, suggest, report),
+    *(predict, embed, names, methods, bench, demo),
 ):
     room.register(app)
 
@@ -158,4 +164,22 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def entry() -> None:
+    _show_names_as_data()
     sys.exit(main())
+
+
+def _show_names_as_data() -> None:
+    """Python's own words too (a traceback, a warning, a library's log) hold names of files."""
+
+    def traceback_shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(shown("".join(traceback.format_exception(kind, error, trace)), lines=True))
+
+    class Plain(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return shown(super().format(record), lines=True)
+
+    as_ever = warnings.formatwarning
+    warnings.formatwarning = lambda *told, **more: shown(as_ever(*told, **more), lines=True)
+    sys.excepthook = traceback_shown
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Plain())

@@ -15,6 +15,7 @@ from histossl.cli.from_config import PRETRAIN, command
 from histossl.cli.pretrain import OnlyPlan, exit_code_of, named
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
+from histossl.core.anonymous import settle
 from histossl.core.config import MOST, DistillConfig, LaunchConfig, PretrainData, RuntimeConfig
 from histossl.core.errors import UsageError
 from histossl.core.options import REQUIRED, Checked, above, between, option
@@ -67,7 +68,7 @@ def register(app: typer.Typer) -> None:
         group=PRETRAIN,
         epilog="Example: histossl distill --teacher histossl-workspace/finetune/default/model --student resnet18\n\n"
         "then histossl predict --model histossl-workspace/pretrain/distillation/model --slides DIR",
-        without=("backbone", "set", "tile_px", "mpp"),  # which the teacher decides
+        without=("backbone", "set", "tile_px", "mpp", "anonymize"),  # which the teacher decides
         change={
             "name": {"unset": NAME},
             "labels": {
@@ -92,7 +93,7 @@ def distill(
     Leaves a backbone as `pretrain` does, and a model folder for `histossl predict`. The same command resumes.
     """
     from histossl.evaluation.distill import leave_model, look_at_teacher, sample_of, slides_held_out
-    from histossl.evaluation.predict import refuse_other_tiles, tile_config
+    from histossl.evaluation.predict import refuse_other_tiles, tile_config_in
     from histossl.evaluation.probe import probe_of
     from histossl.heads.model_folder import load_model
     from histossl.heads.torch_heads import teacher_of
@@ -104,6 +105,7 @@ def distill(
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
+    settle(workspace, given=data.names)
     DistillationConfig(teaching.temperature, teaching.targets)  # refuses what no run could use
     num_processes = 1 if is_worker() else num_processes_for(launching.gpus)
     model = load_model(teaching.teacher, "--teacher")
@@ -111,7 +113,7 @@ def distill(
     if data.slides is not None and not only.only_plan and not is_worker():
         from histossl.tiles.tiling import tile_archive
 
-        tiling = tile_config(model)
+        tiling = tile_config_in(workspace, model)
         rows = tile_archive(data.slides, workspace, tiling, slide_mpp=data.slide_mpp, mpp_csv=data.mpp_csv)
         tell_tiled(rows, workspace, tiling.mpps)
     refuse_while_tiling(workspace)
@@ -142,10 +144,10 @@ def distill(
         return launch(num_processes, sys.argv[1:], launching.max_restarts)
     result = run_pretrain(index, run, config, runtime, judge, teacher=taught)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.panel("finished" if result.finished else "stopped", result.text)
+        console.panel("finished" if result.finished else "stopped", result.text.split("\n"))
         if result.finished:
             text, fit = leave_model(index, run, model, taught, config)
-            console.say(text)
+            console.say(*text.split("\n"))
             if fit:
                 said = ["histossl", "predict", "--model", str(run.model), *named(workspace)]
                 console.say(f"next: {shlex.join(said)}")

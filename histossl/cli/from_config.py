@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from histossl.cli.options import ConfigOption, WorkspaceOption
+from histossl.cli.options import ConfigOption, NamesOption, WorkspaceOption, workspace_of
 from histossl.core.errors import UsageError
 from histossl.core.options import Option, is_required, option_of, shown
 from histossl.core.workspace import Workspace
@@ -165,21 +165,25 @@ def command(
                     slots[slot.name] = replace(slot, option=replace(slot.option, **told))
                     owned[one].append(slot.name)
 
+        begins = "names" in slots  # a command that may begin a workspace settles by itself whether it is anonymous
+
         def run(context: typer.Context, **typed: Any) -> Any:
-            at = typed.pop("workspace", None)
+            at, names_file = typed.pop("workspace", None), typed.pop("names_file", None)
             given = _given(context)
             values = {slot.name: slot.value(typed[slot.name], given) for slot in slots.values()}
             arguments: dict[str, Any] = {
                 one: build(kind, {name: values[name] for name in owned[one]}) for one, kind in configs.items()
             }
             arguments |= {one: given for one, kind in hints.items() if kind is Given}
-            arguments |= {one: Workspace.at(at) for one, kind in hints.items() if kind is Workspace}
+            for one in (one for one, kind in hints.items() if kind is Workspace):
+                arguments[one] = Workspace.at(at) if begins else workspace_of(at, names_file)
             arguments |= {one: context for one, kind in hints.items() if kind is typer.Context}
             return function(**arguments)
 
         parameters = [slot.parameter() for slot in slots.values()]
         if Workspace in hints.values():
             parameters.append(_keyword("workspace", WorkspaceOption))
+            parameters += [] if begins else [_keyword("names_file", NamesOption)]
         if toml and not callback:
             parameters.append(_keyword("config_file", ConfigOption))
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)

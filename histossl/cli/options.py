@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from histossl.core.config import read_toml
+from histossl.core.anonymous import settle
+from histossl.core.config import NAMES_HELP, read_toml
 from histossl.core.errors import UsageError
+from histossl.core.workspace import Workspace
 
 
 def _load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -61,6 +63,16 @@ WorkspaceOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+NamesOption = Annotated[Path | None, typer.Option("--names", metavar="FILE.csv", help=NAMES_HELP, show_default=False)]
+
+
+def workspace_of(folder: Path | None, names: Path | None) -> Workspace:
+    """The workspace of --workspace; an error where it is anonymous and its names are not at hand."""
+    at = Workspace.at(folder)
+    settle(at, given=names)
+    return at
 
 
 def archive_of(directory: Path | None, slides: Path | None) -> Path:

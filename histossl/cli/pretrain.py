@@ -15,6 +15,7 @@ import typer
 from histossl.cli.from_config import PRETRAIN, command
 from histossl.cli.tile import tell_tiled
 from histossl.core import console
+from histossl.core.anonymous import is_anonymous, settle
 from histossl.core.config import LaunchConfig, PretrainConfig, PretrainData, RuntimeConfig, TileConfig
 from histossl.core.errors import StoreError, UsageError
 from histossl.core.options import option
@@ -64,6 +65,10 @@ def pretrain(
     from histossl.training.plan import check, show_plan
     from histossl.training.pretrain import pretrain as run_pretrain
 
+    if data.anonymize and data.slides is None and not is_anonymous(workspace):
+        raise UsageError("--anonymize: names are hidden from when slides are tiled on; add --slides DIR, or drop it")
+    if not data.anonymize or is_anonymous(workspace):
+        settle(workspace, given=data.names)
     self_supervised(config.method)
     num_processes = 1 if is_worker() else num_processes_for(launching.gpus)
     told_already = is_launched() or os.environ.get("RANK", "0") != "0"  # by the launcher, or by the first process
@@ -104,7 +109,7 @@ def pretrain(
         return launch(num_processes, sys.argv[1:], launching.max_restarts)
     result = run_pretrain(index, run, config, runtime, judge)
     if int(os.environ.get("RANK", "0")) == 0:
-        console.panel("finished" if result.finished else "stopped", result.text)
+        console.panel("finished" if result.finished else "stopped", result.text.split("\n"))
         if result.finished:
             said = ["histossl", "finetune", "--labels", str(data.labels or "labels.csv")]
             said += [*(["--adapted", data.name] if data.name else []), *named(workspace)]
@@ -158,7 +163,8 @@ def tile_for(at: Workspace, data: PretrainData) -> None:
     config = stored_config(at) or TileConfig()
     config = config if data.tile_px is None else replace(config, tile_px=data.tile_px)
     config = config if data.mpp is None else replace(config, mpp=data.mpp)
-    rows = tile_archive(data.slides, at, config, slide_mpp=data.slide_mpp, mpp_csv=data.mpp_csv)
+    config = replace(config, anonymize=config.anonymize or data.anonymize)
+    rows = tile_archive(data.slides, at, config, slide_mpp=data.slide_mpp, mpp_csv=data.mpp_csv, names_file=data.names)
     tell_tiled(rows, at, config.mpps)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import typer
 
 from histossl.cli.from_config import EVALUATE, command
+from histossl.core import console
 from histossl.core.errors import UsageError
 from histossl.core.options import Checked, nearest, one_of, option
 from histossl.core.workspace import Workspace
@@ -42,4 +43,4 @@ def report(workspace: Workspace, what: What) -> None:
         raise UsageError(
             f"--name {what.name}: no such curve in {workspace.finetune_root}{nearest(what.name, known)}{there}"
         )
-    typer.echo(write_report(run, workspace, with_umap=what.map == "umap"))
+    console.say(str(write_report(run, workspace, with_umap=what.map == "umap")), to=console.answer)

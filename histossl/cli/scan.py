@@ -13,7 +13,17 @@ import typer
 from histossl.cli.from_config import LOOK, Given, command
 from histossl.cli.options import archive_of
 from histossl.core import console
-from histossl.core.config import MPP, SLIDES_HELP, ScanConfig, TileConfig, check_scales, read_scales
+from histossl.core.anonymous import is_anonymous, settle
+from histossl.core.config import (
+    ANONYMIZE_HELP,
+    MPP,
+    NAMES_HELP,
+    SLIDES_HELP,
+    ScanConfig,
+    TileConfig,
+    check_scales,
+    read_scales,
+)
 from histossl.core.errors import UsageError
 from histossl.core.options import Checked, between, option, show_list
 from histossl.core.workspace import Workspace
@@ -59,6 +69,8 @@ class Scan(Checked):
         "Only read every file again, and list those whose content changed while size and time did not (a failing "
         "disk): exit code 1. Goes on where it stopped.",
     )
+    anonymize: bool = option(False, ANONYMIZE_HELP)
+    names: Path | None = option(None, NAMES_HELP, metavar="FILE.csv")
     workers: int | None = option(
         None, "Processes, one file each. Default: one per core.", check=between(1, 1024, "1 to 1024")
     )
@@ -94,6 +106,8 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
     if asked.check and (asked.verify or asked.again or asked.retry or asked.contact_sheet):
         raise UsageError("--check reads files again and does nothing else; run it without the other options")
     directory = archive_of(asked.directory, asked.slides)
+    if is_anonymous(workspace):
+        settle(workspace, given=asked.names)
     if asked.check:
         return _checksums(directory, workspace, asked.workers, config.time_limit_s, check=True)
     mpp, *coarser = asked.mpp
@@ -113,9 +127,11 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
         previews=asked.contact_sheet,
         again=asked.again,
         retry=asked.retry,
+        anonymize=asked.anonymize,
+        names_file=asked.names,
     )
     _show(scanned)
-    console.say(_totals(scanned, config))
+    console.say(*_totals(scanned, config).split("\n"))
     if differ := other_than_stored(workspace, tiling):
         console.say(
             f"{workspace.tiles} was tiled with other settings than this estimate is for: {differ}; pass scan the ones "
@@ -127,7 +143,8 @@ def scan(workspace: Workspace, asked: Scan, config: ScanConfig, given: Given) ->
     if asked.contact_sheet:
         from histossl.slides.contact_sheet import PAGE_FILES, write_contact_sheet
 
-        title = f"{directory.resolve().name}: {console.count(len(scanned.rows), 'file')}"
+        files = console.count(len(scanned.rows), "file")
+        title = files if is_anonymous(workspace) else f"{directory.resolve().name}: {files}"
         told = _totals(scanned, config)
         pages = write_contact_sheet(workspace.contact_sheet, title, scanned.rows, scanned.previews, told)
         more = f" (links to {len(pages)} pages of up to {PAGE_FILES} files)" if len(pages) > 1 else ""

@@ -17,6 +17,7 @@ from histossl.core.config import (
     MACHINE,
     MPP,
     MPP_CSV_HELP,
+    NAMES_HELP,
     SLIDE_MPP,
     SLIDE_MPP_HELP,
     SLIDES_HELP,
@@ -77,6 +78,7 @@ class Tiling(Checked):
         MACHINE,
         metavar="ADDRESS",
     )
+    names: Path | None = option(None, NAMES_HELP, metavar="FILE.csv")
     retry: bool = option(
         False,
         "Try again what failed or hung before, and tile replaced slides again. Zips are not read through: `unzip -t` "
@@ -145,6 +147,7 @@ def tile(workspace: Workspace, asked: Tiling, config: TileConfig, given: Given) 
         dask=asked.dask,
         silence_s=silence_s,
         verify=asked.verify,
+        names_file=asked.names,
     )
     note_command(workspace.tile_commands)
     tell_tiled(rows, workspace, config.mpps)

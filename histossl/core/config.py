@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from histossl import __version__
+from histossl.core.anonymous import names_above
 from histossl.core.errors import MismatchError, UsageError
 from histossl.core.options import (
     REQUIRED,
@@ -61,6 +62,14 @@ SHARE_OFF = between(0, 1, "a share between 0 and 1 (off)")
 SLIDES_HELP = "Folder with the slides (searched through all its subfolders)."
 SLIDE_MPP_HELP = "Microns per pixel of all slides here, over what they say; those that say otherwise get a warning."
 MPP_CSV_HELP = "The same slide by slide: columns slide,mpp."
+ANONYMIZE_HELP = (
+    "Make a new workspace anonymous: slides, files, folders and patients have pseudonyms (keyed hashes) in all that is "
+    "written below it. The names are in one private file next to it, see --names."
+)
+NAMES_HELP = (
+    "Of an anonymous workspace: the private file that says whose its pseudonyms are. Default: where it was last, at "
+    "first WORKSPACE-names.csv next to the workspace."
+)
 FILTERS = "Filters"  # a panel of help
 read_scales = numbers(float, "a number of microns per pixel, or several, finest first, as 0.5,1,2")
 
@@ -182,11 +191,7 @@ class TileConfig(Checked):
         "do, also where the slide's is not.",
         check=between(1, 100),
     )
-    anonymize: bool = option(
-        False,
-        "Name zips by a keyed hash; WORKSPACE/anonymous-names.csv says what they stand for. Give away the folder tiles "
-        "alone: archive.csv names the files, too.",
-    )
+    anonymize: bool = option(False, ANONYMIZE_HELP)
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def __post_init__(self) -> None:
@@ -429,6 +434,8 @@ class PretrainData(Checked):
     )
     slide_mpp: float | None = option(None, SLIDE_MPP_HELP, DATA, check=SLIDE_MPP)
     mpp_csv: Path | None = option(None, MPP_CSV_HELP, DATA, metavar="FILE.csv")
+    anonymize: bool = option(False, ANONYMIZE_HELP, DATA)
+    names: Path | None = option(None, NAMES_HELP, DATA, metavar="FILE.csv")
 
 
 @dataclass(frozen=True)
@@ -795,16 +802,19 @@ def write_run(path: Path, config: Any, **derived: Any) -> None:
         "versions": {name: _version(name) for name in ("torch", "torchvision", "timm", "openslide-python", "tifffile")},
         **plain(derived),
     }
+    run = names_above(path).hidden(run)
     with written_aside(path) as aside:
         aside.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def note_command(path: Path) -> None:
     """Add this process's command to those that `path` remembers, for the page's "To reproduce"."""
-    before = noted_commands(path)
-    if called() not in before:
+    before, names = noted_commands(path), names_above(path)
+    now = names.command(called())
+    names.write()
+    if now not in before:
         with written_aside(path) as aside:
-            aside.write_text(json.dumps([*before, called()], indent=1) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps([*before, now], indent=1) + "\n", encoding="utf-8")
 
 
 def commands_with(before: Mapping[str, Any]) -> list[list[str]]:
@@ -829,7 +839,8 @@ def noted_commands(path: Path) -> list[list[str]]:
     return [[str(word) for word in one] for one in noted] if isinstance(noted, list) else []
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path, with_names: bool = True) -> dict[str, Any]:
+    """run.json; of an anonymous workspace with the paths that were given, unless for a page that lies in it."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -838,7 +849,7 @@ def read_run(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
         raise MismatchError(f"{path}: holds no 'config'; move the directory aside, or use another --name")
-    return run
+    return dict(names_above(path).revealed(run)) if with_names else run
 
 
 def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ()) -> None:

@@ -3,6 +3,8 @@
 On a terminal and in a notebook progress is a live bar; elsewhere (a log file, a pipe, CI) it is a plain line now and
 then. Within `muted` nothing is printed at all.
 Everything goes to standard error, so that standard output stays free for what a command was asked to print: `answer`.
+
+Whatever is printed here goes through `_text`: names may hold characters that a terminal obeys, or rich's markup.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Literal
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import (
@@ -31,18 +32,33 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from histossl.core.text import shown
+
 console = Console(stderr=True, highlight=False, soft_wrap=False)
 answer = Console(highlight=False, soft_wrap=False)
+named: list[Callable[[str], str]] = []  # what puts the names of an anonymous workspace in place of its pseudonyms
 PLAIN_LINE_EVERY_S = 10.0
 NOTEBOOK_EVERY_S = 0.2  # a kernel that sends more often than that stalls its page
 SHORT, NAME = 16, 32  # letters of a word, of a row's name, that a table does not break
 RESUMED_S = 2.0  # what a bar counts this early was done before
 
 
-def say(text: str, to: Console | None = None) -> None:
-    """One line, as it is: no markup, no wrapping when piped."""
+def _plain(text: str) -> str:
+    for name in named:
+        text = name(text)
+    return shown(text)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """One line, as it is: no markup, and what a terminal would obey as escapes."""
+    return Text(_plain(text), style)
+
+
+def say(*lines: str, to: Console | None = None) -> None:
+    """Each on a line of its own, not wrapped when piped."""
     to = to or console
-    to.print(escape(text), soft_wrap=not to.is_terminal)
+    for line in lines:
+        to.print(_text(line), soft_wrap=not to.is_terminal)
 
 
 @contextmanager
@@ -62,19 +78,20 @@ def count(number: int, thing: str) -> str:
 
 
 def warn(text: str) -> None:
-    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=not console.is_terminal)
+    console.print(Text.assemble(("warning:", "yellow"), " ", _text(text)), soft_wrap=not console.is_terminal)
 
 
 def fail(text: str) -> None:
     """The one red line of an error."""
-    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    console.print(Text.assemble(("error:", "bold red"), " ", _text(text)), soft_wrap=True)
 
 
-def panel(title: str, text: str) -> None:
+def panel(title: str, lines: Sequence[str]) -> None:
+    heading, text = _text(title), Text("\n").join(map(_text, lines))
     if console.is_terminal:
-        console.print(Panel(escape(text), title=escape(title), title_align="left", box=box.ROUNDED, padding=(0, 1)))
+        console.print(Panel(text, title=heading, title_align="left", box=box.ROUNDED, padding=(0, 1)))
     else:
-        console.print(f"== {escape(title)}\n{escape(text)}", soft_wrap=True)
+        console.print(Text("\n").join([Text.assemble("== ", heading), text]), soft_wrap=True)
 
 
 def table(
@@ -89,8 +106,9 @@ def table(
     Where the rows' names (the first column) would have to be broken, each has a line of its own above its row.
     """
     to = to or console
-    drawn = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    lines = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    drawn = Table(title=_text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns, right = list(map(_plain, columns)), list(map(_plain, right))
+    lines = [["" if cell is None else _plain(str(cell)) for cell in row] for row in rows]
     cells = [list(column) for column in zip(columns, *lines, strict=True)]
     widths = _widths(cells, to.width)
     if widths[0] is not None and max(map(len, cells[0])) > widths[0] and not any(" " in cell for cell in cells[0][1:]):
@@ -98,9 +116,9 @@ def table(
         return
     for name, width in zip(columns, widths, strict=True):
         justify: Literal["left", "right"] = "right" if name in right else "left"
-        drawn.add_column(escape(name), justify=justify, overflow="fold", width=width)
+        drawn.add_column(Text(name), justify=justify, overflow="fold", width=width)
     for line in lines:
-        drawn.add_row(*map(escape, line))
+        drawn.add_row(*map(Text, line))
     to.print(drawn)
 
 
@@ -109,14 +127,14 @@ def _names_apart(
 ) -> None:
     cells = [list(column) for column in zip(columns, *lines, strict=True)][1:]
     widths = [width or max(map(len, cell)) for cell, width in zip(cells, _widths(cells, to.width - 2), strict=True)]
-    to.print(f"[italic]{escape(title)}[/]\n\n {escape(columns[0])}", soft_wrap=True)
+    to.print(Text.assemble(_text(title, "italic"), f"\n\n {columns[0]}"), soft_wrap=True)
     for number, (name, *rest) in enumerate([columns, *lines]):
         if number:
-            to.print(f" {escape(name)}", soft_wrap=True)
+            to.print(Text(f" {name}"), soft_wrap=True)
         row = Table.grid(padding=(0, 3, 0, 0))
         for column, width in zip(columns[1:], widths, strict=True):
             row.add_column(justify="right" if column in right else "left", overflow="fold", width=width)
-        row.add_row(*map(escape, rest))
+        row.add_row(*map(Text, rest))
         to.print(Padding(row, (0, 0, 0, 4)))
         if not number:
             to.print(f" {'─' * (to.width - 2)}")
@@ -202,14 +220,14 @@ class _LiveBar(Bar):
 
     def __init__(self, what: str, total: int, unit: str, live: Progress) -> None:
         super().__init__(what, total, unit)
-        self._live, self._task = live, live.add_task(escape(what), total=total, note="")
+        self._live, self._task = live, live.add_task(_plain(what), total=total, note="")
 
     def set_total(self, total: int) -> None:
         super().set_total(total)
         self._live.update(self._task, total=total)
 
     def _changed(self) -> None:
-        self._live.update(self._task, completed=self.done, note=escape(self.note))
+        self._live.update(self._task, completed=self.done, note=_plain(self.note))
 
 
 class _NotebookBar(Bar):
@@ -243,7 +261,7 @@ class _Framed(Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         for task in self.tasks:
             parts = [part for part in task.fields["note"].split(", ") if part]
-            figures = Columns([Text.from_markup(part) for part in parts], padding=(0, 3))
+            figures = Columns([Text(part) for part in parts], padding=(0, 3))
             frame = Group(self.make_tasks_table([task]), figures) if parts else self.make_tasks_table([task])
             yield Panel(frame, box=box.ROUNDED, padding=(0, 1))
 
@@ -263,15 +281,17 @@ def progress(what: str, total: int, unit: str = "", visible: bool = True, framed
         bar.finish()
         return
     columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(escape(unit)),
+        TextColumn(_plain(unit), markup=False),
         TimeElapsedColumn(),
     )
     if framed:
         live: Progress = _Framed(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
     else:
-        live = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+        live = Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=console
+        )
     with live:
         yield _LiveBar(what, total, unit, live)

@@ -17,6 +17,7 @@ from typing import TextIO
 
 from histossl.core.errors import HistosslError, UsageError
 from histossl.core.names import trimmed
+from histossl.core.text import from_cell
 
 CSV_UTF8 = "'CSV UTF-8'"
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
@@ -127,6 +128,7 @@ def _records(
         try:
             cells = tuple(trimmed(cell) for cell in next(reader, []))
             whole = not any(ends in cell for cell in cells for ends in "\r\n")
+            cells = tuple(map(from_cell, cells))
         except csv.Error:  # more text than a cell may hold
             cells, whole = (), False
         at_end = reader.line_num == len(lines)

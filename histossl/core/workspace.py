@@ -3,6 +3,7 @@
 WORKSPACE/
     archive.csv                 the ledger: one row per file of the archive
     checksums.csv               of the archive's files, by `histossl scan --verify`
+    anonymous.json              where its names are, if it is anonymous
     tile-commands.json          how `histossl tile` was called, for the report
     tiles/                      one zip per slide, and index.npy
     pretrain/NAME/              run.json, log.jsonl, checkpoint.pt, backbone.safetensors, backbone.json
@@ -15,6 +16,7 @@ WORKSPACE/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -219,11 +221,6 @@ class Workspace:
         return self.root / "contact-sheet.html"
 
     @property
-    def anonymous_names(self) -> Path:
-        """What the hashed names of an anonymous store stand for, and their key: outside the store, kept private."""
-        return self.root / "anonymous-names.csv"
-
-    @property
     def tiles(self) -> Path:
         return self.root / "tiles"
 
@@ -298,8 +295,10 @@ def file_stem(slide: str) -> str:
 
 
 def _safe(name: str) -> str:
-    if not name or name.startswith(".") or "/" in name or "\\" in name:
-        raise UsageError(f"run name {name!r}: must be one plain directory name, without / or a leading dot")
+    if not name.isprintable() or not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise UsageError(
+            f"run name {name!r}: must be one plain directory name, without /, a leading dot or control characters"
+        )
     return name
 
 
@@ -322,3 +321,16 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # of a read-only disk, say: what went wrong there is told already
             aside.unlink(missing_ok=True)
+
+
+def locked(descriptor: int, shared: bool = False) -> bool:
+    """Whether this process now holds the lock of an open file, until it closes it or ends; `shared`: with others."""
+    try:
+        import fcntl
+    except ImportError:
+        return True  # not on this system: nobody is kept out
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
+    return True

@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import simplejpeg
 import torch
 
+from histossl.core.text import in_html
 from histossl.core.workspace import written_aside
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.loader import decode_good_tiles
@@ -54,13 +54,13 @@ def write_sheet(path: Path, index: TileIndex, title: str, about: str, sections: 
     """Nothing on the page is loaded from elsewhere, and every name is escaped."""
     with written_aside(path) as aside, aside.open("w", encoding="utf-8") as page:
         page.write(
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{in_html(title)}</title>\n'
             f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head><body>\n'
-            f"<h1>{escape(title)}</h1><p>{escape(about)}</p>\n"
+            f"<h1>{in_html(title)}</h1><p>{in_html(about)}</p>\n"
         )
         for section in sections:
             page.write(
-                f'<h2 class="{escape(section.kind)}">{escape(section.heading)}</h2><p>{escape(section.about)}</p>\n'
+                f'<h2 class="{in_html(section.kind)}">{in_html(section.heading)}</h2><p>{in_html(section.about)}</p>\n'
                 '<div class="rows">\n'
             )
             page.writelines(_figure(index, strip) for strip in section.strips)
@@ -83,4 +83,4 @@ def _figure(index: TileIndex, strip: Strip) -> str:
         f'{base64.b64encode(simplejpeg.encode_jpeg(tile.permute(1, 2, 0).contiguous().numpy(), 88)).decode()}">'
         for tile in small
     )
-    return f"<figure><div>{pictures}</div><figcaption>{escape(strip.caption)}</figcaption></figure>\n"
+    return f"<figure><div>{pictures}</div><figcaption>{in_html(strip.caption)}</figcaption></figure>\n"

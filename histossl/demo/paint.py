@@ -14,7 +14,6 @@ Frames: `_um` microns; `_cells` cells of the layout grid; `_px` pixels of the sl
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from histossl.core.errors import UsageError
+from histossl.core.text import write_csv
 from histossl.demo.cells import painted_ground, painted_nuclei
 from histossl.demo.flaws import EDGE_OD, blurred, cover_slip_edge, folded, pen_strokes
 from histossl.demo.layout import (
@@ -165,10 +165,7 @@ def paint_archive(
                 painted.append(slide)
                 if on_painted:
                     on_painted(slide.path.stem)
-    with (directory / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("slide", "label", "patient"))
-        writer.writerows(rows)
+    write_csv(directory / "labels.csv", ("slide", "label", "patient"), rows)
     return painted
 
 

@@ -111,7 +111,7 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
             "On your own slides the start is ImageNet weights unless you say otherwise (here too: --weights imagenet)."
         )
     trained = pretrain(index, workspace.pretrain(NAME), settings, RuntimeConfig(num_workers=1, checkpoint_every="30s"))
-    console.say(trained.text)
+    console.say(*trained.text.split("\n"))
     if trained.stopped_by:
         return trained.stopped_by
 
@@ -120,8 +120,9 @@ def run_demo(output: Path, config: DemoConfig = DemoConfig()) -> Path | int:
     curve = finetune(workspace, NAME, FinetuneConfig(labels=str(at.labels), draws=DRAWS, seed=config.seed))
     report = write_report(curve.run, workspace).resolve()
     console.say(
-        "\nThe slides are painted: this shows that the whole road works here, and says nothing about your tissue.\n"
-        f"{(time.monotonic() - started_s) / 60:.1f} minutes. The report: {report}"
+        "",
+        "The slides are painted: this shows that the full pipeline works here, and says nothing about your tissue.",
+        f"{(time.monotonic() - started_s) / 60:.1f} minutes. The report: {report}",
     )
     return report
 
@@ -143,7 +144,7 @@ def pretraining(config: DemoConfig, num_tiles: int) -> PretrainConfig:
 
 
 def _heading(number: int, stage: str, command: str) -> None:
-    console.say(f"\n[{number}/5] {stage}: histossl {command}")
+    console.say("", f"[{number}/5] {stage}: histossl {command}")
 
 
 def _options(settings: PretrainConfig) -> str:

@@ -337,7 +337,7 @@ def _show_curve(
         right=[f"{table.unit}s", *starts],
     )
     others = [f"{start}: {headline}" for start, headline in verdict.get("others", {}).items()]
-    console.panel("verdict", "\n".join([verdict["headline"], *verdict["sentences"], *others, *verdict["limits"]]))
+    console.panel("verdict", [verdict["headline"], *verdict["sentences"], *others, *verdict["limits"]])
 
 
 # ---- splits
@@ -461,7 +461,7 @@ def _facts(
     workspace: Workspace, index: TileIndex, table: LabelTable, splits: Splits, starts: Starts, config: FinetuneConfig
 ) -> dict[str, Any]:
     columns, rows = labelling.overview(table)
-    ledger = read_ledger(workspace.archive_csv)
+    ledger = read_ledger(workspace.archive_csv, with_names=False)
     return {
         "classes": list(table.classes),
         "unit": table.unit,

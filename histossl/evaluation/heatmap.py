@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from histossl.core.text import shown
 from histossl.core.workspace import written_aside
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.stream.loader import decode_tiles
@@ -73,7 +74,7 @@ def draw_heatmap(
 def _legend(page: Image.Image, x: int, y: int, width: int, caption: str, low: float, high: float) -> None:
     bar = 255 * colormaps[MAP](np.linspace(0, 1, max(2, min(width, 160))))[None, :, :3]
     page.paste(Image.fromarray(np.repeat(bar, BAR_PX - 4, 0).astype(np.uint8)), (x, y + 4))
-    ImageDraw.Draw(page).text((x, y + BAR_PX + 4), f"{low:.2g} to {high:.2g}: {caption}", fill="black")
+    ImageDraw.Draw(page).text((x, y + BAR_PX + 4), f"{low:.2g} to {high:.2g}: {shown(caption)}", fill="black")
 
 
 def qupath_corners(index: TileIndex, slide: str, numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,7 +11,6 @@ WORKSPACE/predictions/NAME/
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -23,11 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histossl.core import console
+from histossl.core.anonymous import is_anonymous, names_of
 from histossl.core.config import EmbedConfig, TileConfig, TissueConfig, read_run, write_run
 from histossl.core.errors import MismatchError, StoreError, UsageError
 from histossl.core.names import exact_key
+from histossl.core.text import CsvReader, write_csv
 from histossl.core.text_files import separator_in
-from histossl.core.workspace import PredictionDir, Workspace, written_aside
+from histossl.core.workspace import PredictionDir, Workspace
 from histossl.evaluation.heatmap import draw_heatmap, qupath_corners, write_qupath
 from histossl.features.extraction import Bags, device_of, embed_slides, slide_tiles
 from histossl.heads.abmil import FittedAbmil
@@ -35,7 +36,7 @@ from histossl.heads.feature_heads import Floats
 from histossl.heads.model_folder import Model, distances, load_model
 from histossl.labels.training_slides import Learnt, slides_learnt
 from histossl.runtime.locks import refuse_while_tiling
-from histossl.slides.ledger import LedgerRow
+from histossl.slides.ledger import LedgerRow, hidden
 from histossl.tiles.store.anonymisation import holders
 from histossl.tiles.store.index import TileIndex
 from histossl.tiles.tiling import tile_archive
@@ -83,7 +84,8 @@ def predict(
     _refuse_another_model(folder, digest)
     rows: list[LedgerRow] = []
     if slides is not None:
-        rows = tile_archive(slides, workspace, tile_config(model), slide_mpp=slide_mpp, mpp_csv=mpp_csv)
+        rows = tile_archive(slides, workspace, tile_config_in(workspace, model), slide_mpp=slide_mpp, mpp_csv=mpp_csv)
+        rows = [hidden(row, names_of(workspace)) for row in rows]
         _refuse_none(slides, rows, [row for row in rows if row.num_tiles or row.tile_twin])
     refuse_while_tiling(workspace)
     index = TileIndex.open(workspace)
@@ -156,6 +158,13 @@ def tile_config(model: Model) -> TileConfig:
     """How slides must be tiled for this model."""
     stored = dict(model.info.provenance["tiling"])
     return TileConfig(**{**stored, "tissue": TissueConfig(**stored["tissue"])})
+
+
+def tile_config_in(workspace: Workspace, model: Model) -> TileConfig:
+    """The same, but whether names are hidden is the workspace's; a new one is as the model's was."""
+    config = tile_config(model)
+    new = not workspace.archive_csv.exists() and not workspace.tiles.exists()
+    return replace(config, anonymize=config.anonymize if new else is_anonymous(workspace))
 
 
 def refuse_other_tiles(model: Model, index: TileIndex, option: str = "--model") -> None:
@@ -281,15 +290,11 @@ def _write(
     now = {exact_key(str(row[0])) for row in rows}
     if path.exists():
         with path.open(newline="", encoding="utf-8-sig") as file:
-            before = list(csv.DictReader(file, delimiter=separator_in(file, {"slide"}.issubset)))
+            before = list(CsvReader(file, separator_in(file, {"slide"}.issubset)))
         # An older version's rows had no trained_on: that cell stays empty.
         kept = [row for row in before if {*row} <= {*columns} and exact_key(row.get("slide", "")) not in now]
         rows += [[row.get(name, "") for name in columns] for row in kept]
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(columns)
-        rows.sort(key=lambda row: str(row[0]))
-        table.writerows(rows)
+    write_csv(path, columns, sorted(rows, key=lambda row: str(row[0])))
 
 
 def _show(

@@ -11,7 +11,6 @@ the mutual information of the prediction and the head (Houlsby et al. 2011, arXi
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 from histossl.core import console
 from histossl.core.config import EmbedConfig, FinetuneConfig
 from histossl.core.errors import UsageError
-from histossl.core.workspace import Workspace, written_aside
+from histossl.core.text import write_csv
+from histossl.core.workspace import Workspace
 from histossl.evaluation.model_selection import PREFERRED
 from histossl.features.extraction import COLOUR, Bags, device_of, embed_slides, slide_tiles
 from histossl.features.initialisations import resolve_starts
@@ -223,12 +223,11 @@ class _Pooled:
 
 
 def _write(path: Path, found: Sequence[Suggestion]) -> None:
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["rank", "slide", "score", "stands_for", "disagreement", "nearest_labelled", "reason"])
-        for rank, one in enumerate(found, start=1):
-            figures = [f"{one.score:.4f}", one.stands_for, f"{one.disagreement:.4f}"]
-            table.writerow([rank, one.slide, *figures, one.nearest_labelled, one.reason])
+    rows = []
+    for rank, one in enumerate(found, start=1):
+        figures = [f"{one.score:.4f}", one.stands_for, f"{one.disagreement:.4f}"]
+        rows.append([rank, one.slide, *figures, one.nearest_labelled, one.reason])
+    write_csv(path, ["rank", "slide", "score", "stands_for", "disagreement", "nearest_labelled", "reason"], rows)
 
 
 def _show(found: Sequence[Suggestion], start: str) -> None:

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from histossl.backbones.loading import BackboneInfo, load_backbone, save_backbone
+from histossl.core.anonymous import names_above
 from histossl.core.config import plain
 from histossl.core.errors import UsageError, WeightsError
 from histossl.core.workspace import written_aside
@@ -82,7 +83,8 @@ def save_model(
     with written_aside(folder / "head.safetensors") as aside:
         save_file(arrays, aside)
     with written_aside(folder / "model.json") as aside:
-        aside.write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        record = names_above(folder).hidden(asdict(info))
+        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path, option: str = "--model") -> Model:
@@ -112,7 +114,7 @@ def load_model(folder: Path, option: str = "--model") -> Model:
 
 def is_model_of(folder: Path, info: ModelInfo) -> bool:
     """Whether the folder already holds the model that `info` describes."""
-    return bool(_stored(folder) == plain(asdict(info)))
+    return bool(_stored(folder) == names_above(folder).hidden(plain(asdict(info))))
 
 
 def start_of_model(folder: Path) -> str:

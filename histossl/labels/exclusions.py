@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from histossl.core import console
+from histossl.core.anonymous import names_above
 from histossl.core.errors import LabelsError, UsageError
+from histossl.core.text import from_cell
 from histossl.core.text_files import read_lines
 from histossl.labels.label_csv import Row, read_labels, read_rows
 from histossl.labels.label_table import LabelTable, match_labels, refuse_two_cases
+from histossl.labels.load_labels import by_pseudonyms
 from histossl.labels.slide_lookup import SlideNames, cases_in
 from histossl.tiles.store.index import TileIndex
 
@@ -27,7 +30,8 @@ def labelled_slides(path: Path, index: TileIndex) -> LabelTable | None:
             "been seen here (without their labels), and the report will say so"
         )
     try:
-        return match_labels(rows, SlideNames.of(index), source=str(path), mixed_patients=True)
+        table = match_labels(rows, SlideNames.of(index), source=str(path), mixed_patients=True)
+        return by_pseudonyms(table, names_above(index.path))
     except LabelsError as error:
         names = SlideNames.of(index)
         if not any(names.find(row.slide) for row in rows):
@@ -97,7 +101,8 @@ def _refuse_two_sides(path: Path, rows: Sequence[Row], names: SlideNames) -> Non
 
 def read_exclusions(path: Path | None) -> list[tuple[int, str]]:
     """The names in a file with one on each line, and the numbers of the lines."""
-    return [] if path is None else read_lines(path, f"--exclude {path}")
+    lines = [] if path is None else read_lines(path, f"--exclude {path}")
+    return [(number, from_cell(line)) for number, line in lines]
 
 
 def excluded_slides(path: Path | None, index: TileIndex) -> set[str]:

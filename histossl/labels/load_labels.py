@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from histossl.core import console
+from histossl.core.anonymous import Names, names_of
 from histossl.core.config import FinetuneConfig
 from histossl.core.errors import LabelsError
 from histossl.core.workspace import Workspace
@@ -22,7 +23,27 @@ MISSING_SHOWN = 5
 
 
 def labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfig) -> LabelTable:
-    """The labels of `config` on the tiles of `index`, in the unit asked for."""
+    """The labels of `config` on the tiles of `index`, in the unit asked for; by pseudonyms, if the tiles are."""
+    return by_pseudonyms(_labelled_items(workspace, index, config), names_of(workspace))
+
+
+def by_pseudonyms(table: LabelTable, names: Names) -> LabelTable:
+    """Slides' names were found in memory; what is written of them and their patients are pseudonyms."""
+    if not names.key:
+        return table
+    named = replace(
+        table,
+        items=tuple(replace(item, patient=names.patient(item.patient)) for item in table.items),
+        patients_beside=tuple((slide, names.patient(patient)) for slide, patient in table.patients_beside),
+        missing=tuple((names.slide(slide), why) for slide, why in table.missing),
+    )
+    missing = tuple((slide, names.reason(why)) for slide, why in named.missing)
+    named = replace(named, missing=missing, notes=tuple(map(names.sentence, table.notes)))
+    names.write()
+    return named
+
+
+def _labelled_items(workspace: Workspace, index: TileIndex, config: FinetuneConfig) -> LabelTable:
     path = Path(config.labels)
     if config.regions or path.is_dir():
         file = LabelFile([], []) if path.is_dir() else read_labels(path, needs_label=False)

@@ -17,7 +17,7 @@ from histossl.tiles.store.index import TileIndex
 TCGA_CASE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 TCGA_SAMPLE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-[0-9]{2}", re.IGNORECASE)
 TCGA_NORMAL = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-1[0-9]", re.IGNORECASE)  # samples 10 to 19
-NAMELESS = "tiled under an anonymous name; bring WORKSPACE/anonymous-names.csv back, which says under which"
+NAMELESS = "tiled under a pseudonym that is not known; name the file of names with --names FILE"
 NO_TILES = "no tiles: "  # how a hint begins that is about a slide of the archive
 
 

@@ -102,7 +102,7 @@ class Content:
 def read_content(run: FinetuneDir, workspace: Workspace) -> Content:
     if not run.predictions.exists():
         raise StoreError(f"{run.root} holds no predictions.csv: nothing to report yet; run histossl finetune first")
-    facts = read_run(run.run_json) if run.run_json.exists() else {}
+    facts = read_run(run.run_json, with_names=False) if run.run_json.exists() else {}
     predictions, classes = verdict.read_predictions(run.predictions)
     split = facts.get("split", {})
     measured = measure(predictions, classes, **verdict.pool_of(split))
@@ -113,7 +113,7 @@ def read_content(run: FinetuneDir, workspace: Workspace) -> Content:
         classes=classes,
         measured=measured,
         summary=verdict.summarise(measured),
-        ledger=read_ledger(workspace.archive_csv),
+        ledger=read_ledger(workspace.archive_csv, with_names=False),
         pretrain_runs=_pretraining_of(facts, workspace),
     )
 

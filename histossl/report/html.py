@@ -24,6 +24,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from histossl import __version__
+from histossl.core import text
+from histossl.core.anonymous import HERE, is_anonymous
 from histossl.core.config import noted_commands, read_run
 from histossl.core.workspace import FinetuneDir, Workspace, written_aside
 from histossl.report import content as contents
@@ -61,6 +63,7 @@ def render(content: Content, features: Features | None = None) -> str:
         loader=jinja2.PackageLoader("histossl.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_seen,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -338,7 +341,11 @@ def _plainly(value: Any) -> str:
 def _commands(content: Content) -> list[str]:
     """How each stage was called (every finetuning of this name, every run of a pooled start), and the page's own."""
     calls = noted_commands(_workspace_of(content).tile_commands)
-    calls += [read_run(run.run_json).get("command", []) for run in content.pretrain_runs if run.run_json.exists()]
+    calls += [
+        read_run(run.run_json, with_names=False).get("command", [])
+        for run in content.pretrain_runs
+        if run.run_json.exists()
+    ]
     calls += _finetunings(content)
     commands = [*map(_command, calls), _remake(content)]
     return [command for command in dict.fromkeys(commands) if command]
@@ -351,7 +358,8 @@ def _finetunings(content: Content) -> list[list[str]]:
 
 def _remake(content: Content) -> str:
     given = next(filter(None, map(_workspace_given, reversed(_finetunings(content)))), None)
-    where = given or str(_workspace_of(content).root)
+    workspace = _workspace_of(content)
+    where = HERE if is_anonymous(workspace) else given or str(workspace.root)
     return shlex.join(["histossl", "report", "--name", content.run.root.name, "-w", where])
 
 
@@ -464,7 +472,7 @@ def _pretraining_figure(content: Content) -> dict[str, Any] | None:
     }
     if not shown:
         return None
-    run = read_run(content.pretrain.run_json) if content.pretrain.run_json.exists() else {}
+    run = read_run(content.pretrain.run_json, with_names=False) if content.pretrain.run_json.exists() else {}
     return {
         "name": content.pretrain.root.name,
         "others": [run.root.name for run in content.pretrain_runs if run.root != content.pretrain.root],
@@ -473,6 +481,11 @@ def _pretraining_figure(content: Content) -> dict[str, Any] | None:
         "config": _settings(_as_planned(run)),
         "steps": int(max(steps[-1] for steps, _ in log.values() if len(steps))),
     }
+
+
+def _seen(value: object) -> object:
+    """Whatever the page shows: names with characters that are not seen, or that turn the text about them."""
+    return text.shown(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _drawn(figure: Figure, name: str, title: str) -> Markup:

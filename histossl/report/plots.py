@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
+from histossl.core.text import shown as seen
+
 Floats = NDArray[np.float64]
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,12 +98,12 @@ def svg(figure: Figure, name: str, title: str = "") -> str:
         figure.savefig(
             buffer, format="svg", dpi=220, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    text = buffer.getvalue()
+    text = seen(buffer.getvalue(), lines=True)  # no reader of XML takes a control character
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", lambda found: found[1] + FONTS, text)
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    label = seen(title).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1).strip()
 
 
@@ -448,6 +450,7 @@ def _names_below(axes: Axes, kinds: Sequence[str], palette: Floats) -> None:
         matplotlib.lines.Line2D([], [], marker="o", linestyle="", color=tuple(colour), markersize=4)
         for colour in palette
     ]
+    kinds = [f" {kind}" if kind.startswith("_") else kind for kind in kinds]  # else matplotlib leaves it out
     axes.legend(
         handles, kinds, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=min(3, len(kinds)), frameon=False,
         fontsize=8, handletextpad=0.1, columnspacing=0.8, borderpad=0.1,

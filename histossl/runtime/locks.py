@@ -6,29 +6,14 @@ process ends, so a lock file that is left behind says nothing: what counts is wh
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from histossl.core.errors import HistosslError, StoreError, TrainingError
-from histossl.core.workspace import FinetuneDir, PretrainDir, Workspace
+from histossl.core.workspace import FinetuneDir, PretrainDir, Workspace, locked
 from histossl.runtime.launcher_messages import is_launched
-
-
-def locked(descriptor: int, shared: bool = False) -> bool:
-    """Whether this process now holds the lock of an open file, until it closes it or ends; `shared`: with others."""
-    try:
-        import fcntl
-    except ImportError:
-        return True  # not on this system: nobody is kept out
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else a file system without locks
-    return True
-
 
 # ---- a workspace
 

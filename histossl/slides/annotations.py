@@ -196,7 +196,9 @@ def _class_of(feature: dict[str, Any]) -> str:
         names = classification.get("names")  # since 0.4, of a derived class
         if name is None and isinstance(names, list):
             name = ": ".join(str(one) for one in names)
-    return unicodedata.normalize("NFC", name.strip()) if isinstance(name, str) else NAMELESS
+    if not isinstance(name, str):
+        return NAMELESS
+    return unicodedata.normalize("NFC", name.strip().encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _polygons(path: Path, geometry: Any) -> list[Polygon]:

@@ -12,12 +12,14 @@ import csv
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 
 from histossl.core import console
+from histossl.core.anonymous import names_above
 from histossl.core.errors import HistosslError, StoreError
-from histossl.core.workspace import Workspace, written_aside
+from histossl.core.text import CsvReader, write_csv
+from histossl.core.workspace import Workspace
 from histossl.runtime.locks import alone_in_workspace
 from histossl.runtime.process_pool import Report, num_cores, run_jobs
 from histossl.slides.archive import SlideFile, relative, walk
@@ -178,20 +180,21 @@ class _Book:
 
     def write(self) -> None:
         rows = sorted([*self._others, *self.mine.values()], key=lambda one: (one.archive, one.file))
-        with written_aside(self._path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, [one.name for one in fields(Checksum)], lineterminator="\n")
-            table.writeheader()
-            table.writerows(asdict(one) for one in rows)
+        names = names_above(self._path)
+        rows = [replace(one, archive=names.place(one.archive), file=names.file(one.file)) for one in rows]
+        names.write()
+        write_csv(self._path, [one.name for one in fields(Checksum)], map(astuple, rows))
         self._written_s = time.monotonic()
 
 
 def _rows(path: Path) -> Iterator[Checksum]:
     try:
+        names = names_above(path)
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
+            for row in CsvReader(file):
                 yield Checksum(
-                    row["archive"],
-                    row["file"],
+                    names.name_of(row["archive"]),
+                    names.name_of(row["file"]),
                     int(row["bytes"]),
                     int(row["modified_ns"]),
                     row["sha256"],

@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from html import escape
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
+from histossl.core.anonymous import names_above
+from histossl.core.text import in_html
 from histossl.core.workspace import written_aside
-from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow
+from histossl.slides.ledger import OK, UNREADABLE, WARNING, LedgerRow, hidden
 from histossl.slides.scan import Preview
 
 PAGE_FILES = 200
@@ -52,8 +53,11 @@ def write_contact_sheet(
 ) -> list[Path]:
     """All slides of a scan: on `path`, or if they are many on pages beside it that `path` lists. Returns these.
 
-    Nothing on a page is loaded from elsewhere, and every name is escaped.
+    Nothing on a page is loaded from elsewhere, and every name is escaped, or hidden in an anonymous workspace.
     """
+    names = names_above(path)
+    previews = {names.file(file): preview for file, preview in previews.items()} if names.key else previews
+    rows, title, totals = [hidden(row, names) for row in rows], names.sentence(title), names.sentence(totals)
     parts = [rows[start : start + PAGE_FILES] for start in range(0, len(rows), PAGE_FILES)] or [rows]
     if len(parts) == 1:
         pages = [path]
@@ -76,9 +80,9 @@ def write_contact_sheet(
 def _page(path: Path, title: str, totals: str) -> Iterator[TextIO]:
     with written_aside(path) as aside, aside.open("w", encoding="utf-8") as page:
         page.write(
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{in_html(title)}</title>\n'
             f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head><body>\n'
-            f'<h1>{escape(title)}</h1><p class="totals">{escape(totals).replace(chr(10), "<br>")}</p>\n'
+            f'<h1>{in_html(title)}</h1><p class="totals">{in_html(totals).replace(chr(10), "<br>")}</p>\n'
         )
         yield page
         page.write("</body></html>\n")
@@ -112,8 +116,8 @@ def _write_list(
             counts = Counter(row.status for row in part)
             said = ", ".join(f"{counts[status]} {status}" for status in (OK, WARNING, UNREADABLE) if counts[status])
             page.write(
-                f'<tr><td><a href="{quote(other.name)}">page {number}</a></td><td>{escape(part[0].file)}</td>'
-                f"<td>to {escape(part[-1].file)}</td><td>{said}</td></tr>\n"
+                f'<tr><td><a href="{quote(other.name)}">page {number}</a></td><td>{in_html(part[0].file)}</td>'
+                f"<td>to {in_html(part[-1].file)}</td><td>{said}</td></tr>\n"
             )
         page.write("</table>")
 
@@ -136,10 +140,11 @@ def _card(row: LedgerRow, preview: Preview | None) -> str:
         f"{row.tissue_mm2:g} mm² tissue" if row.tissue_mm2 is not None else "",
         f"{row.expected_tiles:,} tiles" if row.expected_tiles is not None else "",
     ]
-    told = f'<p><b class="status">{escape(row.status)}</b> {escape(row.reason)}</p>'
+    told = f'<p><b class="status">{in_html(row.status)}</b> {in_html(row.reason)}</p>'
     return (
-        f'<article class="{escape(row.status)}">{_figure(preview) if preview else ""}<div class="about">'
-        f"<h2>{escape(row.file)}</h2><p>{escape(', '.join(fact for fact in facts if fact))}</p>{told}</div></article>\n"
+        f'<article class="{in_html(row.status)}">{_figure(preview) if preview else ""}<div class="about">'
+        f"<h2>{in_html(row.file)}</h2><p>{in_html(', '.join(fact for fact in facts if fact))}</p>{told}"
+        "</div></article>\n"
     )
 
 

@@ -10,10 +10,12 @@ import csv
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
+from histossl.core.anonymous import Names, names_above
 from histossl.core.errors import StoreError
+from histossl.core.text import CsvReader, write_csv
 from histossl.core.text_files import separator_in
-from histossl.core.workspace import written_aside
 
 OK, WARNING, UNREADABLE = "ok", "warning", "unreadable"
 
@@ -78,14 +80,21 @@ ONE_LINE = ("reason", "tile_reason")  # what a library said may run over several
 KNOWN = tuple(one for one in fields(LedgerRow) if one.name != "extra")
 
 
-def read_ledger(path: Path) -> list[LedgerRow]:
-    """The rows of archive.csv in its order; none if there is no such file yet."""
+def read_ledger(path: Path, with_names: bool = True) -> list[LedgerRow]:
+    """The rows of archive.csv in its order; none if there is no such file yet.
+
+    Of an anonymous workspace with the names that its pseudonyms stand for, unless for a page that lies in it.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter=separator_in(file, {"file"}.issubset))
+            table = CsvReader(file, separator_in(file, {"file"}.issubset))
             if table.fieldnames is not None and "file" not in table.fieldnames:
                 raise StoreError(f"{path}: has no column 'file'; move it aside and run histossl scan again")
-            return [_row(path, table.line_num, values) for values in table]
+            rows = [_row(path, table.line_num, values) for values in table]
+            names = names_above(path)
+            if with_names and names.key:
+                rows = sorted((_revealed(row, names) for row in rows), key=lambda row: row.file)
+            return rows
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -93,15 +102,41 @@ def read_ledger(path: Path) -> list[LedgerRow]:
 
 
 def write_ledger(path: Path, rows: Iterable[LedgerRow]) -> None:
-    """All rows, sorted by file, whole or not at all."""
-    rows = sorted(rows, key=lambda row: row.file)
+    """All rows, sorted by file, whole or not at all; in an anonymous workspace by pseudonyms."""
+    names, rows = names_above(path), list(rows)
+    if names.key:
+        for row in rows:  # a reason may speak of any other file
+            hidden(replace(row, reason="", tile_reason=""), names)
+        rows = [hidden(row, names) for row in rows]
+        names.write()
+    rows.sort(key=lambda row: row.file)
     added = sorted({name for row in rows for name in row.extra})
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow([*(one.name for one in KNOWN), *added])
-        for row in rows:
-            known = [_text(getattr(row, one.name), one.name in ONE_LINE) for one in KNOWN]
-            table.writerow([*known, *(_text(row.extra.get(name, "")) for name in added)])
+    cells = (
+        [_text(getattr(row, one.name), one.name in ONE_LINE) for one in KNOWN] + [row.extra.get(name) for name in added]
+        for row in rows
+    )
+    write_csv(path, [*(one.name for one in KNOWN), *added], cells)
+
+
+def hidden(row: LedgerRow, names: Names) -> LedgerRow:
+    """A row as it may be written into an anonymous workspace; `names` learns what it hides, and is to be written."""
+    if not names.key:
+        return row
+    return replace(
+        row,
+        file=names.file(row.file),
+        slide=names.slide(row.slide, row.file),
+        archive=names.place(row.archive),
+        duplicate_of=names.file(row.duplicate_of),
+        reason=names.reason(row.reason),
+        tile_reason=names.reason(row.tile_reason),
+    )
+
+
+def _revealed(row: LedgerRow, names: Names) -> LedgerRow:
+    columns = ("file", "slide", "archive", "duplicate_of", "reason", "tile_reason")
+    found: dict[str, Any] = {name: names.with_names(getattr(row, name)) for name in columns}
+    return replace(row, **found)
 
 
 def merged(before: Iterable[LedgerRow], now: Iterable[LedgerRow]) -> list[LedgerRow]:
@@ -136,10 +171,7 @@ def _value(path: Path, line: int, column: Field[object], text: str) -> object:
     return text
 
 
-def _text(value: object, one_line: bool = False) -> str:
-    if value is None:
-        return ""
+def _text(value: object, one_line: bool) -> object:
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".")
-    # Two blanks in a file's name are part of it; a carriage return csv would take for the end of a row.
-    return " ".join(str(value).split()) if one_line else str(value).replace("\r", " ")
+    return " ".join(str(value).split()) if one_line else value  # two blanks in a file's name are part of it

@@ -32,6 +32,7 @@ from scipy import ndimage
 
 from histossl import __version__
 from histossl.core import console
+from histossl.core.anonymous import settle
 from histossl.core.config import ScanConfig, plain
 from histossl.core.errors import HistosslError, SlideError
 from histossl.core.units import um_from_l0
@@ -143,12 +144,15 @@ def scan(
     previews: bool = False,
     again: bool = False,
     retry: bool = False,
+    anonymize: bool = False,
+    names_file: Path | None = None,
 ) -> Scanned:
     """Look at every file and write archive.csv. Rows of files unchanged since the last scan are taken from there.
 
     `num_workers` processes (default: one per core). `again` opens every file anew, but not those that hung before and
     have not changed: `retry` opens these. `previews` makes the pictures of the contact sheet. `regions` is a folder of
-    GeoJSON files; those beside the slides are found without it.
+    GeoJSON files; those beside the slides are found without it. `anonymize` makes a new workspace anonymous;
+    `names_file` is where its names lie (default: beside it).
     """
     directory = Path(directory)
     walked = walk(directory)
@@ -160,11 +164,12 @@ def scan(
     given = table.among([(relative(one.path, directory), one.slide) for one in walked.found]) if table else {}
     drawn = match_regions(walked.found, regions)
     with alone_in_workspace(workspace, "scan"):
+        names = settle(workspace, anonymize, names_file)
         known = {row.file: row for row in read_ledger(workspace.archive_csv)}
         rows: dict[str, LedgerRow] = {}
         jobs: list[ScanJob] = []
         for one in walked.found:
-            job = _job(one, directory, config, given, drawn.get(one.path, NONE), previews, known)
+            job = _job(one, directory, config, given, drawn.get(one.path, NONE), previews, known, names.key)
             before = known.get(job.row.file)
             if one.problem:
                 rows[job.row.file] = replace(job.row, status=UNREADABLE, reason=one.problem)
@@ -202,7 +207,7 @@ def scan(
         here = directory.absolute()
         used = (one.path for one in drawn.values() if one.path is not None and one.path.is_relative_to(here))
         passed = walked.ignored - Counter(path.suffix.lower() for path in used)
-        return Scanned(found, dict(passed.most_common()), shown)
+        return Scanned(found, dict(names.kinds(passed).most_common()), shown)
 
 
 def _job(
@@ -213,6 +218,7 @@ def _job(
     drawn: Annotations,
     preview: bool,
     known: dict[str, LedgerRow],
+    key: bytes,
 ) -> ScanJob:
     file = relative(one.path, directory)
     mpp = given.get(file)
@@ -225,7 +231,7 @@ def _job(
     before = known.get(file, LedgerRow(file))
     row = replace(
         LedgerRow(file, slide=one.slide, bytes=size, modified_s=modified_s, archive=resolved(directory)),
-        settings=hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12],
+        settings=hashlib.sha256(key + json.dumps(told, sort_keys=True).encode()).hexdigest()[:12],
         extra=before.extra,
         **{name: getattr(before, name) for name in TILE_COLUMNS},
     )

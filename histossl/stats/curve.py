@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from histossl.core.text import write_csv
 from histossl.stats import tables
 from histossl.stats.bootstrap import Measured, Series, measure
 from histossl.stats.confidence_intervals import Comparison, compare, summarise
@@ -66,8 +67,8 @@ class CurveResult:
         tables.write_points(folder / "points.csv", self.points)
         tables.write_summary(folder / "summary.csv", self.summary)
         tables.write_predictions(folder / "predictions.csv", self.predictions, self.classes)
-        tables.write_table(folder / "comparisons.csv", COMPARISON_COLUMNS, self._comparison_rows())
-        tables.write_table(folder / "labels_saved.csv", SAVED_COLUMNS, self._saved_rows())
+        write_csv(folder / "comparisons.csv", COMPARISON_COLUMNS, self._comparison_rows())
+        write_csv(folder / "labels_saved.csv", SAVED_COLUMNS, self._saved_rows())
         return folder
 
     def _comparison_rows(self) -> Iterable[Sequence[object]]:

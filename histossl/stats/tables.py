@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from histossl.core.errors import StoreError
+from histossl.core.text import CsvReader, write_csv
 from histossl.core.text_files import separator_in
-from histossl.core.workspace import written_aside
 
 ALL = "all"
 Budget = int | str  # labelled slides per class, or ALL
@@ -97,7 +97,7 @@ def write_points(path: Path, points: Iterable[Point]) -> None:
     rows = (
         (p.start, p.backbone, p.head, p.budget, p.draw, _cell(p.fold), p.metric, repr(float(p.value))) for p in points
     )
-    write_table(path, POINT_COLUMNS, rows)
+    write_csv(path, POINT_COLUMNS, rows)
 
 
 def read_points(path: Path) -> list[Point]:
@@ -115,7 +115,7 @@ def write_predictions(path: Path, predictions: Iterable[Prediction], classes: Se
         + tuple(repr(float(share)) for share in p.probabilities)
         for p in predictions
     )
-    write_table(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
+    write_csv(path, PREDICTION_COLUMNS + tuple(f"p_{name}" for name in classes), rows)
 
 
 def read_predictions(path: Path) -> tuple[list[Prediction], list[str]]:
@@ -149,7 +149,7 @@ def write_summary(path: Path, summary: Iterable[SummaryRow]) -> None:
         + (repr(float(r.mean)), repr(float(r.low)), repr(float(r.high)), r.num_draws, r.num_patients)
         for r in summary
     )
-    write_table(path, SUMMARY_COLUMNS, rows)
+    write_csv(path, SUMMARY_COLUMNS, rows)
 
 
 def read_summary(path: Path) -> list[SummaryRow]:
@@ -178,18 +178,11 @@ def _fold_of(text: str) -> int | None:
     return int(text) if text else None
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-
-
 def _read(path: Path, columns: Sequence[str], make: Callable[[Row], T]) -> tuple[list[T], list[str]]:
     """The rows as `make` reads them, and the file's columns. Whatever is wrong names the file and its line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=separator_in(file, ({*columns} - {*NOT_IN_OLD_FILES}).issubset))
+            reader = CsvReader(file, separator_in(file, ({*columns} - {*NOT_IN_OLD_FILES}).issubset))
             found = list(reader.fieldnames or [])
             missing = [name for name in columns if name not in found and name not in NOT_IN_OLD_FILES]
             if missing:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from histossl.core import console
+from histossl.core.anonymous import Names, is_anonymous, settle
 from histossl.core.config import SLIDE_MPP, TileConfig, TissueConfig, require
 from histossl.core.errors import HistosslError, MismatchError, SlideError, StoreError, UsageError
 from histossl.core.workspace import Workspace
@@ -43,7 +44,6 @@ from histossl.tiles.cutting.tile_slide import (
     tile_slide,
 )
 from histossl.tiles.ledger_rows import FAILED, NO_TILES, TILED, Ledger, failed_row, tiled_row, twin_row, untiled
-from histossl.tiles.store.anonymisation import Names
 from histossl.tiles.store.duplicate_slides import Twin, file_of, find_twins, moved_store
 from histossl.tiles.store.index import find_zips
 from histossl.tiles.store.zip_store import read_store, read_tiling
@@ -70,6 +70,7 @@ def tile_archive(
     dask: str | None = None,
     silence_s: float = SILENCE_S,
     verify: bool = True,
+    names_file: Path | None = None,
 ) -> list[LedgerRow]:
     """Tile what is not tiled yet; returns this archive's rows of the ledger, one per file.
 
@@ -77,7 +78,8 @@ def tile_archive(
     failed or was replaced. `regions` is a folder of GeoJSON files; those beside the slides are found without it.
     `verify` decodes every tile that is copied, and compares each tile with the next coarser level of its slide, to find
     damage that gives no error; without it a sample of each slide's copied tiles is decoded.
-    A store has one config: another one is a MismatchError that names what differs.
+    A store has one config: another one is a MismatchError that names what differs. `names_file`: where an anonymous
+    workspace keeps its names (default: beside it).
     """
     require(slide_mpp is None or SLIDE_MPP.holds(slide_mpp), "slide-mpp", slide_mpp, SLIDE_MPP.words)
     directory = Path(directory)
@@ -86,9 +88,13 @@ def tile_archive(
         raise HistosslError(f"{directory}: no slides in it or its subfolders; give the folder that holds the slides")
     with alone_in_workspace(workspace, "tile"):
         _sweep(workspace.tiles)
+        config = replace(config, anonymize=config.anonymize or is_anonymous(workspace))
+        names = settle(workspace, config.anonymize, names_file)
         refuse_other_settings(workspace, config)
         plan = _plan(
-            *(directory, workspace, files, config, slide_mpp, mpp_csv, regions, retry, verify), num_workers, silence_s
+            *(directory, workspace, files, config, names, slide_mpp, mpp_csv, regions, retry, verify),
+            num_workers,
+            silence_s,
         )
         ledger = Ledger(workspace.archive_csv, plan.rows, plan.unknown)
         try:
@@ -181,6 +187,7 @@ def _plan(
     workspace: Workspace,
     files: Sequence[SlideFile],
     config: TileConfig,
+    names: Names,
     slide_mpp: float | None,
     mpp_csv: Path | None,
     regions: Path | None,
@@ -199,7 +206,6 @@ def _plan(
         if unused:
             console.warn(f"--mpp-csv {mpp_csv}: no slide here answers to {', '.join(unused[:5])}")
     drawn = match_regions(files, regions)
-    names = Names(workspace, config)
     jobs: dict[str, TileJob] = {}
     plan = _Plan(rows=[])
     for each in files:
@@ -210,7 +216,7 @@ def _plan(
             continue
         mpp = given.get(file)
         source = "--mpp-csv" if mpp is not None else "--slide-mpp"
-        name = names.of(each.slide, file)
+        name = names.slide(each.slide, file)
         jobs[file] = TileJob(
             path=each.path.absolute(),
             slide=name,

@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from histossl.core.text import shown
+
 GAP_PX = 6
 LINE_PX = 16
 PAPER, INK = (255, 255, 255), (40, 40, 40)
@@ -35,7 +37,7 @@ def contact_sheet(title: str, rows: Sequence[str], tiles: Tensor, columns: Seque
             sheet.paste(picture, (left, top + number * (row_px + GAP_PX)))
         left += width + GAP_PX
     for number, caption in enumerate(rows):
-        pen.text((GAP_PX, top + number * (row_px + GAP_PX) + row_px - LINE_PX + 1), caption, INK, font)
+        pen.text((GAP_PX, top + number * (row_px + GAP_PX) + row_px - LINE_PX + 1), shown(caption), INK, font)
     return sheet
 
 

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.path import Path as Outline
 from synthetic_store import write_synthetic_store
 
+from histossl.core.anonymous import settle
 from histossl.core.config import FinetuneConfig
 from histossl.core.errors import LabelsError
 from histossl.labels.annotation_labels import drawn_items, surrounded
@@ -90,12 +91,13 @@ def test_annotations_of_other_programs_are_named_as_not_read(drawn):
 
 
 def test_annotations_find_a_slide_that_is_tiled_under_another_name(tmp_path, workspace):
-    index = write_synthetic_store(workspace, ("0f3a", "A1"), tiles_per_slide=2, tile_px=32)
+    names = settle(workspace, anonymize=True)
+    doe = names.slide("Doe", "Doe.svs")
+    index = write_synthetic_store(workspace, ("A1", doe), tiles_per_slide=2, tile_px=32)
     write_ledger(workspace.archive_csv, [LedgerRow("B1.svs", slide="B1", tile_twin="A1")])
-    workspace.anonymous_names.write_text("# key 00\nname,slide,file\n0f3a,Doe,Doe.svs\n")
     for name, label in (("Doe", "x"), ("B1", "y")):
         (tmp_path / f"{name}.geojson").write_text(json.dumps([box(label, 0, 0, 2 * SIDE, SIDE)]))
-    assert {item.slide: item.label for item in drawn_items(index, tmp_path).items} == {"0f3a": "x", "A1": "y"}
+    assert {item.slide: item.label for item in drawn_items(index, tmp_path).items} == {doe: "x", "A1": "y"}
 
 
 def test_patients_and_split_come_from_the_csv(drawn, tmp_path):

@@ -9,6 +9,7 @@ import typer
 from synthetic_store import write_synthetic_store
 
 from histossl.cli import app
+from histossl.core.anonymous import settle
 from histossl.core.errors import LabelsError, UsageError
 from histossl.core.workspace import Workspace
 from histossl.labels.exclusions import excluded_slides, labelled_slides, slides_of_test_patients, without
@@ -28,14 +29,14 @@ def test_every_slide_of_a_test_patient_stays_out(tmp_path: Path) -> None:
 
 def test_a_test_slide_that_is_tiled_under_another_name_stays_out(tmp_path: Path) -> None:
     at = Workspace(tmp_path)
-    index = write_synthetic_store(at, slides=("A1", "A2", "0f3a"), tiles_per_slide=4, tile_px=16)
+    doe = settle(at, anonymize=True).slide("Doe", "Doe.svs")
+    index = write_synthetic_store(at, slides=("A1", "A2", doe), tiles_per_slide=4, tile_px=16)
     write_ledger(at.archive_csv, [LedgerRow("case7/B1.svs", slide="case7/B1", tile_twin="A1")])
-    at.anonymous_names.write_text("# key 00\nname,slide,file\n0f3a,Doe,Doe.svs\n")
     labels = tmp_path / "labels.csv"
     labels.write_text("slide,label,patient,split\nB1,x,P1,test\nDoe,y,P2,test\nA2,x,P3,train\n")
-    assert slides_of_test_patients(labels, index) == {"A1", "0f3a"}
+    assert slides_of_test_patients(labels, index) == {"A1", doe}
     (tmp_path / "out.txt").write_text("B1\nDoe.svs\n")
-    assert excluded_slides(tmp_path / "out.txt", index) == {"A1", "0f3a"}
+    assert excluded_slides(tmp_path / "out.txt", index) == {"A1", doe}
     labels.write_text("slide,label,patient,split\nB1,x,P1,test\nA1,y,P1,train\n")
     with pytest.raises(
         LabelsError, match=r"B1 \(line 2\) and A1 \(line 3\) name one slide, with split 'test' and 'train'"

@@ -1,6 +1,5 @@
 """Stage `tile`: tiles lie where they say, cover what they should, and no slide is lost or doubled."""
 
-import csv
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from PIL import Image
 
 from histossl.bench import tiling_rates
 from histossl.cli.tile import tell
+from histossl.core.anonymous import names_of
 from histossl.core.config import TileConfig, TissueConfig, noted_commands
 from histossl.core.errors import HistosslError, MismatchError, StoreError
 from histossl.core.workspace import Workspace
@@ -907,18 +907,16 @@ def test_an_anonymous_store_names_nobody(workspace, paint):
         assert read_store(path).tiling["slide"]["bytes"] not in {
             each.stat().st_size for each in directory.rglob("*.tif")
         }
-    with workspace.anonymous_names.open() as text:
-        assert "key" in text.readline()
-        names = {row["name"]: row["slide"] for row in csv.DictReader(text)}
-    assert sorted(names) == index.slides
-    assert sorted(names.values()) == ["Doe-John/Doe-John-A1", "Doe-John/Doe-John-A2"]
-    assert holders(workspace, index.slides) == {slide: name for name, slide in names.items()}
+    names = names_of(workspace)
+    assert names.path.parent == workspace.root.parent
+    assert names.path.stat().st_mode & 0o077 == 0
+    assert sorted(names.name_of(slide) for slide in index.slides) == ["Doe-John/Doe-John-A1", "Doe-John/Doe-John-A2"]
+    assert holders(workspace, index.slides) == {names.name_of(slide): slide for slide in index.slides}
     assert SlideNames.of(index).find("Doe-John-A2.svs") == (holders(workspace, index.slides)["Doe-John/Doe-John-A2"],)
-    assert workspace.anonymous_names.stat().st_mode & 0o077 == 0
     before = stamps(workspace)
     tile_archive(directory, workspace, config, 0)
     assert stamps(workspace) == before
-    workspace.anonymous_names.unlink()
+    names.path.unlink()
     with pytest.raises(StoreError, match="key to the names"):
         tile_archive(directory, workspace, config, 0)
 

@@ -5,7 +5,7 @@
     read      anything else, in wide reads through OpenSlide or tifffile
 
 OpenSlide is the referee: if a slide's own tiles do not decode to what OpenSlide shows, the slide is read instead. Where
-OpenSlide would mistake the colours, `histossl.slides.reading.slide` has tifffile read the slide, which is the referee then.
+OpenSlide would mistake the colours, `slides/reading/slide.py` has tifffile read the slide, which is the referee then.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from histossl import __version__
+from histossl.core.anonymous import Names
 from histossl.core.config import TileConfig, plain
 from histossl.core.errors import HistosslError, SlideError, StoreError
 from histossl.core.workspace import file_stem
@@ -139,6 +140,15 @@ def prints_of(job: TileJob) -> tuple[str, str]:
     return few, many
 
 
+def without_names(reason: str, job: TileJob) -> str:
+    """What a zip of an anonymous store may say of its slide."""
+    if not job.key:
+        return reason
+    names = Names(job.zip_path.parent, key=job.key)
+    names.take({job.slide: (str(job.path), "")})
+    return names.reason(reason)
+
+
 def regions_fingerprint(job: TileJob) -> str | None:
     return None if job.regions is None else fingerprint(job.regions, job.key)
 
@@ -156,7 +166,7 @@ def identity_of(job: TileJob) -> str:
     """Of a slide's file and all settings: what failed under it fails again, what was tiled under it is done."""
     stamps = [stamp(job.path, job.parts), stamp(job.regions) if job.regions else None]
     parts = [str(job.path.name), stamps, job.slide_mpp, plain(asdict(job.config))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(job.key + json.dumps(parts).encode()).hexdigest()[:16]  # no guess at a name can be checked
 
 
 def tile_slide(job: TileJob, report: Report) -> SlideOutcome:
@@ -329,7 +339,7 @@ class Making:
             "regions": self._filter.region_names,
             "counts": asdict(self._counts),
             "verified": ", ".join(dict.fromkeys(self._verified)),
-            "warnings": warnings,
+            "warnings": [without_names(one, job) for one in warnings],
             "slide": {
                 "file": job.file,
                 **whole_name(job.slide),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from histossl.core.anonymous import Names
 from histossl.core.errors import StoreError
 from histossl.core.workspace import Workspace
 from histossl.slides.content import Files, contents, files_of, samples_are_all
@@ -29,7 +30,6 @@ from histossl.tiles.cutting.tile_slide import (
     whole_name,
     written_stamp,
 )
-from histossl.tiles.store.anonymisation import Names
 from histossl.tiles.store.zip_store import new_store, read_store, slide_of
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from histossl.core.anonymous import names_above
 from histossl.core.config import read_run
 from histossl.core.errors import MismatchError, StoreError, UsageError
 from histossl.core.options import nearest
@@ -51,7 +52,8 @@ def write_subset(place: SubsetDir, tiles: Ints, ledger: dict[str, Any]) -> None:
     assert len(tiles)
     assert (np.diff(tiles) > 0).all()
     with written_aside(place.ledger) as aside:
-        text = json.dumps({"digest": _digest(tiles), "num_tiles": len(tiles), **ledger}, indent=2)
+        record = names_above(place.ledger).hidden({"digest": _digest(tiles), "num_tiles": len(tiles), **ledger})
+        text = json.dumps(record, indent=2)
         aside.write_text(text + "\n", encoding="utf-8")
     with written_aside(place.tiles) as aside, aside.open("wb") as file:
         np.save(file, tiles)

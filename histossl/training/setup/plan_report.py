@@ -41,9 +41,7 @@ def announce(
         _disk(prepared),
         f"time: {time_told}",
     ]
-    console.panel(
-        f"{prepared.config.method}: {prepared.config.backbone} from {prepared.config.weights} weights", "\n".join(lines)
-    )
+    console.panel(f"{prepared.config.method}: {prepared.config.backbone} from {prepared.config.weights} weights", lines)
     if prepared.method.caution:
         console.warn(prepared.method.caution)
 
