@@ -103,7 +103,7 @@ def run_all(cli, root: Path, monkeypatch, commands: int) -> tuple[Workspace, Pat
     of = ["-w", at]
     tiny = ["--backbone", "test_vit", "--weights", "random"]
     every = [
-        ["scan", slides, *of, "--anonymize", "--names", names, "--contact-sheet", "--verify", "--workers", 1, "--tile-px", 64],
+        ["scan", slides, *of, "--anonymize", "--names", names, "--contact-sheet", "--verify", "--tile-px", 64],
         ["tile", "slides", *of, "--tile-px", 64, "--workers", 1],
         ["scan", slides, *of, "--tile-px", 64, "--workers", 1, "--contact-sheet"],
         ["curate", *of, "--name", "few", "--tiles", 60, "--like-slides", f"{FILE}-0,{FILE}-1", *tiny],
