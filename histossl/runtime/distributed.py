@@ -146,18 +146,25 @@ def joined() -> Iterator[Processes]:
 
 
 def _meet(backend: str) -> None:
-    """Find the others: where torchrun or SLURM says, or through the file of our own launcher."""
+    """Find the others: through the file of our own launcher, or where torchrun or SLURM says."""
     meeting = os.environ.get(launcher_messages.MEETING)
-    if meeting is None:
+    store: Any
+    if meeting is not None:
+        if not Path(meeting).parent.exists():  # torch would look for it for five minutes
+            _say_of_this(f"{Path(meeting).parent}, through which the processes find each other, is gone; this one ends")
+            raise SystemExit(RESTART)
+        store = dist.FileStore(meeting, int(os.environ["WORLD_SIZE"]))  # type: ignore[attr-defined]
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Here torchrun keeps one store for all its restarts, with the addresses of processes that are dead.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        kept = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", kept)  # type: ignore[attr-defined]
+    else:
         dist.init_process_group(backend, timeout=TIMEOUT)
         return
-    if not Path(meeting).parent.exists():  # torch would look for it for five minutes
-        _say_of_this(f"{Path(meeting).parent}, through which the processes find each other, is gone; this one ends")
-        raise SystemExit(RESTART)
-    count = int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(meeting, count)  # type: ignore[attr-defined]
     store.set_timeout(TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=count, timeout=TIMEOUT)
+    rank, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
 
 
 @contextmanager
