@@ -35,7 +35,7 @@ OLDER = "anonymous-names.csv"  # lay within the workspace, whose other files tol
 HERE = "WORKSPACE"  # its own place, in what is written below it
 PSEUDONYM = re.compile(r"\b(?:slide|file|patient|path|name)-[0-9a-f]{16}\b")
 GIVEN = re.compile(r"\b(?:path|name)-[0-9a-f]{16}\b")  # what a person typed
-SHORTEST = 3  # letters of a name that is looked for in a sentence
+SHORTEST, DIGITS = 2, 4  # letters of a name that is looked for in a sentence; digits, if it has nothing else
 LOCK_S = 60.0
 # What of a run's settings and record is a file, a slide's name, or a command.
 FILES = ("labels", "regions", "slides", "mpp_csv", "model")
@@ -54,7 +54,9 @@ class Names:
         self._written = 0
         self._known: dict[str, str] = {}  # names, and parts of them, as a sentence may hold them
         self._lengths: dict[str, set[int]] = {}  # of these, by their first letters
+        # A ledger is written again and again: what was worked out for it is kept.
         self._made: dict[tuple[str, str, str], str] = {}
+        self._reasons: dict[str, str] = {}
 
     # ---- from a name to its pseudonym
 
@@ -71,6 +73,8 @@ class Names:
         """Of a file or folder anywhere; what lies in the workspace keeps its place in it."""
         if not self.key or not path or path == HERE or path.startswith(f"{HERE}/"):
             return path
+        if ("path", path, "") in self._made and Path(path).is_absolute():
+            return self._made["path", path, ""]
         full = Path(path).resolve()
         if full == self.root or full.is_relative_to(self.root):
             return (PurePosixPath(HERE) / full.relative_to(self.root).as_posix()).as_posix()
@@ -91,12 +95,13 @@ class Names:
         return pseudonym
 
     def _learn(self, pseudonym: str, name: str) -> None:
+        self._reasons.clear()
         path, names = PurePosixPath(name), {name}
         if pseudonym.startswith(("slide-", "file-")):
             names |= {path.name, path.stem, path.name.split(".")[0]}
             names |= {path.suffix, path.suffix.lower()} - _USUAL_SUFFIXES
         for one in names:
-            if len(one) >= SHORTEST:
+            if len(one) >= (DIGITS if one.isdecimal() else SHORTEST):
                 self._known.setdefault(one, pseudonym)
                 self._lengths.setdefault(one[:SHORTEST], set()).add(len(one))
 
@@ -143,7 +148,11 @@ class Names:
         """The same of what a library or a file's own fields said: quoted words may be anybody's name."""
         if not self.key or not text:
             return text
-        return QUOTED.sub(lambda found: found[0] if PSEUDONYM.fullmatch(found[2]) else "'...'", self.sentence(text))
+        if text not in self._reasons:
+            said = self.sentence(text)
+            said = QUOTED.sub(lambda found: found[0] if PSEUDONYM.fullmatch(found[2]) else "'...'", said)
+            self._reasons[text] = said
+        return self._reasons[text]
 
     def _cover(self, text: str) -> str:
         covered, start = [], 0

@@ -50,6 +50,7 @@ def in_html(text: str) -> str:
 _RUN = "=+\\-@\t\r\uff1d\uff0b\uff0d\uff20"
 _TO_MARK = re.compile(f"(^|[;\t\r\n])(?=['{_RUN}])")
 _MARKED = re.compile(f"(^|[;\t\r\n])'(?=['{_RUN}])")
+_HARMLESS = re.compile(r"[\w./][\w ./,:%()#=+@-]*", re.ASCII)  # most cells, to lose no time with them
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -59,7 +60,7 @@ def cell(value: object) -> str:
     Numbers stay numbers (-0.5). `from_cell` undoes it exactly.
     """
     text = "" if value is None else str(value)
-    if not text or _NUMBER.fullmatch(text):
+    if not text or _HARMLESS.fullmatch(text) or _NUMBER.fullmatch(text):
         return text
     return _TO_MARK.sub(r"\1'", text).encode("utf-8", "backslashreplace").decode("utf-8")
 
