@@ -40,7 +40,12 @@ def test_every_command_is_documented_and_every_documented_command_exists() -> No
 
 def test_every_option_that_it_names_exists() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    known = {name for command in commands.values() for option in command.params for name in option.opts}
+    known = {
+        name
+        for command in commands.values()
+        for option in command.params
+        for name in (*option.opts, *option.secondary_opts)
+    }
     known |= {"--help", "--gpus", "--rm", "--shm-size", "--user", "--build-arg", "--workspace"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 

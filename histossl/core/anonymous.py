@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from histossl.core import console
 from histossl.core.errors import MismatchError, StoreError, UsageError
 from histossl.core.text import CsvReader, write_cells
 from histossl.core.workspace import Workspace, locked, written_aside
@@ -333,6 +332,8 @@ def settle(workspace: Workspace, anonymize: bool = False, given: Path | None = N
             )
         _begin(root, (given or root.with_name(f"{root.name}-names.csv")).resolve())
     names = _opened(root, given)
+    from histossl.core import console  # which brings rich: not where nothing is printed
+
     console.named[:] = [names.with_names]
     return names
 
@@ -355,6 +356,8 @@ def _begin(root: Path, path: Path) -> None:
             _write(path, secrets.token_bytes(32), {})
         key = _read(path).key
     _mark(root, key_digest(key), path)
+    from histossl.core import console
+
     console.say(f"names of slides and patients: {path} (private: keep it, and do not give it away with {root})")
 
 

@@ -32,6 +32,7 @@ from histossl.core.options import (
     numbers,
     one_of,
     option,
+    option_of,
     read_list,
     show_list,
 )
@@ -224,6 +225,10 @@ def read_batch_size(text: str) -> int:
     return int(text)
 
 
+def show_batch_size(value: int) -> str:
+    return str(value) if value else "auto"
+
+
 BATCH_SIZE = Check(lambda value: value == 0 or 2 <= value <= 10**6, "auto, or 2 or more tiles, at most 1000000")
 
 
@@ -318,6 +323,7 @@ class PretrainConfig(Checked):
         LENGTH,
         metavar="N|auto",
         read=read_batch_size,
+        show=show_batch_size,
         check=BATCH_SIZE,
     )
     excluded_slides: tuple[str, ...] = ()  # by test patients of --labels, and --exclude
@@ -780,10 +786,6 @@ def read_toml(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 SHORT_LIST = 3  # told as it is
 FROM = {"excluded_slides": "which come from the test patients of --labels and from --exclude"}
-WORKED_OUT = (  # where they are 0, -1 or empty
-    *("steps", "epochs", "hours", "batch_size", "recipe", "optimizer", "lr", "weight_decay", "layer_decay", "warmup"),
-    *("final_lr", "input_px", "folds", "unit", "budgets", "clusters"),
-)
 
 
 def plain(value: Any) -> Any:
@@ -860,7 +862,7 @@ def refuse_other_config(path: Path, config: Any, may_change: Iterable[str] = ())
     now = plain(asdict(config))
     free = set(may_change)
     differ = [
-        _difference(field.name, before.get(field.name), now[field.name])
+        _difference(field, before.get(field.name), now[field.name])
         for field in fields(config)
         if field.name not in free and before.get(field.name, _default_of(field)) != now[field.name]
     ]
@@ -876,9 +878,10 @@ def _default_of(field: Field[Any]) -> object:
     return None if field.default is MISSING else plain(field.default)
 
 
-def _difference(name: str, before: object, now: object) -> str:
+def _difference(field: Field[Any], before: object, now: object) -> str:
     """Of long lists, which may be hundreds of slides, what came and what went."""
-    said = f"{name} was {_short(name, before)}, now {_short(name, now)}"
+    name = field.name
+    said = f"{name} was {_short(field, before)}, now {_short(field, now)}"
     if isinstance(before, list) and isinstance(now, list) and max(len(before), len(now)) > SHORT_LIST:
         came, went = ([one for one in these if one not in those] for these, those in ((now, before), (before, now)))
         parts = [f"{what}: {_some(names)}" for what, names in (("new", came), ("gone", went)) if names]
@@ -891,11 +894,14 @@ def _some(names: Sequence[object], at_most: int = 5) -> str:
     return ", ".join(str(name) for name in names[:at_most]) + more
 
 
-def _short(name: str, value: object) -> str:
+def _short(field: Field[Any], value: object) -> str:
     """A long list by its length: the slides left out of a run may be hundreds."""
-    if name in WORKED_OUT and value in (0, -1, "", []):
+    found = option_of(field)
+    if found is not None and found.unset is not None and value == _default_of(field):
         return "worked out"
-    return f"{len(value)} entries" if isinstance(value, list) and len(value) > SHORT_LIST else repr(value)
+    if isinstance(value, list) and len(value) > SHORT_LIST:
+        return f"{len(value)} entries"
+    return repr(value) if found is None or found.show is str else found.show(value)
 
 
 def _version(package: str) -> str | None:

@@ -342,7 +342,7 @@ def test_a_tested_slide_is_found_in_a_pool_that_knew_it_by_its_twin_s_name(lab: 
         (("--student", "resnet5"), 2, "timm has no such model"),
         (("--student", "resnet10t", "--weights", "teacher"), 2, "the teacher is a test_vit, the student a resnet10t"),
         (("--targets", "hart"), 2, "did you mean 'hard'"),
-        (("--temperature", "-1"), 2, "must be above 0"),
+        (("--temperature", "-1"), 2, "--temperature -1: must be"),
         (("--targets", "hard", "--temperature", "2"), 2, "hard labels have no temperature"),
         (("--recipe", "mocov2"), 2, "distillation takes 1"),
         (("--weights", "nowhere.pth"), 2, "no such file"),
