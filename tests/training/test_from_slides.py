@@ -44,7 +44,7 @@ def test_pretrain_tells_what_tiling_found_wrong_as_tile_does(paint, cli, tmp_pat
         ("--labels nowhere.csv", "nowhere.csv"),
         ("--exclude nowhere.txt", "--exclude nowhere.txt: cannot be read"),
         ("--subset nowhere", "no finished one of that name"),
-        ("--precision bf61", "must be auto"),
+        ("--precision bf61", "--precision "),
         ("--recompute", "is no ViT"),
     ],
 )

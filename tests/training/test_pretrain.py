@@ -581,7 +581,7 @@ def command(workspace: Path, *more: str, steps: int = 4) -> list[str]:
         (("--set", "batchnorm_group_tiles=1"), 2, "one tile has no variance"),
         (("--decode-on-gpu",), 2, "shows no GPU"),
         (("--recompute",), 2, "resnet10t is no ViT"),
-        (("--precision", "fp8"), 2, "must be auto"),
+        (("--precision", "fp8"), 2, "--precision "),
         (("--tile-px", "224"), 2, "--tile-px 224: the tiles of this workspace have 40"),
         (("--view-set", "jpg_p=0.5"), 2, "did you mean 'jpeg_p'"),
         (("--slide-mpp", "0.25"), 2, "without --slides none is read"),
