@@ -1,9 +1,10 @@
 """One process or many: joining those of torchrun, SLURM or our own launcher, and who may write.
 
-A process that dies is noticed at once on CPUs (gloo). One that hangs, or whose machine is gone, is noticed when for
-TIMEOUT it has not come to an exchange, and so is any on GPUs, where the others stand in a wait of nccl's that no signal
-ends; then all are started again from the last checkpoint. So it is short; what one process does alone (asking the
-probe, writing a checkpoint) may take longer, for there the others wait in `others_wait` and are given signs of life.
+A process that dies is noticed at once: by our own launcher, and on CPUs (gloo) by the others. One that hangs, or whose
+machine is gone, is noticed when for TIMEOUT it has not come to an exchange, and so is, under torchrun or SLURM, any on
+GPUs, where the others stand in a wait of nccl's that no signal ends; then all are started again from the last
+checkpoint. So it is short; what one process does alone (asking the probe, writing a checkpoint) may take longer, for
+there the others wait in `others_wait` and are given signs of life.
 What TIMEOUT must outlast is one process loading tiles or compiling more slowly than the others: where a disk stalls for
 minutes, or tasks start further apart, set HISTOSSL_TIMEOUT_S (seconds).
 """

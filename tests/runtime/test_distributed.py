@@ -1,6 +1,7 @@
 """Processes beside others: how they meet, wait for each other, and end when one is lost."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -100,6 +101,32 @@ def test_who_loses_another_process_says_so_wherever_it_is(tmp_path: Path) -> Non
     said = (tmp_path / "0").read_text()
     assert "process 0: another process of this run is lost, or was slower than HISTOSSL_TIMEOUT_S=" in said
     assert said.endswith("exit code 75")
+
+
+def _meets(rank: int, folder: str, port: int, restart: int) -> None:
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    torchruns = {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restart}
+    os.environ.update({name: str(value) for name, value in {**variables, **torchruns}.items()})
+    time.sleep(3 * restart * rank)  # who comes first reads what is there of the other
+    with joined():
+        dist.barrier()
+        Path(folder, f"{rank}-{restart}").touch()
+        os._exit(0)
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_do_not_call_the_dead_ones(tmp_path: Path) -> None:
+    """Its store outlives them, with their addresses."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    for restart in (0, 1):
+        mp.start_processes(_meets, (str(tmp_path), store.port, restart), nprocs=2, start_method="spawn")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["0-0", "0-1", "1-0", "1-1"]
+
+
+def test_processes_send_each_other_numbers_and_nothing_that_is_unpickled() -> None:
+    """Between machines nobody asks who sends."""
+    package = Path(distributed.__file__).parents[1]
+    assert not [path for path in package.rglob("*.py") if re.search(r"_object(_list)?\(", path.read_text("utf-8"))]
 
 
 @pytest.mark.parametrize(

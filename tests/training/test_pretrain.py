@@ -776,7 +776,7 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
 def test_a_worker_that_dies_or_hangs_is_replaced_and_the_run_is_the_unbroken_one(
     index: TileIndex, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
-    """One that hangs deaf to signals is noticed by the other's time-out; torch gives it half a minute, and kills it."""
+    """One that hangs deaf to signals is noticed by the other's time-out, and killed."""
     if how == signal.SIGSTOP:
         monkeypatch.setenv("HISTOSSL_TIMEOUT_S", "20")
     workspace = index.path.parents[1]
