@@ -257,8 +257,8 @@ def _copied_side_px(row: LedgerRow, mpp: float) -> int | None:
 
     vendors = (*NATIVE_VENDORS, "ome", "plain-tiff", "perkinelmer")
     width, _, height = row.native_tile.partition("x")
-    if row.compression != "JPEG" or row.vendor not in vendors or width != height or not row.mpp:
-        return None
+    if row.compression != "JPEG" or row.vendor not in vendors or not width or width != height or not row.mpp:
+        return None  # strips are no tiles
     widths = [int(level.partition("x")[0]) for level in row.levels.split()]
     near = any(abs(row.mpp * widths[0] / each / mpp - 1) <= NATIVE_TOLERANCE for each in widths)
     return int(width) if near and OWN_PX[0] <= int(width) <= OWN_PX[1] else None

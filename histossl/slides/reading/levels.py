@@ -30,6 +30,7 @@ NOISE, STRUCTURE = 3.0, 6.0  # grey levels: deviation of what is surely flat, an
 ALIKE = 0.7  # correlation
 GLASS = 255  # what readers show where a file leaves out a tile
 FLAT_OFF, STRUCTURED_OFF = 30.0, 40.0  # grey levels between the means of boxes that show the same
+COLOURS_OFF = 20.0  # of which the colours may differ so much: lighter or darker are all three
 ENOUGH_SAME, ENOUGH_OTHER = 3, 6
 KEPT_VERDICTS = 256
 
@@ -192,12 +193,13 @@ def _cells(pixels: Pixels) -> NDArray[np.float32]:
 def _alike(one: NDArray[np.float32], other: NDArray[np.float32]) -> Seen:
     """Of cells (h, w, 3) of two boxes."""
     means = one.mean(axis=(0, 1)), other.mean(axis=(0, 1))
-    off = float(np.abs(means[0] - means[1]).max())
+    shift = means[0] - means[1]
+    off, colours_off = float(np.abs(shift).max()), float(np.abs(shift - shift.mean()).max())
     a, b = one - means[0], other - means[1]
     deviations = math.sqrt(float((a * a).mean())), math.sqrt(float((b * b).mean()))
     if max(deviations) < NOISE:
         return "other" if off > FLAT_OFF else "nothing"
     correlation = float((a * b).mean()) / max(deviations[0] * deviations[1], 1e-9)
-    if correlation >= ALIKE and off <= STRUCTURED_OFF:
+    if correlation >= ALIKE and off <= STRUCTURED_OFF and colours_off <= COLOURS_OFF:
         return "same"
     return "other" if max(deviations) >= STRUCTURE or off > STRUCTURED_OFF else "nothing"

@@ -16,6 +16,7 @@ from histossl.core import console
 from histossl.core.errors import UsageError
 from histossl.core.text_files import read_table, refuse_separator
 from histossl.slides.lookup import NameFinder
+from histossl.slides.reading.tiff.ome import ome_pixels
 
 PLAUSIBLE_MPP = (0.05, 5.0)  # 200x oil to 2x: nothing outside is a microscope's
 MAX_ANISOTROPY = 0.02
@@ -113,15 +114,7 @@ def scale_from_imagej(x: Any, y: Any, unit: str) -> Scale | None:
 
 def scale_from_ome(xml: str, width: int, height: int, page: int = 0) -> Scale | None:
     """PhysicalSizeX/Y, in an OME-XML header, of the image of this size in pixels that page number `page` holds."""
-    try:
-        root = ElementTree.fromstring(xml)
-    except (ElementTree.ParseError, ValueError):
-        return None
-    every = [element for element in root.iter() if _tag(element) == "Pixels"]
-    same_size = [one for one in every if one.get("SizeX") == str(width) and one.get("SizeY") == str(height)]
-    held = [one for one in every if page in _pages_of(one)]
-    # Two images may have one size: then the page tells. Where none has it, a level larger than its image is meant.
-    for one in [one for one in same_size if one in held] or same_size or held or every[: len(every) == 1]:
+    for one in ome_pixels(xml, width, height, page):
         size_px = (_number(one.get("SizeX")), _number(one.get("SizeY")))
         x_um, y_um = (
             um * (whole or px) / px if um is not None else None
@@ -130,20 +123,6 @@ def scale_from_ome(xml: str, width: int, height: int, page: int = 0) -> Scale | 
         if x_um or y_um:
             return scale_from(x_um, y_um, "OME-XML")
     return None
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _pages_of(pixels: ElementTree.Element) -> set[int]:
-    """Numbers of the pages that hold an OME image."""
-    found: set[int] = set()
-    for data in pixels:
-        if _tag(data) == "TiffData":
-            first, count = (_number(data.get(name, default)) for name, default in (("IFD", "0"), ("PlaneCount", "1")))
-            found.update(range(int(first or 0), int(first or 0) + int(count or 1)))
-    return found
 
 
 # ---- --mpp-csv

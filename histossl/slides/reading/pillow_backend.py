@@ -15,13 +15,16 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.slides.reading.mpp import Scale
+from histossl.slides.reading.tiff.codestream import RGB, colours_by_pixels, read_jpeg
 from histossl.slides.reading.tiff.integrity import image_damage
 from histossl.slides.reading.tiff.samples import find_range, in_range, over_white
 from histossl.slides.reading.tifffile_backend import blaming
 
 MAX_PLAIN_PX = 25 << 20  # 5,120 x 5,120: it is decoded whole, at 7 to 13 bytes per pixel, 19 in 16 bits
+HEADER_BYTES = 1 << 20  # within which a JPEG says what it holds
 BAND = 256  # rows of it turned into RGB at a time
 EXIF_ORIENTATION = 0x0112
+EXIF_IN_PNG = {"exif", "Raw profile type exif"}
 
 
 class PlainLevels:
@@ -33,13 +36,18 @@ class PlainLevels:
         self.path = path
         self._pixels: NDArray[np.uint8] | None = None
         self.notes: list[str] = []
+        self._unmarked = self._read_header()
         with blaming(path, "opening it as an image"), self._image() as image:
             width, height = int(image.width), int(image.height)
+            self._kind = "PNG" if image.format == "PNG" else "JPEG"  # also of what cameras make of several JPEGs
             # Of a PNG's colours in 16 bits Pillow keeps the upper 8, which is little of 12.
-            self._deep = image.format == "PNG" and _png_depth(path) == 16
-            # Of a JPEG only: asked for a PNG's, Pillow decodes the whole picture.
-            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if image.format == "JPEG" else 1
+            self._deep = self._kind == "PNG" and _png_depth(path) == 16
+            # Asked for what a PNG does not tell in front, Pillow decodes the whole picture.
+            told = self._kind == "JPEG" or EXIF_IN_PNG & image.info.keys()
+            self.orientation = image.getexif().get(EXIF_ORIENTATION, 1) if told else 1
             self.dpi = image.info.get("dpi")
+            pictures = int(getattr(image, "n_frames", 1))
+            self.notes += [f"holds {pictures} pictures: the first is read"] if pictures > 1 else []
         self.sizes: tuple[tuple[int, int], ...] = ((width, height),)
         if width * height > MAX_PLAIN_PX:
             raise SlideError(
@@ -47,8 +55,19 @@ class PlainLevels:
                 f"{MAX_PLAIN_PX / 1e6:.0f} million); make it a tiled TIFF: "
                 f"vips tiffsave {path.name} {path.stem}.tif --tile --pyramid --compression jpeg --Q 90"
             )
-        if self._deep:
-            self._decoded()  # what its range is can be told only then
+        if self._deep or self._unmarked:
+            self._decoded()  # what its range is, or its colours, can be told only then
+
+    def _read_header(self) -> bool:
+        """Whether nothing in a JPEG says that it holds RGB or YCbCr. SlideError if it is of a kind that is not read."""
+        with blaming(self.path, "opening it as an image"), self.path.open("rb") as file:
+            stream = read_jpeg(file.read(HEADER_BYTES))  # of a PNG None
+        if stream is None:
+            return False
+        if stream.bits != 8 or stream.lossless:
+            kind = "lossless JPEG" if stream.lossless else f"JPEG of {stream.bits} bits per sample"
+            raise SlideError(f"{self.path.name}: a {kind}, which is not read; convert it to PNG or a usual JPEG")
+        return stream.components == 3 and not stream.subsampled and not stream.said
 
     def _image(self) -> Any:
         with warnings.catch_warnings():
@@ -89,9 +108,15 @@ class PlainLevels:
             yield self._deep_bands()
             return
         with self._image() as image:
-            damage = image_damage(self.path, str(image.format), image.mode)
+            damage = image_damage(self.path, self._kind, image.mode)
             if damage:
                 raise SlideError(f"{self.path.name}: damaged ({damage}); copy or download it again")
+            if self._unmarked:
+                stored = imagecodecs.jpeg_decode(self.path.read_bytes(), colorspace=RGB, outcolorspace=RGB)
+                if colours_by_pixels(stored[::4, ::4]) == RGB:
+                    self.notes.append("nothing but its pixels says whether it holds RGB or YCbCr: read as RGB")
+                    yield lambda top, bottom: stored[top:bottom]
+                    return
             yield lambda top, bottom: _rgb(image.crop((0, top, image.width, bottom)))
 
     def _deep_bands(self) -> Callable[[int, int], NDArray[np.uint8]]:
@@ -99,7 +124,7 @@ class PlainLevels:
         stored = stored.reshape(*stored.shape[:2], -1)
         count = stored.shape[2] - (stored.shape[2] in (2, 4))
         found = find_range(16, 16, (), [stored[::4, ::4, :count].ravel()])
-        self.notes = [found.note] if found.note else []
+        self.notes += [found.note] if found.note else []
 
         def rgb(top: int, bottom: int) -> NDArray[np.uint8]:
             colour = in_range(stored[top:bottom, :, :count], found.white)

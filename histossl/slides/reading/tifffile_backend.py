@@ -23,6 +23,7 @@ from histossl.core.errors import SlideError
 from histossl.slides.reading.levels import not_levels
 from histossl.slides.reading.mpp import Scale, scale_from, scale_from_imagej, scale_from_ome, scale_from_resolution
 from histossl.slides.reading.tiff.integrity import layout_damage, left_over, overlapping, segment_damage
+from histossl.slides.reading.tiff.ome import channel_names, ome_pixels, rgb_order
 from histossl.slides.reading.tiff.samples import Samples, check_samples
 from histossl.slides.reading.tiff.segments import has_plain_rows, read_plain_rows, segment_size, settle_byte_counts
 from histossl.slides.reading.tiff.series import SCANNERS, TiffImage, choose
@@ -32,6 +33,7 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 CACHE_BYTES = 64 << 20
 MAX_SEGMENT_BYTES = 400 << 20  # a tile or strip while it is decoded: twice as stored (the decoder copies), once as RGB
+RGB_ORDER = (0, 1, 2)
 BAND = 256  # rows of it turned into RGB at a time
 
 COMPRESSIONS = {
@@ -140,13 +142,19 @@ class TiffLevels:
             )
         if chosen is None:
             raise SlideError(f"{self.path.name}: a TIFF without an image")
-        self._levels = [_pages(self.path, chosen.slide)]
+        names = self._channel_names(chosen.slide)
+        order = rgb_order(names) if names else RGB_ORDER
+        if order is None:
+            told = ", ".join(map(repr, names))
+            raise SlideError(f"{self.path.name}: its channels are {told}; histossl reads RGB or grey brightfield")
+        self._unnamed = len(chosen.slide.pages) == 3 and not names
+        self._levels = [_pages(self.path, chosen.slide, order)]
         self._images = [chosen.slide]
         full = chosen.slide.size  # of that size a scanner keeps focal planes alone
         self._others = [image for image in chosen.others if image.kind not in SCANNERS or image.size == full]
         for image in chosen.candidates:
             try:
-                self._levels.append(_pages(self.path, image))
+                self._levels.append(_pages(self.path, image, order))
                 self._images.append(image)
             except SlideError:  # what cannot be read as a slide is no level of one
                 self._others.append(image)
@@ -162,6 +170,12 @@ class TiffLevels:
         self.tile_size = (int(page.tilewidth), int(page.tilelength)) if page.is_tiled else None
         self.in_strips = not page.is_tiled
         self.orientation = int(page.tags[274].value) if 274 in page.tags else 1
+
+    def _channel_names(self, image: TiffImage) -> list[str]:
+        """Of an image whose colours lie in three grey planes; empty if it says none, or is another one."""
+        if len(image.pages) != 3 or not self._tiff.ome_metadata:
+            return []
+        return channel_names(ome_pixels(self._tiff.ome_metadata, *image.size, int(image.page.treeindex[0])))
 
     def _cut_off(self) -> bool:
         """Whether the first directory is missing. Aperio writes it behind the first image's tiles."""
@@ -193,6 +207,7 @@ class TiffLevels:
         more = " and others" if len(rest) > 3 else ""
         warnings = {
             slide.stack: bool(slide.stack),
+            "its three grey channels have no names: read as red, green and blue": self._unnamed,
             not_levels(claims): bool(claims),
             f"of its images {slide.told} is used, not {', '.join(rest[:3])}{more}": bool(rest),
             "taken for label or macro images by their names, and not read: "
@@ -253,7 +268,7 @@ class TiffLevels:
     def doubt(self) -> str:
         """What looks wrong and can yet be read."""
         with blaming(self.path, "reading where its tiles lie"):
-            extra = left_over(self.path, [page for level in self._levels for page in level])
+            extra = left_over(self.path, [page for level in self._levels for page in level], self._tiff.series)
         if not extra:
             return ""
         return (
@@ -403,8 +418,8 @@ def snapped_downsample(size_l0: tuple[int, int], size: tuple[int, int]) -> float
     return (across + down) / 2
 
 
-def _pages(path: Path, level: TiffImage) -> list[Any]:
-    """The one page of a level, or its three colour channels; anything else is not a brightfield slide."""
+def _pages(path: Path, level: TiffImage, order: Sequence[int]) -> list[Any]:
+    """The one page of a level, or its three colour channels in this order; anything else is no brightfield slide."""
     page = level.page
     sizes = dict(zip(level.axes, level.shape, strict=True))
     depth = {axis: count for axis, count in sizes.items() if axis not in "XYSC" and count > 1}
@@ -427,9 +442,9 @@ def _pages(path: Path, level: TiffImage) -> list[Any]:
             f"{path.name}: stored in pieces of {segment_bytes / 1e6:,.0f} MB, too large to read one by one; "
             "convert it: vips tiffsave in.tif out.tif --tile --pyramid --compression jpeg --Q 90"
         )
-    pages = list(level.pages) if channels == 3 else [page]
-    if len(pages) != channels:
-        raise SlideError(f"{path.name}: says {channels} channels and holds {len(pages)}")
+    if channels == 3 and len(level.pages) != channels:
+        raise SlideError(f"{path.name}: says {channels} channels and holds {len(level.pages)}")
+    pages = [level.pages[at] for at in order] if channels == 3 else [page]
     for each in pages:
         settle_byte_counts(each)
     return pages

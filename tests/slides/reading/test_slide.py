@@ -20,10 +20,11 @@ from PIL import Image
 
 from histossl.core.errors import SlideError
 from histossl.demo.paint import PaintedSlide
-from histossl.slides.reading import pillow_backend, samples
+from histossl.slides.reading import pillow_backend
 from histossl.slides.reading import slide as reader
 from histossl.slides.reading import tifffile_backend as tiff_module
 from histossl.slides.reading.slide import Slide, open_slide
+from histossl.slides.reading.tiff import samples
 from histossl.slides.reading.tifffile_backend import TiffLevels
 
 CM = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}  # 0.5 microns per pixel

@@ -17,6 +17,7 @@ RGB, YCBCR, CMYK = "RGB", "YCBCR", "CMYK"
 
 _SOS, _APP0, _APP1, _APP14 = 0xDA, 0xE0, 0xE1, 0xEE
 _NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # of C0-CF: Huffman tables, reserved, arithmetic conditioning
+_LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
 _J2K_START, _J2K_COD, _J2K_TILE = b"\xff\x4f\xff\x51", b"\xff\x52", b"\xff\x90"
 _COLOUR_BOX = {16: RGB, 18: RGB}  # sRGB, and sYCC, which the decoder turns into RGB by itself
 
@@ -31,6 +32,7 @@ class Codestream:
     sampling: tuple[tuple[int, int], ...]  # of each component, horizontally and vertically
     said: str = ""  # RGB, YCBCR or CMYK where it says so; RGB, too, where its decoder makes that of it
     boxed: bool = False  # JPEG 2000 in a JP2 file
+    lossless: bool = False  # of a JPEG: another process, which few decoders know
 
     @property
     def components(self) -> int:
@@ -53,7 +55,7 @@ class Codestream:
 
 def read_jpeg(data: bytes) -> Codestream | None:
     """None if no frame header is found. libjpeg's rules, except where two of its signs contradict each other."""
-    adobe, jfif, frame = -1, False, b""
+    adobe, jfif, frame, lossless = -1, False, b"", False
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
@@ -69,7 +71,7 @@ def read_jpeg(data: bytes) -> Codestream | None:
         elif marker == _APP14 and body[:5] == b"Adobe" and len(body) >= 12:
             adobe = body[11]
         elif 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES and len(body) >= 9:
-            frame = body
+            frame, lossless = body, marker in _LOSSLESS
         position = end
     if not frame:
         return None
@@ -80,7 +82,7 @@ def read_jpeg(data: bytes) -> Codestream | None:
         signs = {CMYK} if adobe >= 0 else set()
     sampling = tuple((both >> 4, both & 15) for both in parts[1::3])
     signs |= {YCBCR} if frame[5] == 3 and len(set(sampling)) > 1 else set()
-    return Codestream(frame[0], sampling, signs.pop() if len(signs) == 1 else "")
+    return Codestream(frame[0], sampling, signs.pop() if len(signs) == 1 else "", lossless=lossless)
 
 
 def read_jpeg_2000(data: bytes) -> Codestream | None:

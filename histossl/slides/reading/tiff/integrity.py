@@ -68,14 +68,18 @@ def overlapping(pages: Sequence[Any]) -> list[frozenset[int]]:
     return [frozenset(number_of[hit[owner_of[hit] == owner]].tolist()) for owner in range(len(pages))]
 
 
-def left_over(path: Path, pages: Sequence[Any]) -> int:
-    """Bytes behind the last of an uncompressed image that belong to nothing: something was put into the file.
+def left_over(path: Path, levels: Sequence[Any], series: Sequence[Any]) -> int:
+    """Bytes behind the last of all images of an uncompressed slide that belong to nothing: something was put in.
 
-    Of other images 0: their writers leave gaps, and their decoders know better.
+    Of other slides (pages of `levels`) 0: their writers leave gaps, and their decoders know better. `series` are all
+    images of the file: of a stack ImageJ lists the first plane alone, and the others follow it.
     """
-    if any(int(page.keyframe.compression) != 1 for page in pages):
+    if any(int(page.keyframe.compression) != 1 for page in levels):
         return 0
+    held = [one for each in series for one in each.levels]
+    pages = [page for one in held for page in one.pages if page is not None]
     last = max(int((offsets + counts).max()) for offsets, counts in map(_places, pages) if len(offsets))
+    last = max(last, *(one.dataoffset + one.nbytes for one in held if one.dataoffset is not None), 0)
     size = path.stat().st_size
     if any(page.offset >= last for page in pages) or size <= last:
         return 0

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import imagecodecs
 import numpy as np
@@ -28,10 +27,12 @@ from histossl.slides.reading.tiff.codestream import (
     read_jpeg,
     read_jpeg_2000,
 )
+from histossl.slides.reading.tiff.ome import ome_pixels
 from histossl.slides.reading.tiff.segments import (
     check_place,
     has_plain_rows,
     misplaced,
+    padded_tiles,
     read_plain_rows,
     segment_rows,
     segment_size,
@@ -40,12 +41,13 @@ from histossl.slides.reading.tiff.segments import (
 JPEGS, JPEGS_2000 = (6, 7), (33003, 33004, 33005, 34712)
 APERIO_YCC, APERIO_RGB = 33003, 33005  # what OpenSlide takes them for, and Aperio writes in them
 VERBATIM = (1, 5, 8, 32773, 32946, 34887, 34925, 50000)  # decoders of these give the components as they are stored
+BITS, PHOTOMETRIC = 258, 262  # tags
 COLOURS = ("RGB", "YCBCR", "MINISBLACK", "MINISWHITE", "PALETTE")
 NAMES = {RGB: "RGB", YCBCR: "YCbCr"}
 FULL_RANGE_YCC = (0, 1, 255, 1, 128, 1, 255, 1, 128, 1, 255, 1)
 
 HEADS, ASKED = 8, 4  # tiles whose header is read, and whose pixels are asked if that leaves doubt; of level 0
-DEPTHS = (8, 10, 12, 14)  # bits that cameras have, besides all that there are
+DEPTHS = range(8, 16)  # bits that samples may hold, besides all that there are
 RANGE_SEGMENTS, RANGE_ROWS, RANGE_BYTES = 48, 64, 64 << 20  # spread over a level, that tell the range of its samples
 BRIGHTEST = 0.999  # of all samples: the rest may be broken pixels of a camera
 OVERSHOOT = 1.03  # of the range: lossy compression does that
@@ -63,6 +65,7 @@ class UnknownColours(SlideError):
 def check_samples(path: Path, page: Any) -> None:
     """SlideError if a page's samples are no brightfield colours."""
     bits, photometric = page.bitspersample, str(getattr(page.photometric, "name", page.photometric))
+    _check_tags(path, page, photometric)
     if not isinstance(bits, int):
         raise UnknownColours(f"{path.name}: {'/'.join(map(str, bits))} bits per sample; convert it to 8 bits")
     if page.dtype is None or page.dtype.kind not in "bui" or bits > 16 or page.dtype == np.int8:
@@ -76,6 +79,18 @@ def check_samples(path: Path, page: Any) -> None:
             raise UnknownColours(f"{path.name}: YCbCr with a ReferenceBlackWhite of its own; convert it to RGB")
     elif photometric == "YCBCR" and int(page.compression) not in JPEGS:
         page.subsampling = (1, 1)  # what the decoders of JPEG 2000, WebP and the like give, whatever the tag says
+
+
+def _check_tags(path: Path, page: Any, photometric: str) -> None:
+    """Without these tags a file has their defaults, which are hardly ever meant: grey, or 1 bit."""
+    told = np.size(page.tags.valueof(BITS)) if BITS in page.tags else 0
+    if PHOTOMETRIC not in page.tags:
+        raise UnknownColours(f"{path.name}: does not say whether it is RGB (no PhotometricInterpretation); convert it")
+    if told not in (1, int(page.samplesperpixel)) and (told or photometric in (RGB, YCBCR)):
+        raise UnknownColours(
+            f"{path.name}: its tags contradict each other: {photometric} colour, {page.samplesperpixel} samples per "
+            f"pixel, and the bits of {told} of them; convert it"
+        )
 
 
 def tag_colours(page: Any) -> str:
@@ -243,11 +258,11 @@ class Samples:
         return sorted(notes)
 
     def openslide_differs(self) -> bool:
-        """Whether OpenSlide, which trusts the tags and shows the upper 8 of 16 bits, would show other pixels."""
+        """Whether OpenSlide, which trusts the tags and shows the upper 8 of 16 bits, would show others, or none."""
         for page in (pages[0] for pages in self._levels):
             compression = int(page.compression)
             trusted = {APERIO_YCC: YCBCR, APERIO_RGB: RGB}.get(compression) or tag_colours(page)
-            if int(page.bitspersample) != 8 or any(misplaced(page)):
+            if int(page.bitspersample) != 8 or padded_tiles(page) or any(misplaced(page)):
                 return True
             for _, stream in self._streams(page):
                 unlike = stream.boxed or stream.components != int(page.samplesperpixel)
@@ -321,22 +336,12 @@ def _depth(brightest: int, most: int) -> int:
 
 def _stated_bits(page: Any, ome_xml: str) -> Iterator[tuple[int, str]]:
     """Bits that a file's metadata say its samples hold, 0 if they say nothing; and where."""
-    yield _significant_bits(ome_xml, int(page.imagewidth), int(page.imagelength)), "OME SignificantBits"
+    pixels = ome_pixels(ome_xml, int(page.imagewidth), int(page.imagelength), int(page.treeindex[0]))
+    bits = [each.get("SignificantBits", "") for each in pixels]
+    yield max((int(each) for each in bits if each.isdecimal()), default=0), "OME SignificantBits"
     for code, name in ((281, "MaxSampleValue"), (341, "SMaxSampleValue")):
         value = float(np.max(page.tags[code].value)) if code in page.tags else 0
         yield next((each for each in DEPTHS if 0 < value < 2**each), 0), name
-
-
-def _significant_bits(xml: str, width: int, height: int) -> int:
-    """Of the image of this size in an OME-XML header; 0 if it does not say."""
-    try:
-        root = ElementTree.fromstring(xml)
-    except (ElementTree.ParseError, ValueError):
-        return 0
-    pixels = [each for each in root.iter() if each.tag.rpartition("}")[2] == "Pixels"]
-    same_size = [each for each in pixels if (each.get("SizeX"), each.get("SizeY")) == (str(width), str(height))]
-    said = [each.get("SignificantBits", "") for each in same_size or pixels[:1]]
-    return max((int(each) for each in said if each.isdecimal()), default=0)
 
 
 def _stored_segments(page: Any) -> Sequence[int]:

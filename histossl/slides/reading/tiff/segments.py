@@ -53,6 +53,12 @@ def settle_byte_counts(page: Any) -> None:
         page.databytecounts = tuple(min(int(count), one) for count, one in zip(counts, due, strict=True))
 
 
+def padded_tiles(page: Any) -> bool:
+    """Whether `settle_byte_counts` corrected those of a page's tiles: libtiff, and with it OpenSlide, refuses them."""
+    told = page.tags.valueof(325) if page.is_tiled and int(page.compression) == 1 else None
+    return told is not None and not np.array_equal(np.ravel(told), page.databytecounts)
+
+
 def has_plain_rows(page: Any) -> bool:
     """Whether its rows can be read where they lie, without a decoder."""
     storage = (int(page.compression), int(page.planarconfig), int(page.predictor), int(page.fillorder))

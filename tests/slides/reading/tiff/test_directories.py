@@ -7,8 +7,8 @@ import pytest
 import tifffile
 
 from histossl.core.errors import SlideError
-from histossl.slides.reading import directories
 from histossl.slides.reading.slide import open_slide
+from histossl.slides.reading.tiff import directories
 from histossl.slides.reading.tiff.directories import directory_damage
 
 PIXELS = np.full((64, 64, 3), 200, np.uint8)
