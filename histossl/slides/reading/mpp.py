@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from histossl.core import console
 from histossl.core.errors import UsageError
 from histossl.core.text_files import read_table, refuse_separator
 from histossl.slides.lookup import NameFinder
-from histossl.slides.reading.ome import ome_pixels
 
 PLAUSIBLE_MPP = (0.05, 5.0)  # 200x oil to 2x: nothing outside is a microscope's
 MAX_ANISOTROPY = 0.02
@@ -123,6 +123,34 @@ def scale_from_ome(xml: str, width: int, height: int, page: int = 0) -> Scale | 
         if x_um or y_um:
             return scale_from(x_um, y_um, "OME-XML")
     return None
+
+
+def ome_pixels(xml: str, width: int, height: int, page: int) -> list[ElementTree.Element]:
+    """The Pixels of the image of this size in pixels that page number `page` holds, or that may be meant by them."""
+    try:
+        root = ElementTree.fromstring(xml)
+    except (ElementTree.ParseError, ValueError):
+        return []
+    every = [element for element in root.iter() if _tag(element) == "Pixels"]
+    same_size = [one for one in every if one.get("SizeX") == str(width) and one.get("SizeY") == str(height)]
+    held = [one for one in every if page in _pages_of(one)]
+    # Two images may have one size: then the page tells. Where none has it, a level larger than its image is meant.
+    return [one for one in same_size if one in held] or same_size or held or every[: len(every) == 1]
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _pages_of(pixels: ElementTree.Element) -> set[int]:
+    """Numbers of the pages that hold an OME image."""
+    found: set[int] = set()
+    for data in pixels:
+        if _tag(data) == "TiffData":
+            with suppress(ValueError):
+                first, count = int(data.get("IFD") or 0), int(data.get("PlaneCount") or 1)
+                found.update(range(first, first + (count or 1)))
+    return found
 
 
 # ---- --mpp-csv

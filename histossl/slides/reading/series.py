@@ -13,6 +13,7 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import tifffile
@@ -34,6 +35,8 @@ PHILIPS_ASIDE = re.compile(r"(label|macro)\b", re.IGNORECASE)
 QPI_TYPE = re.compile(r"<ImageType>\s*(\w+)\s*</ImageType>")
 NDPI_LENS, PAGE_NAME = 65421, 285
 STACKS = {"Z": ("z-stack", "plane"), "T": ("time series", "time point"), "C": ("stack of colour images", "channel")}
+CHANNELS = ("red", "green", "blue")
+NUMBERED_CHANNEL = re.compile(r"(c|ch|channel)?[\s:_-]*[\d:]*", re.IGNORECASE)  # a name that says nothing
 MAX_SAME = 16  # pages of one size that are told apart, where nothing calls them a stack
 ROUNDING_PX = 1.0  # by which a level's side may be rounded, up or down
 
@@ -186,7 +189,22 @@ def _is_named(image: TiffImage, names: frozenset[str]) -> bool:
     return any(" ".join(one.replace("_", " ").split()).casefold() in names for one in said)
 
 
-# ---- planes of stacks
+# ---- channels and planes
+
+
+def channel_names(pixels: Sequence[Element]) -> list[str]:
+    """Of the first image; empty where its channels have no names, or but numbers."""
+    names = [str(one.get("Name", "")).strip() for each in pixels[:1] for one in each if one.tag.endswith("Channel")]
+    return [] if all(NUMBERED_CHANNEL.fullmatch(name) for name in names) else names
+
+
+def rgb_order(names: list[str]) -> list[int] | None:
+    """Where red, green and blue are among channels of these names; None if they are other channels."""
+    said = [name.casefold() for name in names]
+    for colours in (CHANNELS, tuple(name[0] for name in CHANNELS)):
+        if sorted(said) == sorted(colours):
+            return [said.index(colour) for colour in colours]
+    return None
 
 
 def images(tiff: tifffile.TiffFile) -> Iterator[TiffImage]:

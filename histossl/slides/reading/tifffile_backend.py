@@ -22,11 +22,17 @@ from numpy.typing import NDArray
 from histossl.core.errors import SlideError
 from histossl.slides.reading.integrity import layout_damage, left_over, overlapping, segment_damage
 from histossl.slides.reading.levels import not_levels
-from histossl.slides.reading.mpp import Scale, scale_from, scale_from_imagej, scale_from_ome, scale_from_resolution
-from histossl.slides.reading.ome import channel_names, ome_pixels, rgb_order
+from histossl.slides.reading.mpp import (
+    Scale,
+    ome_pixels,
+    scale_from,
+    scale_from_imagej,
+    scale_from_ome,
+    scale_from_resolution,
+)
 from histossl.slides.reading.samples import Samples, check_samples
 from histossl.slides.reading.segments import has_plain_rows, read_plain_rows, segment_size, settle_byte_counts
-from histossl.slides.reading.series import SCANNERS, TiffImage, choose
+from histossl.slides.reading.series import SCANNERS, TiffImage, channel_names, choose, rgb_order
 
 # tifffile reports oddities through logging; without a handler they would land in the middle of a progress bar.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
