@@ -379,6 +379,8 @@ class _Look:
             self._warn_of_places(slide, grids[0], wanted[0], filters)
             with self._open() as fresh:  # the first may have met damage, and then reads nothing any more
                 probes = [self._probe(fresh, each, grid, filters) for each, grid in zip(wanted, grids, strict=True)]
+            if not any(probe.sizes for probe in probes):
+                raise SlideError(f"damaged: {probes[0].errors[0]}")
             tiles = [round(len(each.places) * probe.kept) for each, probe in zip(wanted, probes, strict=True)]
             num_bytes = sum(count * probe.tile_bytes for count, probe in zip(tiles, probes, strict=True))
             self.row = replace(
@@ -445,7 +447,7 @@ class _Look:
     def _probe(self, slide: Slide, wanted: Wanted, grid: Grid, filters: PlaceFilter) -> _Probe:
         """Read a few tiles and judge them as tiling would; of few all, and more where some are turned down.
 
-        Warns where nearly all are. SlideError if none of them can be read.
+        Warns where nearly all are.
         """
         corners = np.stack([each.astype(np.float64) for each in grid.corners_l0(wanted.places)], axis=1)
         if not len(corners):
@@ -457,12 +459,10 @@ class _Look:
             self._read(
                 slide, np.delete(corners, seen, 0)[_spread(len(corners) - len(seen), MORE)], grid, filters, probe
             )
-        if probe.errors and not probe.sizes:
-            raise SlideError(f"damaged: {probe.errors[0]}")
         if probe.errors:
             looked = len(probe.errors) + len(probe.sizes)
             self.warnings.append(f"damaged: {len(probe.errors)} of {looked} places read cannot be ({probe.errors[0]})")
-        if len(wanted.places) and probe.kept <= 1 - NEARLY_ALL:
+        if len(wanted.places) and probe.sizes and probe.kept <= 1 - NEARLY_ALL:
             told = left_out(probe.poor, asdict(self.job.config.tissue))
             self.warnings.append(f"few or no tiles: of {len(probe.sizes)} places with tissue that were read {told}")
         return probe
@@ -499,12 +499,12 @@ class _Probe:
 
     @property
     def kept(self) -> float:
-        """Share that all filters pass."""
-        return 1 - sum(self.poor.values()) / len(self.sizes)
+        """Share that all filters pass; none where no tile can be read."""
+        return 1 - sum(self.poor.values()) / len(self.sizes) if self.sizes else 0.0
 
     @property
     def tile_bytes(self) -> float:
-        return float(np.mean(self.sizes))
+        return float(np.mean(self.sizes)) if self.sizes else 0.0
 
 
 def _spread(count: int, at_most: int) -> NDArray[np.int64]:

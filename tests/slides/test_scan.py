@@ -581,6 +581,7 @@ def test_scan_says_at_which_size_tiles_could_be_copied() -> None:
     assert copies_at_other_size(rows, ScanConfig(mpp=1.01)) != ""
     assert copies_at_other_size(rows, ScanConfig(mpp=0.5)) == "", "no level of that scale"
     assert copies_at_other_size(rows, ScanConfig(mpp=0.25, tile_px=240)) == "", "they are copied as it is"
+    assert copies_at_other_size([replace(svs, native_tile="")], ScanConfig(mpp=0.25)) == "", "JPEG in strips"
 
 
 def test_command_fails_when_nothing_can_be_read(archive: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -730,3 +731,25 @@ def test_no_scan_while_a_run_writes_the_same_ledger(painted_slide: PaintedSlide,
     with alone_in_workspace(workspace, "tile"), pytest.raises(StoreError, match=r"another .histossl tile. \(process"):
         scan(painted_slide.path.parent, workspace, ScanConfig())
     assert not workspace.archive_csv.exists()
+
+
+def test_a_slide_of_which_only_large_tiles_are_all_damaged_is_promised_its_small_ones(tmp_path: Path) -> None:
+    """As `tile` cuts them: each large place has a damaged tile of the file, most small ones have none."""
+    noise = np.random.default_rng(0).integers(-30, 30, (1024, 1024, 3))
+    pixels = (np.array([200, 90, 150]) + noise).astype(np.uint8)
+    (tmp_path / "slides").mkdir()
+    path = tmp_path / "slides" / "A1.tif"
+    options: dict[str, Any] = {"photometric": "rgb", "tile": (128, 128), "compression": "deflate", "metadata": None}
+    tifffile.imwrite(path, pixels, resolution=(20000, 20000), resolutionunit="CENTIMETER", **options)
+    with tifffile.TiffFile(path) as tiff:
+        places = [int(tiff.pages[0].dataoffsets[row * 8 + column]) for row in (1, 5) for column in (1, 5)]
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place : place + 400] = bytes(400)
+    path.write_bytes(content)
+    config = ScanConfig(tile_px=128, mpp=0.5, coarser_mpp=(2.0,), tissue=TissueConfig(min_sharpness=0))
+    (row,) = scan(tmp_path / "slides", Workspace.at(tmp_path / "ws"), config, 1).rows
+    assert row.status == "warning", row.reason
+    assert "damaged" in row.reason
+    assert row.expected_tiles is not None
+    assert 40 <= row.expected_tiles <= 64

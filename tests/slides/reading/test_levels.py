@@ -96,6 +96,15 @@ def test_a_picture_of_something_else_is_no_level(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_level_of_other_colours_is_no_level(tmp_path: Path, tissue: np.ndarray, layout: str) -> None:
+    """Red and blue exchanged: the same structures, and of eosin no colour is off by much."""
+    swapped = np.ascontiguousarray(shrunk(tissue, 4)[..., ::-1])
+    with open_slide(write(tmp_path / "A1.tif", tissue, shrunk(tissue, 2), swapped, layout=layout)) as slide:
+        assert slide.level_sizes == ((WIDTH, HEIGHT), (WIDTH // 2, HEIGHT // 2))
+        assert any("512 x 256 px" in warning for warning in slide.warnings)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_picture_between_true_levels_is_left_out(
     tmp_path: Path, tissue: np.ndarray, other: np.ndarray, layout: str
 ) -> None:

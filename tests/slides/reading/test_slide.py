@@ -520,11 +520,12 @@ def test_label_and_macro_are_never_opened(real_data: Path, monkeypatch: pytest.M
     assert set(decoded) == {0}, "page 0 is the tissue; thumbnail, label and macro come after it"
 
 
-def test_exif_orientation_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_orientation_is_told(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=exif)
-    with open_slide(tmp_path / "a.jpg", 0.5) as slide:
+    Image.fromarray(picture()).save(tmp_path / f"a.{suffix}", exif=exif)
+    with open_slide(tmp_path / f"a.{suffix}", 0.5) as slide:
         assert slide.size_l0 == (700, 500)
         assert slide.warnings == ["EXIF Orientation tag 6 is not applied: pixels are read as stored"]
 

@@ -80,8 +80,13 @@ def left_over(path: Path, levels: Sequence[Any], series: Sequence[Any]) -> int:
     pages = [page for one in held for page in one.pages if page is not None]
     last = max(int((offsets + counts).max()) for offsets, counts in map(_places, pages) if len(offsets))
     last = max(last, *(one.dataoffset + one.nbytes for one in held if one.dataoffset is not None), 0)
+    if any(page.offset >= last for page in pages):
+        return 0
+    # Some programs write a long description last.
+    tags = [tag for page in pages for tag in getattr(page, "tags", ())]
+    last = max(last, *(tag.valueoffset + tag.valuebytecount for tag in tags))
     size = path.stat().st_size
-    if any(page.offset >= last for page in pages) or size <= last:
+    if size <= last:
         return 0
     with path.open("rb") as file:
         file.seek(last)

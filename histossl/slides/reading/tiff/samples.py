@@ -32,8 +32,8 @@ from histossl.slides.reading.tiff.segments import (
     check_place,
     has_plain_rows,
     misplaced,
-    padded_tiles,
     read_plain_rows,
+    refused_by_libtiff,
     segment_rows,
     segment_size,
 )
@@ -191,6 +191,8 @@ class Samples:
         return np.ascontiguousarray(np.repeat(colour, 3, axis=2) if count == 1 else colour)
 
     def _in_8_bits(self, page: Any, pixels: NDArray[Any], white: int) -> Pixels:
+        if int(self._finest.bitspersample) <= 8:  # a level that is deeper than the slide has its own range
+            white = int(np.iinfo(pixels.dtype).max) if pixels.dtype.itemsize > 1 else white
         if pixels.dtype == np.uint8:
             bits = int(page.bitspersample) if int(page.compression) in VERBATIM else 8
             return pixels if bits >= 8 else in_range(pixels, 2**bits - 1)
@@ -262,7 +264,7 @@ class Samples:
         for page in (pages[0] for pages in self._levels):
             compression = int(page.compression)
             trusted = {APERIO_YCC: YCBCR, APERIO_RGB: RGB}.get(compression) or tag_colours(page)
-            if int(page.bitspersample) != 8 or padded_tiles(page) or any(misplaced(page)):
+            if int(page.bitspersample) != 8 or refused_by_libtiff(page) or any(misplaced(page)):
                 return True
             for _, stream in self._streams(page):
                 unlike = stream.boxed or stream.components != int(page.samplesperpixel)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from histossl.core.errors import SlideError
 
+LIBTIFF_BYTES = 1024  # of which it asks whole multiples
 HEADER_BYTES = 8  # no segment begins within a TIFF's header
 
 
@@ -53,10 +54,12 @@ def settle_byte_counts(page: Any) -> None:
         page.databytecounts = tuple(min(int(count), one) for count, one in zip(counts, due, strict=True))
 
 
-def padded_tiles(page: Any) -> bool:
-    """Whether `settle_byte_counts` corrected those of a page's tiles: libtiff, and with it OpenSlide, refuses them."""
-    told = page.tags.valueof(325) if page.is_tiled and int(page.compression) == 1 else None
-    return told is not None and not np.array_equal(np.ravel(told), page.databytecounts)
+def refused_by_libtiff(page: Any) -> bool:
+    """Whether libtiff, and with it OpenSlide, fails on the last uncompressed tile: one of odd size, or with padding."""
+    if not page.is_tiled or int(page.compression) != 1:
+        return False
+    due = row_bytes(page) * int(page.tilelength)
+    return due % LIBTIFF_BYTES != 0 or int(np.max(page.tags.valueof(325, 0))) > due
 
 
 def has_plain_rows(page: Any) -> bool:

@@ -319,7 +319,7 @@ def scaled(image: np.ndarray, bits: int, dtype: Any = np.uint16) -> np.ndarray:
     return (image.astype(np.uint32) * (2**bits - 1) / 255).round().astype(dtype)
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 9, 10, 12, 14, 15, 16])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -492,7 +492,77 @@ def test_png_of_16_bits_is_as_bright_as_painted(tmp_path: Path, mode: str, bits:
     assert (f"16-bit samples hold {bits} bits" in notes(tmp_path / "a.png")) == (bits < 16)
 
 
+def test_a_level_deeper_than_the_slide_has_its_own_range(tmp_path: Path) -> None:
+    image = stained((512, 512))
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for pixels in (image, scaled(image[::2, ::2], 16)):
+            tiff.write(pixels, photometric="rgb", tile=(64, 64), metadata=None, compression="deflate")
+    with open_slide(tmp_path / "a.tif", 0.5) as slide:
+        assert slide.level_sizes == ((512, 512), (256, 256))
+        np.testing.assert_array_equal(slide.read_level(1, 0, 0, 256, 256), image[::2, ::2])
+
+
+# ---- plain JPEG
+
+
+@pytest.mark.parametrize("colours", ["RGB", "YCbCr"])
+def test_a_jpeg_without_a_mark_has_the_colours_that_its_pixels_tell(tmp_path: Path, colours: str) -> None:
+    image = stained()
+    (tmp_path / "a.jpg").write_bytes(bare(adobe_rgb(image) if colours == "RGB" else jfif(image)))
+    assert off(tmp_path / "a.jpg", image) < MIDDLE
+    assert ("read as RGB" in notes(tmp_path / "a.jpg")) == (colours == "RGB")
+
+
+@pytest.mark.parametrize(("said", "options"), [("12 bits", {"bitspersample": 12}), ("lossless", {"lossless": True})])
+def test_a_jpeg_of_a_rare_kind_is_refused_for_what_it_is(tmp_path: Path, said: str, options: dict[str, Any]) -> None:
+    pixels = scaled(stained(), 12) if said == "12 bits" else stained()
+    (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg_encode(pixels, **options))
+    with pytest.raises(SlideError, match=f"{said}.*convert it to PNG"):
+        open_slide(tmp_path / "a.jpg", 0.5)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_of_several_pictures_the_first_is_read_and_the_others_are_said(tmp_path: Path, suffix: str) -> None:
+    """As cameras and phones store a preview behind the photo."""
+    image, kind = stained(), "MPO" if suffix == "jpg" else "PNG"
+    others = [Image.fromarray(255 - image)]
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(image).save(path, kind, save_all=True, append_images=others)
+    assert off(path, image) < 4  # Pillow's usual quality
+    assert notes(path) == "holds 2 pictures: the first is read"
+
+
+# ---- tags that contradict each other
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+@pytest.mark.parametrize(
+    ("missing", "said"), [(258, "bits of 0 of them"), (277, "bits of 3 of them"), (262, "PhotometricInterpretation")]
+)
+def test_colours_whose_tags_are_missing_are_refused(tmp_path: Path, missing: int, said: str, tile: int | None) -> None:
+    image = stained()
+    data = [each.tobytes() for each in tiles(image, tile)] if tile else strips(image, 64)
+    write_raw(tmp_path / "a.tif", ({**tags(SIZE, tile=tile, rows=64), missing: None}, data))
+    with pytest.raises(SlideError, match=said):
+        open_slide(tmp_path / "a.tif", 0.5)
+
+
 # ---- rows of strips
+
+
+@pytest.mark.parametrize("side", [80, 96, 128, 240])
+@pytest.mark.parametrize("described", [None, APERIO])
+@pytest.mark.parametrize(("order", "big", "round_up"), [("<", False, 1), (">", True, 1), ("<", False, 4096)])
+def test_uncompressed_tiles_of_any_size_are_read(
+    tmp_path: Path, order: str, big: bool, round_up: int, described: str | None, side: int
+) -> None:
+    """With padding behind them, too. Where their bytes are no multiple of 1,024, OpenSlide fails on the last."""
+    image = stained()
+    more = {"t270": (2, described.format(*SIZE))} if described else {}
+    data = [each.tobytes() for each in tiles(image, side)]
+    path = tmp_path / "a.tif"
+    write_raw(path, (tags(SIZE, tile=side, **more), data), round_up=round_up, order=order, big=big)
+    assert off(path, image) == 0
 
 
 @pytest.mark.parametrize("round_up", [1, 16, 1000])

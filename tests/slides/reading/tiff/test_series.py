@@ -229,6 +229,53 @@ def test_of_a_stack_the_first_plane_is_used_with_its_scale_and_the_others_are_sa
         assert (slide.size_l0, slide.mpp_l0) == ((512, 512), pytest.approx(MPP))
         np.testing.assert_array_equal(slide.read_level(0, 3, 4, 300, 200), STACK[0][4:204, 3:303])
         assert said in " ".join(slide.warnings)
+        assert "belong to nothing" not in " ".join(slide.warnings), "they are the other planes"
+
+
+@pytest.mark.parametrize("kind", ["page", "OME"])
+def test_what_the_file_tells_of_is_not_taken_for_bytes_put_in(tmp_path: Path, kind: str) -> None:
+    """Another image, or a description, behind the last pixels of an uncompressed slide."""
+    path = tmp_path / ("A1.ome.tif" if kind == "OME" else "A1.tif")
+    with tifffile.TiffWriter(path, ome=kind == "OME") as tiff:
+        options = {"photometric": "rgb", "tile": (128, 128)}
+        tiff.write(IMAGE, **options, **({"metadata": OME} if kind == "OME" else per_cm(MPP)))
+        if kind == "page":
+            tiff.write(picture(1, 256), **options, **per_cm(4 * MPP))
+    with open_slide(path) as slide:
+        assert slide.level_sizes == ((SIDE, SIDE),)
+        assert "belong to nothing" not in " ".join(slide.warnings)
+
+
+# ---- grey channels that may be colours
+
+
+def write_channels(path: Path, names: list[str] | None) -> None:
+    told = {"Channel": {"Name": names}} if names else {}
+    places = [
+        "rgb".index(name[0].lower()) if name[0].lower() in "rgb" else at for at, name in enumerate(names or "rgb")
+    ]
+    channels = np.stack([IMAGE[..., place] for place in places])
+    tifffile.imwrite(path, channels, photometric="minisblack", tile=(128, 128), metadata={**OME, "axes": "CYX", **told})
+
+
+@pytest.mark.parametrize(
+    "names", [["Red", "Green", "Blue"], ["Blue", "Green", "Red"], ["g", "b", "r"], None, ["0"] * 3]
+)
+def test_channels_are_the_colours_that_they_are_called(tmp_path: Path, names: list[str] | None) -> None:
+    write_channels(tmp_path / "A1.ome.tif", names)
+    with open_slide(tmp_path / "A1.ome.tif") as slide:
+        np.testing.assert_array_equal(slide.read_level(0, 0, 0, SIDE, SIDE), IMAGE)
+        unnamed = names is None or names[0] == "0"
+        assert ("three grey channels have no names" in " ".join(slide.warnings)) == unnamed
+
+
+@pytest.mark.parametrize(
+    "names", [["DAPI", "FITC", "Cy3"], ["Hematoxylin", "Eosin", "Residual"], ["Red", "Green", "Cy5"]]
+)
+def test_channels_called_otherwise_are_no_colours(tmp_path: Path, names: list[str]) -> None:
+    write_channels(tmp_path / "A1.ome.tif", names)
+    with pytest.raises(SlideError, match=f"channels are '{names[0]}'.*RGB or grey brightfield"):
+        open_slide(tmp_path / "A1.ome.tif", MPP)
 
 
 def test_levels_of_a_stack_are_of_the_plane_that_is_used(tmp_path: Path) -> None:
